@@ -1,0 +1,1 @@
+"""LLM.int8() for JAX."""

@@ -1,0 +1,1 @@
+"""The jint8 command."""

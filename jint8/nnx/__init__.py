@@ -1,0 +1,1 @@
+"""Flax nnx wrappers and modules."""
