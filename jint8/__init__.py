@@ -1,1 +1,11 @@
-"""LLM.int8() for JAX."""
+"""LLM.int8() for JAX: int8 matrix multiplication with 16-bit outliers, for Flax transformers."""
+
+from jint8._matmul import matmul as matmul
+from jint8._outliers import find_outliers as find_outliers
+from jint8._quantize import dequantize as dequantize
+from jint8._quantize import quantize as quantize
+from jint8._types import SCHEMES as SCHEMES
+from jint8._types import Config as Config
+from jint8._types import QTensor as QTensor
+
+__version__ = "0.1.0"

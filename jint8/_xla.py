@@ -1,0 +1,138 @@
+"""The LLM.int8() product in plain XLA: one way for few rows, one for many.
+
+Both multiply the same int8 values and digits (see `jint8._outliers`), so both give the same integers. What differs is
+how the outliers' two digits meet the weights:
+
+- few rows: stacked under the regular rows, in ONE product that reads the weights once. On a CPU that product is bound
+  by reading the weights, and more rows are nearly free.
+- many rows: only the outlier columns, gathered in blocks, with a trip count that depends on the data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jint8._outliers import DIGIT_BASE, Split, digits, outlier_part, split
+from jint8._types import Config
+
+MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
+BLOCK = 32  # outlier columns that are gathered at a time
+FEW_ROWS = 2  # up to which digits are faster than gathered columns (benchmarks/bench_matmul.py)
+
+
+class Weight(NamedTuple):
+    """The arrays of a two-dimensional `QTensor`. `q` is `[n, k]` (`k_last`) or `[k, n]`."""
+
+    q: jax.Array
+    scale: jax.Array  # float32[n]
+    zero: jax.Array | None  # float32[n]
+
+
+def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementation: str) -> jax.Array:
+    """`x[m, k]` times an int8 weight -> float32 `[m, n]`."""
+    if implementation == "dequantize":
+        return float_product(x.astype(jnp.float32), w, k_last=k_last)
+    parts = split(x, config)
+    k = x.shape[1]
+    total = None
+    for start in range(0, k, MAX_K):
+        end = min(start + MAX_K, k)
+        piece = (x, parts, w) if k <= MAX_K else _slice_k(x, parts, w, k_last, start, end)
+        out = _product_of_split(*piece, config, k_last, implementation)
+        total = out if total is None else total + out
+    return total * w.scale
+
+
+def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
+    columns = None if parts.columns is None else parts.columns[start:end]
+    q = lax.slice_in_dim(w.q, start, end, axis=1 if k_last else 0)
+    return x[:, start:end], parts._replace(q=parts.q[:, start:end], columns=columns), w._replace(q=q)
+
+
+def float_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
+    """`x[m, k]` times the dequantized weight, in `x`'s dtype -> `[m, n]`."""
+    q = w.q.astype(jnp.float32)
+    per_channel = (slice(None), None) if k_last else (None, slice(None))
+    if w.zero is not None:
+        q = q - w.zero[per_channel]
+    return _dot(x, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
+
+
+def _product_of_split(x, parts: Split, w: Weight, config: Config, k_last: bool, implementation: str) -> jax.Array:
+    """The product before the weights' scale, float32 `[m, n]`."""
+    if parts.columns is None:
+        return _dequantize_sum(int8_dot(parts.q, w.q, k_last), parts.q, parts.scale, parts.zero, w, k_last)
+    m = x.shape[0]
+    if implementation == "xla_digits":
+        rows = digits(outlier_part(x, parts.columns, config), parts.step)
+        sums = int8_dot(jnp.concatenate([parts.q, rows]), w.q, k_last)
+        regular, outlier, row_sum = sums[:m], sums[m:], _row_sum(rows)
+    else:
+        regular = int8_dot(parts.q, w.q, k_last)
+        outlier, row_sum = gathered_product(x, parts.columns, parts.step, w.q, config, k_last)
+    out = _dequantize_sum(regular, parts.q, parts.scale, parts.zero, w, k_last)
+    outlier = outlier.astype(jnp.float32)
+    if w.zero is not None:
+        outlier = outlier - row_sum.astype(jnp.float32) * w.zero
+    return out + (outlier[:m] * DIGIT_BASE + outlier[m:]) * parts.step
+
+
+def _row_sum(q):
+    return jnp.sum(q, axis=1, keepdims=True, dtype=jnp.int32)
+
+
+def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
+    """int32 sums of the regular part to float32, with the corrections for zero points on either side."""
+    out = acc.astype(jnp.float32)
+    # sum_k (q - zero) (wq - wzero), of which acc is sum_k q wq
+    if w.zero is not None:
+        out = out - _row_sum(q).astype(jnp.float32) * w.zero
+    if zero is not None:
+        weight_sum = jnp.sum(w.q, axis=1 if k_last else 0, dtype=jnp.int32).astype(jnp.float32)
+        if w.zero is not None:
+            weight_sum = weight_sum - q.shape[1] * w.zero
+        out = out - zero * weight_sum
+    return out * scale
+
+
+def gathered_product(x, columns, step, q, config: Config, k_last: bool):
+    """The two digits of the outliers in `x[m, k]` times the weights -> int32 `[2 m, n]`, and the digits' row sums.
+
+    Reads the columns that are set in bool `[k]` only, `BLOCK` at a time.
+    """
+    m, k = x.shape
+    n = q.shape[0] if k_last else q.shape[1]
+    count = jnp.sum(columns, dtype=jnp.int32)
+    size = -(-k // BLOCK) * BLOCK
+    # index of the i-th outlier column; k, which is out of bounds and read as 0 below, behind the last
+    slots = jnp.where(columns, jnp.cumsum(columns, dtype=jnp.int32) - 1, size)
+    index = jnp.full(size, k, jnp.int32).at[slots].set(jnp.arange(k, dtype=jnp.int32), mode="drop")
+
+    def body(carry):
+        block, acc, row_sum = carry
+        idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
+        x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
+        rows = digits(outlier_part(x_block, jnp.ones(BLOCK, bool), config), step)
+        w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0)
+        return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
+
+    init = (jnp.int32(0), jnp.zeros((2 * m, n), jnp.int32), jnp.zeros((2 * m, 1), jnp.int32))
+    _, acc, row_sum = lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)
+    return acc, row_sum
+
+
+def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:
+    """int8 `[m, k]` times int8 weights, accumulated exactly in int32 `[m, n]`."""
+    if x.shape[0] == 1:
+        # XLA's CPU backend runs a matrix-vector product of int8 as a scalar loop, 10 to 50 times slower than two rows
+        return _dot(jnp.pad(x, ((0, 1), (0, 0))), q, k_last, jnp.int32)[:1]
+    return _dot(x, q, k_last, jnp.int32)
+
+
+def _dot(x, w, k_last, dtype):
+    contract = (((1,), (1 if k_last else 0,)), ((), ()))
+    return lax.dot_general(x, w, contract, preferred_element_type=dtype)
