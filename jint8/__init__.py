@@ -1,7 +1,15 @@
 """LLM.int8() for JAX: int8 matrix multiplication with 16-bit outliers, for Flax transformers."""
 
+from jint8._contract import dot_general as dot_general
+from jint8._contract import einsum as einsum
+from jint8._matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jint8._matmul import matmul as matmul
 from jint8._outliers import find_outliers as find_outliers
+from jint8._params import OUTPUT_HEADS as OUTPUT_HEADS
+from jint8._params import MemoryReport as MemoryReport
+from jint8._params import dequantize_params as dequantize_params
+from jint8._params import memory_report as memory_report
+from jint8._params import quantize_params as quantize_params
 from jint8._quantize import dequantize as dequantize
 from jint8._quantize import quantize as quantize
 from jint8._types import SCHEMES as SCHEMES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ def matmul(
     """The LLM.int8() product of activations and an int8 weight.
 
     Formula, with `O` the outlier columns of `x`, `sx` the absmax of a row over the other columns / 127, and `xq` their
-    int8 values: `y = sw * (sx * sum_{h not in O} xq[h] q[h] + sum_{h in O} x[h] q[h]) + bias`. The first sum is exact in
-    int32; the outliers of the second carry 16 bits relative to their row's largest; one rounding, at the end.
+    int8 values: `y = sw * (sx * sum_{h not in O} xq[h] q[h] + sum_{h in O} x[h] q[h]) + bias`. The first sum is exact
+    in int32; the outliers of the second carry 16 bits relative to their row's largest; one rounding, at the end.
 
     Exact for any number of outliers, under `jit`, `vmap`, `scan` and `grad`, without host synchronisation and without
     recompiling when their number changes. Differentiable in `x` and `bias`, as if `w` were its dequantized value.
@@ -61,13 +62,12 @@ def matmul(
         raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
     if w.q.ndim != 2:
         raise ValueError(f"Expected w to have 2 dimensions, got shape {w.q.shape}; see jint8.dot_general.")
-    axes = [axis for axis in contracted_axes(w) if w.q.shape[axis] == (x.shape[-1] if x.ndim else -1)]
-    if not axes:
-        (k,) = {w.q.shape[axis] for axis in contracted_axes(w)[:1]} or {None}
+    axis = contracted_axes(w)[-1]
+    k = w.q.shape[axis]
+    if x.shape[-1:] != (k,):
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
-    axis = axes[0]
     y = product_2d(
-        x.reshape(-1, x.shape[-1]) if x.size else jnp.zeros((0, x.shape[-1]), x.dtype),
+        x.reshape(math.prod(x.shape[:-1]), k),
         _xla.Weight(w.q, w.scale.reshape(-1), None if w.zero is None else w.zero.reshape(-1)),
         k_last=axis == 1,
         config=w.config if config is None else config,

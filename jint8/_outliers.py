@@ -54,33 +54,36 @@ def exceeds(x: jax.Array, threshold: float) -> jax.Array:
     return jnp.abs(x.astype(jnp.float32)) >= threshold
 
 
-class Split(NamedTuple):
-    """Activations `[m, k]` with their outliers split off.
+class Outliers(NamedTuple):
+    """Where the outliers of `x[m, k]` are, and the unit that they are written in."""
 
-    `regular` is the int8 part of LLM.int8(), with outliers as 0. What the outliers add comes from `digits`.
-    """
+    columns: jax.Array  # bool[k]: columns that hold any
+    step: jax.Array  # float32[m, 1]: what one unit of the low digit is worth
+
+
+class Split(NamedTuple):
+    """Activations `[m, k]` in int8, with outliers as 0. What the outliers add comes from `digits`."""
 
     q: jax.Array  # int8[m, k]
     scale: jax.Array  # float32[m, 1]
     zero: jax.Array | None  # float32[m, 1]: the integer in q that stands for 0 (affine schemes)
-    columns: jax.Array | None  # bool[k]: columns that hold outliers; None without decomposition
-    step: jax.Array | None  # float32[m, 1]: what one unit of the low digit of an outlier is worth
+    outliers: Outliers | None  # None without decomposition
 
 
 def split(x: jax.Array, config: Config) -> Split:
     """Quantizes activations `[m, k]` by `config`'s scheme, with the outliers split off."""
     scheme = SCHEMES[config.scheme]
     axis = 1 if scheme.activations == "token" else None
-    columns = step = None
+    outliers = None
     if config.decomposes:
         columns = jnp.any(exceeds(x, config.threshold), axis=0)
-        outliers = outlier_part(x, columns, config)
-        step = divide_by(absmax(outliers, 1), LARGEST_TWO_DIGITS)
+        step = divide_by(absmax(outlier_part(x, columns, config), 1), LARGEST_TWO_DIGITS)
+        outliers = Outliers(columns, step)
         kept = ~columns if config.outliers == "batch" else ~exceeds(x, config.threshold)
         x = jnp.where(kept, x, 0)
     q, scale, *zero = (affine if scheme.affine else symmetric)(x, axis)
     scale, *zero = (jnp.broadcast_to(leaf, (x.shape[0], 1)) for leaf in (scale, *zero))
-    return Split(q, scale, zero[0] if zero else None, columns, step)
+    return Split(q, scale, zero[0] if zero else None, outliers)
 
 
 def outlier_part(x: jax.Array, columns: jax.Array, config: Config) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -81,7 +82,11 @@ def _quantize(w, *, contract_axes, config, channel_axes):
 
 
 def quantize(
-    w: jax.Array, *, contract_axes: int | Sequence[int] = (0,), config: Config = Config(), stack_axes: Sequence[int] = ()
+    w: jax.Array,
+    *,
+    contract_axes: int | Sequence[int] = (0,),
+    config: Config = Config(),
+    stack_axes: Sequence[int] = (),
 ) -> QTensor:
     """Quantizes a weight to int8, by default with one scale per output channel ("vector-wise").
 
@@ -168,5 +173,5 @@ def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence
     permutation = list(range(ndim))
     for stored, original in enumerate(order):
         permutation[own[stored]] = own[original]
-    leaves = [None if leaf is None else jnp.transpose(leaf, permutation) for leaf in (w.q, w.scale, w.zero)]
-    return QTensor(*leaves, dtype=w.dtype, config=w.config, order=order, stack=stack)
+    moved = jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)
+    return dataclasses.replace(moved, order=order, stack=stack)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 OUTLIER_MODES = ("batch", "token", "static")
@@ -117,7 +116,7 @@ class QTensor:
     q: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
-    dtype: Any = jnp.dtype("float32")
+    dtype: Any = "float32"
     config: Config = Config()
     order: tuple[int, ...] | None = None
     stack: tuple[int, ...] = ()
@@ -181,6 +180,6 @@ def contracted_axes(w: QTensor) -> tuple[int, ...]:
     return tuple(axis for axis in ones if w.q.shape[axis] != 1) or tuple(ones)
 
 
-def is_qtensor(x: Any) -> bool:
+def is_qtensor(x: Any) -> TypeGuard[QTensor]:
     """Whether `x` is a `QTensor`; for `is_leaf=`."""
     return isinstance(x, QTensor)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._outliers import DIGIT_BASE, Split, digits, outlier_part, split
+from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_part, split
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
@@ -38,19 +38,17 @@ def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementa
         return float_product(x.astype(jnp.float32), w, k_last=k_last)
     parts = split(x, config)
     k = x.shape[1]
-    total = None
+    total = jnp.float32(0)
     for start in range(0, k, MAX_K):
-        end = min(start + MAX_K, k)
-        piece = (x, parts, w) if k <= MAX_K else _slice_k(x, parts, w, k_last, start, end)
-        out = _product_of_split(*piece, config, k_last, implementation)
-        total = out if total is None else total + out
+        piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
+        total = total + _product_of_split(*piece, config=config, k_last=k_last, implementation=implementation)
     return total * w.scale
 
 
 def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
-    columns = None if parts.columns is None else parts.columns[start:end]
+    outliers = parts.outliers and parts.outliers._replace(columns=parts.outliers.columns[start:end])
     q = lax.slice_in_dim(w.q, start, end, axis=1 if k_last else 0)
-    return x[:, start:end], parts._replace(q=parts.q[:, start:end], columns=columns), w._replace(q=q)
+    return x[:, start:end], parts._replace(q=parts.q[:, start:end], outliers=outliers), w._replace(q=q)
 
 
 def float_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
@@ -62,23 +60,24 @@ def float_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     return _dot(x, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
 
 
-def _product_of_split(x, parts: Split, w: Weight, config: Config, k_last: bool, implementation: str) -> jax.Array:
+def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: bool, implementation: str) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
-    if parts.columns is None:
+    if parts.outliers is None:
         return _dequantize_sum(int8_dot(parts.q, w.q, k_last), parts.q, parts.scale, parts.zero, w, k_last)
     m = x.shape[0]
+    columns, step = parts.outliers
     if implementation == "xla_digits":
-        rows = digits(outlier_part(x, parts.columns, config), parts.step)
+        rows = digits(outlier_part(x, columns, config), step)
         sums = int8_dot(jnp.concatenate([parts.q, rows]), w.q, k_last)
         regular, outlier, row_sum = sums[:m], sums[m:], _row_sum(rows)
     else:
         regular = int8_dot(parts.q, w.q, k_last)
-        outlier, row_sum = gathered_product(x, parts.columns, parts.step, w.q, config, k_last)
+        outlier, row_sum = gathered_product(x, parts.outliers, w.q, config, k_last)
     out = _dequantize_sum(regular, parts.q, parts.scale, parts.zero, w, k_last)
     outlier = outlier.astype(jnp.float32)
     if w.zero is not None:
         outlier = outlier - row_sum.astype(jnp.float32) * w.zero
-    return out + (outlier[:m] * DIGIT_BASE + outlier[m:]) * parts.step
+    return out + (outlier[:m] * DIGIT_BASE + outlier[m:]) * step
 
 
 def _row_sum(q):
@@ -99,11 +98,12 @@ def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
     return out * scale
 
 
-def gathered_product(x, columns, step, q, config: Config, k_last: bool):
+def gathered_product(x, outliers: Outliers, q, config: Config, k_last: bool):
     """The two digits of the outliers in `x[m, k]` times the weights -> int32 `[2 m, n]`, and the digits' row sums.
 
-    Reads the columns that are set in bool `[k]` only, `BLOCK` at a time.
+    Reads the columns that hold outliers only, `BLOCK` at a time.
     """
+    columns, step = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
     count = jnp.sum(columns, dtype=jnp.int32)

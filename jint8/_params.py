@@ -1,0 +1,187 @@
+"""Whole parameter trees to int8 and back, and what they weigh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._paths import Patterns, leaf_paths, matches, path_string
+from jint8._quantize import canonical_axes, contract_last, dequantize, quantize
+from jint8._types import SCHEMES, Config, QTensor, is_qtensor
+
+# The last projection, to the vocabulary: it stays in floating point unless `include` names it.
+OUTPUT_HEADS = ("lm_head", "output_head", "head", "logits", "logits_dense", "unembed", "embed_out", "classifier")
+
+_ATTENTION_IN = ("query", "key", "value")
+_ATTENTION_OUT = ("out",)
+
+
+def quantize_params(
+    params: Any,
+    *,
+    config: Config = Config(),
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> Any:
+    """Turns the projection weights in a tree of Flax parameters into `QTensor`s; leaves the rest untouched.
+
+    Without a plan, the names of the standard layers decide: `kernel` is contracted over its first axis
+    (`[k, n]`; the `query`, `key`, `value` and `out` kernels of attention over the axes that Flax gives them), `weight`
+    over its last (`[n, k]`). Kernels of other ranks are ambiguous and left alone: use `jint8.plan`.
+
+    Args:
+      params: any pytree of arrays. `QTensor`s that it holds already are kept.
+      config: how to quantize; the scheme `"none"` returns `params` as they are.
+      plan: from leaf path to contracted axes, such as `jint8.plan` returns.
+      skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
+        (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`, `"*/gate"`.
+      include: patterns or a predicate that win over `skip` and over the default.
+
+    Returns:
+      A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of the
+      float weight.
+
+    Raises:
+      ValueError: a path in `plan` that isn't in `params`, axes that a leaf hasn't, or NaN or infinity in a weight; the
+        message names the leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> jint8.quantize_params(params)["dense"]["kernel"].q.dtype
+      dtype('int8')
+    """
+    if SCHEMES[config.scheme].weights is None:
+        return params
+    leaves = leaf_paths(params, is_leaf=is_qtensor)
+    if plan is not None and (unknown := sorted(set(plan) - {path for path, _ in leaves})):
+        raise ValueError(f"Expected the plan's paths to be in the parameters, got {', '.join(unknown)}.")
+    stacked = getattr(plan, "stacked", {})
+
+    def convert(key_path, leaf):
+        path = path_string(key_path)
+        if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
+            return leaf
+        included = matches(path, include)
+        if plan is not None:
+            axes, stack = plan.get(path), tuple(stacked.get(path, ()))
+        else:
+            axes, stack = standard_axes(path, leaf.ndim, included)
+        if axes is None or (not included and (matches(path, OUTPUT_HEADS) or matches(path, skip))):
+            return leaf
+        try:
+            axes = canonical_axes(tuple(axes), leaf.ndim)
+            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config)
+            return contract_last(w, axes, stack)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
+
+
+def standard_axes(path: str, ndim: int, included: bool = False) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """Contracted and stacked axes of a leaf of a standard Flax layer, by its name; None where it isn't a projection."""
+    *parents, name = path.split("/")
+    parent = parents[-1] if parents else ""
+    if name == "kernel" and ndim == 2:
+        return (0,), ()
+    if name == "kernel" and ndim == 3 and parent in _ATTENTION_IN:
+        return (0,), ()
+    if name == "kernel" and ndim == 3 and parent in _ATTENTION_OUT:
+        return (0, 1), ()
+    if name == "weight" and ndim in (2, 3):
+        return (ndim - 1,), tuple(range(ndim - 2))
+    if name == "embedding" and ndim == 2 and included:
+        return (1,), ()
+    return None, ()
+
+
+def dequantize_params(params: Any, dtype=None) -> Any:
+    """The tree with every `QTensor` turned back into a float array.
+
+    Args:
+      params: what `jint8.quantize_params` returned.
+      dtype: of those arrays; default: that of the weights before.
+
+    Returns:
+      A tree of the structure that `quantize_params` was given.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
+      >>> jint8.dequantize_params(params)["kernel"].shape
+      (4, 3)
+    """
+    return jax.tree.map(lambda leaf: dequantize(leaf, dtype) if is_qtensor(leaf) else leaf, params, is_leaf=is_qtensor)
+
+
+def with_config(params: Any, config: Config) -> Any:
+    """The tree with `config` as that of every `QTensor` in it."""
+
+    def replace(leaf):
+        return dataclasses.replace(leaf, config=config) if isinstance(leaf, QTensor) else leaf
+
+    return jax.tree.map(replace, params, is_leaf=is_qtensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of parameters, before and after quantization.
+
+    Attributes:
+      groups: from the name of a group of leaves (paths with layer numbers as `*`) to (bytes in floating point, bytes).
+    """
+
+    groups: dict[str, tuple[int, int]]
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of all leaves as they were before quantization."""
+        return sum(before for before, _ in self.groups.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all leaves as they are."""
+        return sum(after for _, after in self.groups.values())
+
+    def __str__(self):
+        rows = [(name, *sizes) for name, sizes in self.groups.items()] + [("total", self.float_bytes, self.bytes)]
+        width = max(len(name) for name, *_ in rows)
+        lines = [f"{'':{width}} {'float bytes':>15} {'bytes':>15} {'ratio':>6}"]
+        for name, before, after in rows:
+            lines.append(f"{name:{width}} {before:15,} {after:15,} {after / before if before else 1:6.3f}")
+        return "\n".join(lines)
+
+
+def memory_report(params: Any) -> MemoryReport:
+    """How many bytes a tree of parameters takes, and took before quantization.
+
+    Args:
+      params: any pytree of arrays (or `jax.ShapeDtypeStruct`s) and `QTensor`s.
+
+    Returns:
+      A printable `MemoryReport`: bytes per group of leaves that differ only in a layer's number, and totals.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> report = jint8.memory_report(jint8.quantize_params({"kernel": jnp.ones((64, 8))}))
+      >>> report.float_bytes, report.bytes
+      (2048, 544)
+    """
+    groups: dict[str, tuple[int, int]] = {}
+    for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
+        group = "/".join(re.sub(r"(^|_)\d+$", r"\1*", segment) for segment in path.split("/"))
+        itemsize = np.dtype(leaf.dtype).itemsize
+        before = math.prod(leaf.shape) * itemsize
+        after = leaf.nbytes if is_qtensor(leaf) else before
+        total = groups.get(group, (0, 0))
+        groups[group] = (total[0] + before, total[1] + after)
+    return MemoryReport(groups)
