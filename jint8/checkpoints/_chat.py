@@ -1,0 +1,58 @@
+"""Chat templates: Jinja as Hugging Face's tokenizers use it, in a sandbox."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jint8.checkpoints._optional import require
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """Render a chat template.
+
+    Args:
+        template: The Jinja source.
+        messages: The conversation.
+        **variables: What else the template may use (`add_generation_prompt`, `bos_token`, ...).
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: If the template can't be rendered, or refuses these messages.
+    """
+    jinja2 = require("jinja2")
+    try:
+        return _environment().from_string(template).render(messages=list(messages), **variables)
+    except (jinja2.TemplateError, TypeError) as e:
+        raise ValueError(f"Expected a chat that the tokenizer's template accepts, got: {e}") from e
+
+
+def _environment() -> Any:
+    jinja2, sandbox, ext = require("jinja2"), require("jinja2.sandbox"), require("jinja2.ext")
+
+    class Generation(ext.Extension):  # type: ignore[name-defined]
+        """`{% generation %}` marks the assistant's text for training; when rendering it is plain text."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    # The settings that the templates are written for: another one for blocks changes the white space of prompts.
+    env = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
+    )
+    # Jinja's own tojson escapes for HTML.
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env

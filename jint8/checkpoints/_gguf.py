@@ -1,0 +1,142 @@
+"""GGUF checkpoints: llama.cpp's files with Hugging Face's names, shapes and row order."""
+
+import math
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._gguf_config import config_from_metadata
+from jint8.checkpoints._gguf_file import GGUFFile, RawTensor, read_header
+from jint8.checkpoints._gguf_names import ARCHITECTURES, CONFIG_TENSORS, Architecture, hf_name
+from jint8.checkpoints._optional import require
+from jint8.checkpoints._tokenizer import Tokenizer
+from jint8.checkpoints._tokenizer_gguf import tokenizer_from_metadata
+
+# Types that are read as they are; every other one is dequantized to float32.
+PLAIN = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
+        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    }.items()
+}  # fmt: skip
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file, or the files of a split one."""
+
+    format = "gguf"
+
+    def __init__(self, path: Path):
+        self._gguf = require("gguf")
+        parts = [read_header(file) for file in _split_files(path)]
+        self._metadata = parts[0].metadata
+        arch = self._metadata.get("general.architecture")
+        if arch not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{parts[0].path}: Expected an architecture among {known}, got {arch!r}")
+        self._architecture: Architecture = ARCHITECTURES[arch]
+        self._begin: dict[str, tuple[Path, int]] = {}
+        self._maps: dict[Path, np.ndarray] | None = {}
+        infos = [info for part in parts for info in self._infos(part)]
+        tensors = {info.name: info for info in infos}
+        if len(tensors) != len(infos):
+            twice = next(i.name for i in infos if tensors[i.name] is not i)
+            raise ValueError(f"{path}: Expected every tensor once, got {twice!r} twice")
+        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+            if name not in tensors:
+                raise ValueError(f"{path}: Expected a tensor {name!r}, got none")
+        rope = {name: self._read_rows(t, 0, t.shape[0]) for name in CONFIG_TENSORS if (t := tensors.pop(name, None))}
+        config = config_from_metadata(
+            self._metadata,
+            self._architecture,
+            path=parts[0].path,
+            vocab_size=tensors["model.embed_tokens.weight"].shape[0],
+            tied="lm_head.weight" not in tensors,
+            attention_bias=any(name.endswith("q_proj.bias") for name in tensors),
+            rope_tensors=rope,
+        )
+        super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
+
+    def _infos(self, part: GGUFFile) -> list[TensorInfo]:
+        size = part.path.stat().st_size
+        infos = []
+        for raw in part.tensors:
+            where = f"{part.path}: tensor {raw.name!r}"
+            name = raw.name if raw.name in CONFIG_TENSORS else hf_name(raw.name, self._architecture)
+            if name is None:
+                arch = self._metadata["general.architecture"]
+                raise ValueError(f"{where}: Expected a tensor of the architecture {arch}, got an unknown name")
+            dtype, nbytes = self._type(raw, where)
+            if raw.begin + nbytes > size:
+                raise ValueError(f"{where}: Expected at least {raw.begin + nbytes} bytes, got {size} (truncated file)")
+            infos.append(TensorInfo(name=name, shape=raw.shape, dtype=dtype, file=part.path, nbytes=nbytes))
+            self._begin[name] = (part.path, raw.begin)
+        return infos
+
+    def _type(self, raw: RawTensor, where: str) -> tuple[str, int]:
+        """The name of a tensor's type, and its bytes."""
+        try:
+            kind = self._gguf.GGMLQuantizationType(raw.type)
+            block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
+            if kind.name not in PLAIN:
+                self._gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except (ValueError, KeyError, NotImplementedError) as e:
+            raise ValueError(f"{where}: Expected a type that the gguf package can dequantize, got {e}") from e
+        if block > 1 and (len(raw.shape) < 2 or raw.shape[-1] % block):
+            raise ValueError(
+                f"{where}: Expected rows of a multiple of {block} values for {kind.name}, got shape {raw.shape}"
+            )
+        return kind.name, math.prod(raw.shape) // block * block_bytes
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        if self._maps is None:
+            raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
+        file, begin = self._begin[info.name]
+        if file not in self._maps:
+            self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+        n_rows = info.shape[0] if info.shape else 1
+        raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, -1)
+        raw = raw[start:stop] if (order := self._row_order(info)) is None else raw[order[start:stop]]
+        shape = (stop - start, *info.shape[1:])
+        if info.dtype in PLAIN:
+            values = raw.reshape(-1).view(PLAIN[info.dtype]).reshape(shape)
+        else:
+            kind = self._gguf.GGMLQuantizationType[info.dtype]
+            values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
+        if self._architecture.unit_norms and info.name.endswith("norm.weight"):
+            values = values - np.ones((), values.dtype)
+        return values
+
+    def _row_order(self, info: TensorInfo) -> np.ndarray | None:
+        """Which stored row is each of Hugging Face's, or None where the order is the same."""
+        match = re.search(r"self_attn\.([qk])_proj\.", info.name)
+        if not self._architecture.rotary_pairs or match is None:
+            return None
+        heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+        if info.shape[0] % (2 * heads):
+            raise ValueError(
+                f"{info.file}: tensor {info.name!r}: Expected rows for {heads} heads, got shape {info.shape}"
+            )
+        return np.arange(info.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def tokenizer(self) -> Tokenizer | None:
+        return tokenizer_from_metadata(self._metadata, path=self.path)
+
+    def close(self) -> None:
+        self._maps = None
+
+
+def _split_files(path: Path) -> list[Path]:
+    """The files of a split model, of which `path` is one; or `path` alone."""
+    part = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if part is None:
+        return [path]
+    files = [path.with_name(f"{part[1]}-{i:05d}-of-{part[2]}.gguf") for i in range(1, int(part[2]) + 1)]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: Expected this file, which {path.name} implies, got none")
+    return files

@@ -1,0 +1,169 @@
+"""Hugging Face directories: config.json, one or many safetensors files, an index."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._json import read_json
+from jint8.checkpoints._tokenizer import Tokenizer
+from jint8.checkpoints._tokenizer_hf import tokenizer_from_directory
+
+INDEX = "model.safetensors.index.json"
+# FP8 and the packed types are left out on purpose: nothing above this layer can use them.
+DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
+        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+        "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+    }.items()
+}  # fmt: skip
+
+
+class _Span(NamedTuple):
+    file: Path
+    begin: int  # from the start of the file
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A directory as Hugging Face's libraries write it."""
+
+    format = "safetensors"
+
+    def __init__(self, path: Path):
+        files, weight_map = _find_files(path)
+        config = read_json(path / "config.json")
+        tensors: dict[str, TensorInfo] = {}
+        self._spans: dict[str, _Span] = {}
+        for file in files:
+            for info, begin in read_header(file):
+                if info.name in tensors:
+                    raise ValueError(
+                        f"Expected every tensor in one file, got {info.name!r} in {tensors[info.name].file} and {file}"
+                    )
+                tensors[info.name] = info
+                self._spans[info.name] = _Span(file, begin)
+        if weight_map is not None:
+            _check_index(path, weight_map, tensors)
+        super().__init__(path, config=config, tensors=tensors, files=files)
+        self._maps: dict[Path, np.ndarray] | None = {}
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        if self._maps is None:
+            raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
+        file, begin = self._spans[info.name]
+        if file not in self._maps:
+            self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+        dtype, row_shape = DTYPES[info.dtype], info.shape[1:]
+        row_bytes = math.prod(row_shape) * dtype.itemsize
+        raw = self._maps[file][begin + start * row_bytes : begin + stop * row_bytes]
+        return raw.view(dtype).reshape(stop - start, *row_shape)
+
+    def tokenizer(self) -> Tokenizer | None:
+        return tokenizer_from_directory(self.path, self.config)
+
+    def close(self) -> None:
+        self._maps = None
+
+
+def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    """The files that hold the tensors, and the index's map from tensor to file name where there is an index."""
+    if (path / "model.safetensors").exists():
+        return (path / "model.safetensors",), None
+    if (path / INDEX).exists():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError(f"{path / INDEX}: Expected a 'weight_map' from tensor to file name, got none")
+        names = list(dict.fromkeys(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{path / INDEX}: Expected file names, got the path {name!r}")
+            if not (path / name).exists():
+                raise FileNotFoundError(f"{path / name}: Expected this file, which {INDEX} names, got none")
+        return tuple(path / name for name in names), weight_map
+    files = tuple(sorted(path.glob("*.safetensors")))
+    if not files:
+        raise _no_safetensors(path)
+    for file in files:
+        if part := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", file.name):
+            for i in range(1, int(part[3]) + 1):
+                sibling = path / f"{part[1]}-{i:05d}-of-{part[3]}.safetensors"
+                if not sibling.exists():
+                    raise FileNotFoundError(f"{sibling}: Expected this file, which {file.name} implies, got none")
+    return files, None
+
+
+def _no_safetensors(path: Path) -> Exception:
+    if pickled := [*sorted(path.glob("*.bin")), *sorted(path.glob("*.pt")), *sorted(path.glob("*.pth"))]:
+        return ValueError(
+            f"{path}: Expected safetensors files, got PyTorch's {pickled[0].name}. Loading a pickle can run any code, "
+            "so it is refused; convert once, where you trust it: "
+            "transformers.AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST, safe_serialization=True)"
+        )
+    if ggufs := sorted(path.glob("*.gguf")):
+        return ValueError(f"{path}: Expected safetensors files, got GGUF: pass the file itself, {ggufs[0]}")
+    return FileNotFoundError(f"{path}: Expected *.safetensors files in this directory, got none")
+
+
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise ValueError(f"{path / file}: Expected tensor {name!r}, which {INDEX} places there, got none")
+    for name, info in tensors.items():
+        if name not in weight_map:
+            raise ValueError(f"{info.file}: Expected only tensors that {INDEX} lists, got {name!r}")
+
+
+def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
+    """Read and check the header of one safetensors file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Each tensor with the offset of its first byte in the file, in the order of the offsets.
+
+    Raises:
+        ValueError: If the file isn't safetensors, is truncated, or has a type that can't be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{file}: Expected a safetensors file whose header fits in it, got {length + 8} bytes of header in a "
+                f"file of {size} bytes (not safetensors, or truncated)"
+            )
+        try:
+            header = json.loads(f.read(length))
+            entries = [
+                (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
+                for name, e in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{file}: Expected a safetensors header, got one that doesn't parse: {e!r}") from e
+    out, end = [], 0
+    for name, dtype, shape, first, last in sorted(entries, key=lambda e: e[3:5]):
+        where = f"{file}: tensor {name!r}"
+        if dtype not in DTYPES:
+            raise ValueError(f"{where}: Expected a type among {', '.join(DTYPES)}, got {dtype}")
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        if min(shape, default=0) < 0 or last - first != nbytes:
+            raise ValueError(f"{where}: Expected {nbytes} bytes for {dtype}{list(shape)}, got {last - first}")
+        if first != end:
+            raise ValueError(f"{where}: Expected its data to start at byte {end}, where the last one ends, got {first}")
+        end = last
+        if 8 + length + end > size:
+            raise ValueError(f"{where}: Expected at least {8 + length + end} bytes, got {size} (truncated file)")
+        info = TensorInfo(name=name, shape=shape, dtype=dtype, file=file, nbytes=nbytes)
+        out.append((info, 8 + length + first))
+    if 8 + length + end != size:
+        raise ValueError(f"{file}: Expected {8 + length + end} bytes, got {size} (bytes that belong to no tensor)")
+    return out
