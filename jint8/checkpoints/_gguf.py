@@ -60,6 +60,8 @@ class GGUFCheckpoint(Checkpoint):
             rope_tensors=rope,
         )
         super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
+        for info in self.tensors.values():
+            self._row_order(info)  # checks that the rows are whole heads
 
     def _infos(self, part: GGUFFile) -> list[TensorInfo]:
         size = part.path.stat().st_size
@@ -106,7 +108,8 @@ class GGUFCheckpoint(Checkpoint):
             values = raw.reshape(-1).view(PLAIN[info.dtype]).reshape(shape)
         else:
             kind = self._gguf.GGMLQuantizationType[info.dtype]
-            values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
+            with np.errstate(all="ignore"):  # a damaged scale gives NaN, which quantization reports by name
+                values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
         if self._architecture.unit_norms and info.name.endswith("norm.weight"):
             values = values - np.ones((), values.dtype)
         return values
