@@ -160,7 +160,7 @@ def _add_ends(backend: Any, tokens: Sequence[str], bos: int | None, eos: int | N
     if first or last:
         template = [*(token for token, _ in first), "$A", *(token for token, _ in last)]
         backend.post_processor = require("tokenizers.processors").TemplateProcessing(
-            single=template, pair=[*template, *(t.replace("$A", "$B") for t in template)], special_tokens=first + last
+            single=template, special_tokens=first + last
         )
 
 

@@ -84,9 +84,8 @@ def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or read_json(path / "chat_template.json", optional=True).get(
-        "chat_template"
-    )
+    other = read_json(path / "chat_template.json", optional=True)
+    template = settings.get("chat_template") or other.get("chat_template")
     if isinstance(template, list):  # several templates with names
         named = {t["name"]: t["template"] for t in template}
         return named.get("default")

@@ -59,7 +59,7 @@ def test_chat(tok):
 
 def test_tokens_are_those_of_the_original_pipeline(ckpt, tok):
     """The published tokenizer.json: digits one by one, then GPT-2's byte level."""
-    metadata = ckpt._metadata
+    metadata = ckpt.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ")) for m in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
