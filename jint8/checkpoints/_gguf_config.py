@@ -65,7 +65,7 @@ def config_from_metadata(
             value = config["num_attention_heads"]
         if value is None:
             raise ValueError(f"{path}: Expected the metadata {arch}.{key}, got none")
-        if not isinstance(value, int | float) or value <= 0:
+        if not isinstance(value, float if name == "rms_norm_eps" else int) or not value > 0:
             raise ValueError(f"{path}: Expected a positive number as {arch}.{key}, got {value!r}")
         config[name] = value
     # Written as float32: 1e-05 reads back as 9.999999747378752e-06.

@@ -249,6 +249,27 @@ def test_llama3_rope_scaling(tmp_path, rng):
     assert "rope_freqs.weight" not in ckpt.tensors
 
 
+def test_phi3(tmp_path, rng):
+    """Fused projections, part of a head rotated, two tables of frequencies."""
+    tensors = {
+        k: v for k, v in llama_tensors(rng).items() if not any(part in k for part in ("_q.", "_k.", "_v.", "gate"))
+    }
+    tensors |= {"blk.0.attn_qkv.weight": rng.standard_normal((128, 64), np.float32)}
+    tensors |= {f"rope_factors_{kind}.weight": np.full(6, v, np.float32) for kind, v in (("long", 2), ("short", 1))}
+    metadata = llama_metadata(
+        "phi3", **{"phi3.rope.dimension_count": 12, "phi3.rope.scaling.original_context_length": 64}
+    )
+    ckpt = open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, metadata, arch="phi3"))
+    qkv = ckpt.read("model.layers.0.self_attn.qkv_proj.weight")
+    np.testing.assert_array_equal(qkv, tensors["blk.0.attn_qkv.weight"])
+    assert "model.layers.0.mlp.gate_up_proj.weight" in ckpt.tensors
+    assert ckpt.config["partial_rotary_factor"] == 0.75
+    assert ckpt.config["rope_scaling"] == {
+        "rope_type": "longrope", "long_factor": [2.0] * 6, "short_factor": [1.0] * 6,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+
+
 def test_other_rope_factors(tmp_path, rng):
     tensors = llama_tensors(rng) | {"rope_freqs.weight": np.linspace(1, 5, D // 2, dtype=np.float32)}
     with pytest.raises(ValueError, match=r"rope_freqs\.weight.*Llama 3"):

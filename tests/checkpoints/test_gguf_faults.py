@@ -66,10 +66,10 @@ def test_missing_metadata(tmp_path, tensors, key):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, llama_metadata(**{key: None})))
 
 
-@pytest.mark.parametrize("value", [0, [4, 4]], ids=["zero", "per_layer"])
+@pytest.mark.parametrize("value", [0, 4.5, [4, 4]], ids=["zero", "float", "per_layer"])
 def test_bad_metadata(tmp_path, tensors, value):
     metadata = llama_metadata(**{"llama.attention.head_count": value})
-    with pytest.raises(ValueError, match="positive number as llama.attention.head_count, got"):
+    with pytest.raises(ValueError, match=r"positive number as llama\.attention\.head_count, got"):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, metadata))
 
 
