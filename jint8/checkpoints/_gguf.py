@@ -26,15 +26,19 @@ PLAIN = {
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file, or the files of a split one."""
+    """A GGUF file, or the files of a split one.
+
+    Attributes:
+        metadata: The file's own key-value pairs (of a split model, those of the first file).
+    """
 
     format = "gguf"
 
     def __init__(self, path: Path):
-        self._gguf = require("gguf")
         parts = [read_header(file) for file in _split_files(path)]
-        self._metadata = parts[0].metadata
-        arch = self._metadata.get("general.architecture")
+        self._gguf = require("gguf")
+        self.metadata = parts[0].metadata
+        arch = self.metadata.get("general.architecture")
         if arch not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{parts[0].path}: Expected an architecture among {known}, got {arch!r}")
@@ -51,7 +55,7 @@ class GGUFCheckpoint(Checkpoint):
                 raise ValueError(f"{path}: Expected a tensor {name!r}, got none")
         rope = {name: self._read_rows(t, 0, t.shape[0]) for name in CONFIG_TENSORS if (t := tensors.pop(name, None))}
         config = config_from_metadata(
-            self._metadata,
+            self.metadata,
             self._architecture,
             path=parts[0].path,
             vocab_size=tensors["model.embed_tokens.weight"].shape[0],
@@ -60,6 +64,8 @@ class GGUFCheckpoint(Checkpoint):
             rope_tensors=rope,
         )
         super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
+        for info in self.tensors.values():
+            self._row_order(info)  # checks that the rows are whole heads
 
     def _infos(self, part: GGUFFile) -> list[TensorInfo]:
         size = part.path.stat().st_size
@@ -68,7 +74,7 @@ class GGUFCheckpoint(Checkpoint):
             where = f"{part.path}: tensor {raw.name!r}"
             name = raw.name if raw.name in CONFIG_TENSORS else hf_name(raw.name, self._architecture)
             if name is None:
-                arch = self._metadata["general.architecture"]
+                arch = self.metadata["general.architecture"]
                 raise ValueError(f"{where}: Expected a tensor of the architecture {arch}, got an unknown name")
             dtype, nbytes = self._type(raw, where)
             if raw.begin + nbytes > size:
@@ -99,14 +105,15 @@ class GGUFCheckpoint(Checkpoint):
         if file not in self._maps:
             self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
         n_rows = info.shape[0] if info.shape else 1
-        raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, -1)
+        raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, info.nbytes // max(n_rows, 1))
         raw = raw[start:stop] if (order := self._row_order(info)) is None else raw[order[start:stop]]
         shape = (stop - start, *info.shape[1:])
         if info.dtype in PLAIN:
             values = raw.reshape(-1).view(PLAIN[info.dtype]).reshape(shape)
         else:
             kind = self._gguf.GGMLQuantizationType[info.dtype]
-            values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
+            with np.errstate(all="ignore"):  # a damaged scale gives NaN, which quantization reports by name
+                values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
         if self._architecture.unit_norms and info.name.endswith("norm.weight"):
             values = values - np.ones((), values.dtype)
         return values
@@ -117,14 +124,14 @@ class GGUFCheckpoint(Checkpoint):
         if not self._architecture.rotary_pairs or match is None:
             return None
         heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-        if info.shape[0] % (2 * heads):
+        if not info.shape or info.shape[0] % (2 * heads):
             raise ValueError(
                 f"{info.file}: tensor {info.name!r}: Expected rows for {heads} heads, got shape {info.shape}"
             )
         return np.arange(info.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def tokenizer(self) -> Tokenizer | None:
-        return tokenizer_from_metadata(self._metadata, path=self.path)
+        return tokenizer_from_metadata(self.metadata, path=self.path)
 
     def close(self) -> None:
         self._maps = None

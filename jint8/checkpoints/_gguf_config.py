@@ -65,8 +65,8 @@ def config_from_metadata(
             value = config["num_attention_heads"]
         if value is None:
             raise ValueError(f"{path}: Expected the metadata {arch}.{key}, got none")
-        if not isinstance(value, int | float):
-            raise ValueError(f"{path}: Expected one number as {arch}.{key}, got {value!r}")
+        if not isinstance(value, float if name == "rms_norm_eps" else int) or not value > 0:
+            raise ValueError(f"{path}: Expected a positive number as {arch}.{key}, got {value!r}")
         config[name] = value
     # Written as float32: 1e-05 reads back as 9.999999747378752e-06.
     config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.7g}")
@@ -95,12 +95,8 @@ def _gemma(get: Any, config: dict[str, Any]) -> dict[str, Any]:
     # The largest model of each generation scales by the mean head size; the files don't say so (llama.cpp too goes by
     # the number of layers: 46 of Gemma 2, 62 of Gemma 3).
     large = config["num_hidden_layers"] in (46, 62)
-    extra: dict[str, Any] = {
-        "hidden_activation": config["hidden_act"],
-        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
-        if large
-        else config["head_dim"],
-    }
+    scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+    extra: dict[str, Any] = {"hidden_activation": config["hidden_act"], "query_pre_attn_scalar": scalar}
     if config["model_type"] == "gemma3_text":
         extra["rope_local_base_freq"] = float(get("rope.freq_base_swa", 10000.0))
         extra["sliding_window_pattern"] = 6
@@ -113,11 +109,12 @@ def _rope_scaling(
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(tensors["rope_freqs.weight"], config, path)
     original = get("rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in tensors:
+    long, short = (tensors.get(f"rope_factors_{kind}.weight") for kind in ("long", "short"))
+    if long is not None and short is not None:
         return {
             "rope_type": "longrope",
-            "long_factor": tensors["rope_factors_long.weight"].tolist(),
-            "short_factor": tensors["rope_factors_short.weight"].tolist(),
+            "long_factor": long.tolist(),
+            "short_factor": short.tolist(),
             "original_max_position_embeddings": original,
         }
     kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor")

@@ -75,6 +75,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Seque
     kind = PRE_TOKENIZERS[name]
     vocab = {t: i for i, t in enumerate(tokens)}
     merges = [tuple(m.split(" ", 1)) for m in _required(metadata, "merges", path)]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise ValueError(f"{path}: Expected merges of two tokens into a third, got {' '.join(merge)!r}")
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=kind.ignore_merges))
     if kind.nfc:
         backend.normalizer = require("tokenizers.normalizers").NFC()
@@ -88,9 +91,14 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: S
     tokenizers, models = require("tokenizers"), require("tokenizers.models")
     normalizers, decoders = require("tokenizers.normalizers"), require("tokenizers.decoders")
     scores = _required(metadata, "scores", path)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if len(scores) != len(tokens) or unknown >= len(tokens):
+        raise ValueError(
+            f"{path}: Expected a score for each of {len(tokens)} tokens and an unknown token among them, got "
+            f"{len(scores)} scores and {unknown}"
+        )
     pieces = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind not in (UNKNOWN, CONTROL, BYTE)}
     vocab = {t: i for i, t in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab, merges_from_scores(pieces, vocab), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
@@ -152,7 +160,7 @@ def _add_ends(backend: Any, tokens: Sequence[str], bos: int | None, eos: int | N
     if first or last:
         template = [*(token for token, _ in first), "$A", *(token for token, _ in last)]
         backend.post_processor = require("tokenizers.processors").TemplateProcessing(
-            single=template, pair=[*template, *(t.replace("$A", "$B") for t in template)], special_tokens=first + last
+            single=template, special_tokens=first + last
         )
 
 
