@@ -1,5 +1,8 @@
 """LLM.int8() for JAX: int8 matrix multiplication with 16-bit outliers, for Flax transformers."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jint8._contract import dot_general as dot_general
 from jint8._contract import einsum as einsum
 from jint8._matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
@@ -10,10 +13,31 @@ from jint8._params import MemoryReport as MemoryReport
 from jint8._params import dequantize_params as dequantize_params
 from jint8._params import memory_report as memory_report
 from jint8._params import quantize_params as quantize_params
+from jint8._params import with_config as with_config
 from jint8._quantize import dequantize as dequantize
 from jint8._quantize import quantize as quantize
 from jint8._types import SCHEMES as SCHEMES
 from jint8._types import Config as Config
 from jint8._types import QTensor as QTensor
 
+if TYPE_CHECKING:
+    from jint8._language_model import LanguageModel as LanguageModel
+    from jint8._load import load as load
+
 __version__ = "0.1.0"
+
+# Imported when first used, because they import flax.
+_LAZY = {"LanguageModel": "jint8._language_model", "load": "jint8._load"}
+_LAZY_MODULES = ("checkpoints", "linen", "models", "nnx")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"jint8.{name}")
+    raise AttributeError(f"module 'jint8' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY, *_LAZY_MODULES])

@@ -1,0 +1,140 @@
+"""Text generation: prefill and decode as two compiled functions, no Python per token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jint8.models._decoder import Decoder, LayerCache, context, make_cache
+
+SLOTS = 128  # the cache's length is a multiple of this, so that programs are shared by requests of similar length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Static: each combination is a program of its own, its numbers are not.
+
+    Attributes:
+      greedy: the most likely token.
+      top_k: among so many most likely tokens; 0 means all.
+      nucleus: whether `top_p` cuts the rest of the distribution off.
+    """
+
+    greedy: bool = True
+    top_k: int = 0
+    nucleus: bool = False
+
+
+class Knobs(NamedTuple):
+    """The numbers of sampling."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+
+
+class State(NamedTuple):
+    """Where a generation stands, between two runs of `decode`."""
+
+    tokens: jax.Array  # int32[b, slots]: prompts, padded on the left, and what was generated
+    slot: jax.Array  # int32: how many columns of tokens are filled
+    first: jax.Array | None  # int32[b]: where each row's prompt begins; None where nothing is padding
+    done: jax.Array  # bool[b]
+    cache: list[LayerCache]
+    key: jax.Array
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling, knobs: Knobs) -> jax.Array:
+    """Chooses a token from each row of float32 `logits[b, v]` -> int32 `[b]`."""
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / knobs.temperature
+    if sampling.top_k == 0 and not sampling.nucleus:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    # of the most likely tokens, sorted, each whose predecessors hold less than top_p stays: at least the first
+    top, index = lax.top_k(logits, min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
+    if sampling.nucleus:
+        share = jax.nn.softmax(top, axis=-1)
+        before = jnp.cumsum(share, axis=-1) - share
+        top = jnp.where(before < knobs.top_p, top, -jnp.inf).at[:, 0].set(top[:, 0])
+    choice = jax.random.categorical(key, top)
+    return jnp.take_along_axis(index, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "sampling", "eos"))
+def prefill(
+    model: Decoder,
+    params: Any,
+    prompt: jax.Array,
+    first: jax.Array | None,
+    key: jax.Array,
+    slots: int,
+    sampling: Sampling,
+    knobs: Knobs,
+    eos: tuple[int, ...],
+) -> State:
+    """Runs `prompt[b, s]` with a cache of `slots`, and appends the first new token."""
+    b, s = prompt.shape
+    empty = make_cache(model.config, b, slots, model.dtype)
+    logits, cache = _apply(model, params, prompt, context(prompt, 0, first), empty, last=True)
+    tokens = jnp.zeros((b, slots), jnp.int32).at[:, :s].set(prompt)
+    state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key)
+    return _append(logits[:, -1], state, sampling, knobs, eos)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "eos"), donate_argnames=("state",))
+def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling, knobs, eos: tuple[int, ...]):
+    """Appends tokens until `until` columns are filled or every row is done."""
+
+    def body(state: State) -> State:
+        token = lax.dynamic_slice_in_dim(state.tokens, state.slot - 1, 1, axis=1)
+        at = context(token, state.slot - 1, state.first)
+        logits, cache = _apply(model, params, token, at, state.cache)
+        return _append(logits[:, -1], state._replace(cache=cache), sampling, knobs, eos)
+
+    return lax.while_loop(lambda s: (s.slot < until) & ~jnp.all(s.done), body, state)
+
+
+def _apply(model: Decoder, params, *args, **kwargs) -> tuple[jax.Array, list[LayerCache]]:
+    return model.apply(params, *args, **kwargs)  # type: ignore[return-value]
+
+
+def _append(logits, state: State, sampling, knobs, eos) -> State:
+    key, subkey = jax.random.split(state.key)
+    token = sample(logits, subkey, sampling, knobs)
+    end = eos[0] if eos else 0
+    token = jnp.where(state.done, end, token)
+    done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
+    tokens = lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.slot))
+    return state._replace(tokens=tokens, slot=jnp.int32(state.slot + 1), done=done, key=key)
+
+
+def bucket(length: int) -> int:
+    """The length that a prompt is padded to: at most a quarter more (or 16), so that few programs serve all prompts."""
+    step = max(16, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def start(
+    model: Decoder, params: Any, prompts: list[list[int]], max_tokens: int, sampling, knobs, eos, seed: int
+) -> State:
+    """Prefills `prompts` (token ids, each with at least one) with room for `max_tokens` more.
+
+    Raises:
+      ValueError: an empty prompt.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("Expected prompts of at least one token, got an empty one.")
+    b, length = len(prompts), bucket(max(map(len, prompts)))
+    slots = -(-(length + max_tokens) // SLOTS) * SLOTS
+    padded = np.zeros((b, length), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
+    first = jnp.asarray(starts) if starts.any() else None
+    return prefill(model, params, padded, first, jax.random.key(seed), slots, sampling, knobs, eos)
