@@ -225,8 +225,10 @@ def _judge(leaf: Any, uses: list[Use]) -> tuple[list[Use], str | None]:
     if products and not agree:
         return [], "contracted over different axes in two places"
     whats = list(dict.fromkeys(use.what for use in uses))
+    if not products and all(what.startswith("elementwise") for what in whats):
+        return [], "; ".join(whats)
     if len(whats) > 1:
-        return products, "used in two ways: " + "; ".join(whats)
+        return products, f"used in {'two' if len(whats) == 2 else len(whats)} ways: {'; '.join(whats)}"
     return products, None if products else whats[0]
 
 

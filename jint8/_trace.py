@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from jax.extend.core import Literal
 
 from jint8._views import View
@@ -252,10 +253,9 @@ def _other(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
     bodies = [_open(param) for param in eqn.params.values() if hasattr(param, "eqns")]
     if len(bodies) == 1 and _ranks_agree(eqn, bodies[0]):
         return interpreter.run(bodies[0], operands)
-    shapes = {atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)} - {()}
-    what = "elementwise ({})" if len(shapes) < 2 else "used by {}"
+    what = f"elementwise ({eqn.primitive.name})" if _is_elementwise(eqn) else f"used by {eqn.primitive.name}"
     for view in operands:
-        interpreter.note(view, what.format(eqn.primitive.name))
+        interpreter.note(view, what)
     return [None] * len(eqn.outvars)
 
 
@@ -264,6 +264,14 @@ def _ranks_agree(eqn: Any, body: Any) -> bool:
         return [_rank(atom) for atom in atoms]
 
     return ranks(eqn.invars) == ranks(body.invars) and ranks(eqn.outvars) == ranks(body.outvars)
+
+
+def _is_elementwise(eqn: Any) -> bool:
+    try:
+        shape = np.broadcast_shapes(*(atom.aval.shape for atom in eqn.invars))
+    except ValueError:
+        return False
+    return all(out.aval.shape == shape for out in eqn.outvars)
 
 
 _UNCHANGED = [
@@ -285,6 +293,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNCHANGED, _unchanged),
     "transpose": _rearranged(lambda view, eqn: view.permuted(eqn.params["permutation"])),
     "squeeze": _rearranged(lambda view, eqn: view.indexed(eqn.params["dimensions"])),
+    "unstack": _rearranged(lambda view, eqn: view.indexed([eqn.params["axis"]])),
     "reshape": _rearranged(_reshaped),
     "broadcast_in_dim": _rearranged(
         lambda view, eqn: view.broadcast(len(eqn.params["shape"]), eqn.params["broadcast_dimensions"])
