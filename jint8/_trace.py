@@ -275,18 +275,8 @@ def _is_elementwise(eqn: Any) -> bool:
 
 
 _UNCHANGED = [
-    *(
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "device_put",
-        "layout_constraint",
-        "mesh_cast",
-        "name",
-        "pcast",
-        "pvary",
-    ),
-    *("optimization_barrier", "reduce_precision", "reshard", "rev", "sharding_constraint", "stop_gradient"),
+    *("convert_element_type", "copy", "device_put", "layout_constraint", "name", "optimization_barrier", "pvary"),
+    *("reduce_precision", "reshard", "rev", "sharding_constraint", "stop_gradient"),
 ]
 
 _RULES: dict[str, Rule] = {

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jint8
 
@@ -44,8 +46,8 @@ with_vjp.defvjp(lambda w, x: (with_vjp(w, x), None), lambda _, g: (g, g))
 
 def in_shard_map(w, x):
     mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
-    spec = PartitionSpec()
-    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(w, x)
+    specs = PartitionSpec(), PartitionSpec("d")
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=specs, out_specs=specs[1])(w, x)
 
 
 def loop(w, x):
@@ -89,6 +91,14 @@ CONTRACTED = {
     ),
     "stop_gradient": (lambda w, x: x @ lax.stop_gradient(w), (4, 8), X, (0,), ()),
     "optimization_barrier": (lambda w, x: x @ lax.optimization_barrier(w), (4, 8), X, (0,), ()),
+    "copy": (lambda w, x: x @ jnp.array(w, copy=True), (4, 8), X, (0,), ()),
+    "device_put": (lambda w, x: x @ jax.device_put(w), (4, 8), X, (0,), ()),
+    "reduce_precision": (lambda w, x: x @ lax.reduce_precision(w, 8, 7), (4, 8), X, (0,), ()),
+    "reversed": (lambda w, x: x @ w[:, ::-1], (4, 8), X, (0,), ()),
+    "checkpoint_name": (lambda w, x: x @ checkpoint_name(w, "w"), (4, 8), X, (0,), ()),
+    "layout constraint": (
+        lambda w, x: x @ with_layout_constraint(w, Layout(major_to_minor=(1, 0))), (4, 8), X, (0,), ()
+    ),
     "sharding constraint": (
         lambda w, x: x @ lax.with_sharding_constraint(w, jax.sharding.SingleDeviceSharding(jax.devices()[0])),
         (4, 8), X, (0,), (),
@@ -158,6 +168,11 @@ def test_contracted(case):
     fn, shape, args, axes, stacked = CONTRACTED[case]
     args = args if isinstance(args, tuple) else (args,)
     assert plan_one(fn, shape, *args) == (axes, stacked)
+
+
+def test_explicit_sharding():
+    with jax.set_mesh(jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))):
+        assert plan_one(lambda w, x: x @ jax.sharding.reshard(w, PartitionSpec(None, "d")), (4, 8), ROW) == ((0,), ())
 
 
 TWICE = "used in two ways: "
