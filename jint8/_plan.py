@@ -105,7 +105,7 @@ class Plan(Mapping[str, Axes]):
         """Adds leaves, or corrects their contracted axes.
 
         Args:
-          contracted: contracted axes by path pattern; negative ones count from the end.
+          contracted: contracted axes by path, or by path pattern; negative ones count from the end.
 
         Returns:
           A plan in which all leaves that match are contracted over these axes.
@@ -120,7 +120,7 @@ class Plan(Mapping[str, Axes]):
         """
         new: dict[str, Axes] = {}
         for pattern, axes in contracted.items():
-            paths = [path for path in self.shapes if matches(path, pattern)]
+            paths = [pattern] if pattern in self.shapes else [path for path in self.shapes if matches(path, pattern)]
             if not paths:
                 raise ValueError(f"Expected a pattern that matches a leaf of the plan, got {pattern!r}.")
             new |= {path: _checked_axes(path, self.shapes[path], axes) for path in paths}
@@ -157,7 +157,7 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
 
     Raises:
       TypeError: if `apply_fn` isn't callable.
-      ValueError: if `params` has no leaves, or two of the same path.
+      ValueError: if `params` has no array leaves, or two of the same path.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jint8
@@ -203,15 +203,15 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
         products, reason = _judge(leaf, uses)
         if reason is not None:
             skipped[path] = reason
-        if products and (reason is None or {use.what for use in uses if use.contracted is None} == {LOOKUP}):
-            axes = contracted if reason is None else tied
-            axes[path] = _sorted(products[0].contracted or ())
+        if products and all(use in products or use.what == LOOKUP for use in uses):
+            (contracted if reason is None else tied)[path] = _sorted(products[0].contracted)
             stacked[path] = _sorted(frozenset.intersection(*(use.stacked for use in products)))
     return Plan(contracted, stacked, skipped, tied, shapes)
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    # NumPy's scalar types, which say "this dtype", have both attributes too.
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def _judge(leaf: Any, uses: list[Use]) -> tuple[list[Use], str | None]:

@@ -61,7 +61,7 @@ class _Interpreter:
     uses: list[list[Use]]
 
     def note(self, view: View | None, use: str | Use) -> None:
-        """Notes a use; one that is no product, of an entry that was looked up, is what the lookup was for."""
+        """Notes a use. Whatever is done with looked-up entries, if it isn't a product, the use is the lookup."""
         if view is None:
             return
         if isinstance(use, str):
@@ -90,8 +90,12 @@ def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
 def _rank(atom: Any) -> int:
-    return len(atom.aval.shape)
+    return len(_shape(atom))
 
 
 # Rearrangements
@@ -114,7 +118,7 @@ def _rearranged(change: Callable[[View, Any], View]) -> Rule:
 
 
 def _reshaped(view: View, eqn: Any) -> View:
-    return view.reshaped(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)
+    return view.reshaped(_shape(eqn.invars[0]), _shape(eqn.outvars[0]))
 
 
 def _gather(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
@@ -135,7 +139,7 @@ def _gather(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
 
     # One index, as in kernel[layer], takes a layer out of a stack; an array of them is a lookup.
     picks_many = _rank(indices) - 1 > len(numbers.start_indices_batching_dims)
-    picked = [axis for axis in numbers.start_index_map if sizes[axis] < operand.aval.shape[axis]]
+    picked = [axis for axis in numbers.start_index_map if sizes[axis] < _shape(operand)[axis]]
     taken = replace(
         view.indexed(numbers.collapsed_slice_dims),
         axes=tuple(axes),
@@ -168,14 +172,16 @@ def _product(interpreter: _Interpreter, eqn: Any, operands: Views, contract: Any
     for view in rest:
         interpreter.note(view, "used as an index")
     if all(sides):
-        weights = [view is not None and _is_weight(view, atom) for view, atom in zip(sides, eqn.invars, strict=False)]
-        undecided = weights[0] == weights[1]
-        for view, is_weight in zip(sides, weights, strict=True):
-            if undecided:
+        weights = [
+            view is not None and _is_weight(view, atom) for view, atom in zip(sides, eqn.invars[:2], strict=True)
+        ]
+        if weights[0] == weights[1]:
+            for view in sides:
                 interpreter.note(view, "contracted with another parameter")
-            elif not is_weight:
-                interpreter.note(view, "an input that is multiplied by another parameter")
-        sides = [view if is_weight and not undecided else None for view, is_weight in zip(sides, weights, strict=True)]
+            return [None]
+        data = weights.index(False)
+        interpreter.note(sides[data], "an input that is multiplied by another parameter")
+        sides[data] = None
     for view, contracted, batched in zip(sides, contract, batch, strict=True):
         if view is not None:
             interpreter.note(view, _contraction(view, contracted, batched))
@@ -184,7 +190,7 @@ def _product(interpreter: _Interpreter, eqn: Any, operands: Views, contract: Any
 
 def _is_weight(view: View, atom: Any) -> bool:
     """Whether a parameter that meets another one in a product can be the weight, not an embedding or a query."""
-    repeated = any(not axes and size > 1 for axes, size in zip(view.axes, atom.aval.shape, strict=True))
+    repeated = any(not axes and size > 1 for axes, size in zip(view.axes, _shape(atom), strict=True))
     return not view.looked_up and not repeated and len(view.covers(range(len(view.axes)))) > 1
 
 
@@ -240,7 +246,7 @@ def _cond(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
 
 
 def _agreed(interpreter: _Interpreter, views: Sequence[View | None], otherwise: str) -> View | None:
-    """The view that an array shows in every case, or None, in which case the parameters' trace is lost."""
+    """The view that an array shows in every case, or None, in which case the parameters' track is lost."""
     if all(view == views[0] for view in views):
         return views[0]
     for view in views:
@@ -260,18 +266,16 @@ def _other(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
 
 
 def _ranks_agree(eqn: Any, body: Any) -> bool:
-    def ranks(atoms: Sequence[Any]) -> list[int]:
-        return [_rank(atom) for atom in atoms]
-
-    return ranks(eqn.invars) == ranks(body.invars) and ranks(eqn.outvars) == ranks(body.outvars)
+    pairs = (eqn.invars, body.invars), (eqn.outvars, body.outvars)
+    return all([*map(_rank, outer)] == [*map(_rank, inner)] for outer, inner in pairs)
 
 
 def _is_elementwise(eqn: Any) -> bool:
     try:
-        shape = np.broadcast_shapes(*(atom.aval.shape for atom in eqn.invars))
+        shape = np.broadcast_shapes(*map(_shape, eqn.invars))
     except ValueError:
         return False
-    return all(out.aval.shape == shape for out in eqn.outvars)
+    return all(_shape(out) == shape for out in eqn.outvars)
 
 
 _UNCHANGED = [

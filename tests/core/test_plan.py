@@ -290,12 +290,12 @@ def test_embedding_that_meets_a_weight_is_an_input():
 
 
 def test_static_arguments_and_keywords():
-    def apply(params, x, mode, *, train, rngs, scale):
-        assert (mode, train, type(scale)) == ("wide", False, float)
+    def apply(params, x, mode, *, train, rngs, scale, dtype):
+        assert (mode, train, type(scale), dtype) == ("wide", False, float, np.float32)
         return {"y": x @ params["w"], "noise": jax.random.normal(rngs["dropout"]), "mode": mode}
 
     params, rngs = {"w": np.ones((4, 8), np.float32)}, {"dropout": jax.random.key(0)}
-    found = jint8.plan(apply, params, *arrays((2, 4)), "wide", train=False, rngs=rngs, scale=0.5)
+    found = jint8.plan(apply, params, *arrays((2, 4)), "wide", train=False, rngs=rngs, scale=0.5, dtype=np.float32)
     assert found == {"w": (0,)}
 
 
@@ -434,6 +434,12 @@ def test_with_quantizes_a_tied_embedding():
     edited = plan.with_(plan.tied)
     assert edited == {"embed": (1,)}
     assert (edited.tied, edited.skipped) == ({}, {})
+
+
+def test_with_takes_a_path_before_a_pattern():
+    plan = jint8.Plan({}, shapes={"embed/w": (7, 4), "decoder/embed/w": (7, 4)})
+    assert plan.with_({"embed/w": (1,)}) == {"embed/w": (1,)}
+    assert plan.with_({"embed": (1,)}) == {"embed/w": (1,), "decoder/embed/w": (1,)}
 
 
 @pytest.mark.parametrize(
