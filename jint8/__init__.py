@@ -14,6 +14,8 @@ from jint8._params import dequantize_params as dequantize_params
 from jint8._params import memory_report as memory_report
 from jint8._params import quantize_params as quantize_params
 from jint8._params import with_config as with_config
+from jint8._plan import Plan as Plan
+from jint8._plan import plan as plan
 from jint8._quantize import dequantize as dequantize
 from jint8._quantize import quantize as quantize
 from jint8._types import SCHEMES as SCHEMES
