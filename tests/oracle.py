@@ -44,7 +44,7 @@ def _integers(x, axes, is_affine):
         if is_affine:
             low = np.min(x, axes, keepdims=True, initial=0)
             high = np.max(x, axes, keepdims=True, initial=0)
-            scale = ((high.astype(np.float64) - low) / 255).astype(np.float32)
+            scale = (high / 2 - low / 2) / np.float32(127.5)
             zero = np.rint(np.float32(-128) - low / scale)
             q = np.clip(np.rint(x / scale) + zero, -128, 127)
         else:
@@ -79,7 +79,7 @@ def matmul(x, w, scheme="llm.int8", threshold=6.0, mode="batch", bias=None):
     """
     granularity, _, is_affine, decomposes = SCHEMES[scheme]
     x = np.asarray(x, np.float64)
-    m, k = x.shape
+    k = x.shape[1]
     w_float = w.dequantize()
     bias = np.zeros(w_float.shape[1]) if bias is None else np.asarray(bias, np.float64)
     with np.errstate(invalid="ignore"):
@@ -99,7 +99,7 @@ def matmul(x, w, scheme="llm.int8", threshold=6.0, mode="batch", bias=None):
 
 
 def assert_close(got, exact, bound, rows_without_result=()):
-    """`got` is `exact` to within `bound` and one rounding to `got`'s dtype; the named rows are non-finite throughout."""
+    """`got` is `exact` to within `bound` and one rounding to its dtype; the named rows are non-finite throughout."""
     got = np.asarray(got)
     info = ml_dtypes.finfo(got.dtype)
     finite = np.setdiff1d(np.arange(len(exact)), rows_without_result)
