@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jint8._quantize import absmax, affine, divide_by, round_to_int8, symmetric
 from jint8._types import SCHEMES, Config
@@ -14,6 +15,7 @@ from jint8._types import SCHEMES, Config
 # so that the error is at most 2**-15.9 of it.
 DIGIT_BASE = 255
 LARGEST_TWO_DIGITS = 127 * DIGIT_BASE + 127
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
@@ -51,7 +53,7 @@ def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
 
 def exceeds(x: jax.Array, threshold: float) -> jax.Array:
     """Elementwise `abs(x) >= threshold`, compared in float32."""
-    return jnp.abs(x.astype(jnp.float32)) >= threshold
+    return jnp.abs(x.astype(jnp.float32)) >= min(threshold, LARGEST_FLOAT)
 
 
 class Outliers(NamedTuple):

@@ -10,6 +10,7 @@ how the outliers' two digits meet the weights:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ class Weight(NamedTuple):
     zero: jax.Array | None  # float32[n]
 
 
+# jit, because outside of one the gather's loop would be compiled at every call
+@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation"))
 def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementation: str) -> jax.Array:
     """`x[m, k]` times an int8 weight -> float32 `[m, n]`."""
     if implementation == "dequantize":
