@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -200,7 +200,7 @@ def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: floa
 
 
 def text_pieces(
-    chunks: Iterator[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]
+    chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]
 ) -> Iterator[list[str]]:
     """Pieces of text for each row, ending at end tokens and before stop texts."""
     streams = [tokenizer.stream() for _ in range(rows)]

@@ -160,8 +160,10 @@ def planned_params(
     for path, parts in names.items():
         _check_shapes(checkpoint, parts, expected[path].shape)
         axes = _quantized_axes(path, parts, len(expected[path].shape), config, skip, include)
-        quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
-        planned[path] = expected[path] if axes is None else jax.eval_shape(quantize, expected[path])
+        planned[path] = expected[path]
+        if axes is not None:
+            quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
+            planned[path] = jax.eval_shape(quantize, expected[path])
     return planned
 
 

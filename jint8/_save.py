@@ -151,9 +151,9 @@ def _is_array(value: Any) -> bool:
 
 
 def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], static: dict[str, Any]) -> QTensor:
-    fields = {name: _tuples(value) for name, value in static.items()}
+    fields: dict[str, Any] = {name: _tuples(value) for name, value in static.items()} | arrays
     fields |= {"dtype": jnp.dtype(static["dtype"]), "config": _decode_config(checkpoint, static["config"])}
-    w = QTensor(**arrays, **fields)
+    w = QTensor(**fields)
     if any(array.ndim != w.q.ndim for array in arrays.values()):
         raise TypeError(f"their ranks are {[array.ndim for array in arrays.values()]}")
     return w

@@ -56,7 +56,7 @@ def use_compile_cache(args: argparse.Namespace) -> None:
     """Have JAX keep compiled programs in the cache, unless told otherwise or to use another place."""
     import jax
 
-    if args.no_compile_cache or jax.config.jax_compilation_cache_dir is not None:
+    if args.no_compile_cache or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     directory = cache_directory() / "compiled"
     try:
