@@ -76,7 +76,7 @@ def load(
     with open_checkpoint(path) as checkpoint:
         if isinstance(checkpoint, Jint8Checkpoint):
             if not quantize or skip or include:
-                raise ValueError(f"{path}: Expected quantize, skip and include by default for a saved model.")
+                raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
             params = read_saved(checkpoint, abstract_params(model), config, dtype)
