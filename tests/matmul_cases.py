@@ -31,6 +31,13 @@ def _sized(leading, k, n, outliers=2, seed=0):
     return Case(x, _normal(k, n, seed=seed + 1))
 
 
+def _long_row_with(bad):
+    """A float maximum loses NaN in rows from about 512 up (XLA on the CPU)."""
+    case = _sized((3,), 2048, 4)
+    case.x[1, 1000] = bad
+    return case._replace(bad_rows=(1,))
+
+
 SHAPES = {
     "rows=1": _sized((1,), 64, 16),
     "rows=33": _sized((33,), 64, 16),
@@ -40,6 +47,8 @@ SHAPES = {
     "k=1_n=1": _sized((3,), 1, 1, outliers=1),
     "outliers=32_of_33": _sized((4,), 33, 8, outliers=32),
     "outliers=65_of_70": _sized((4,), 70, 8, outliers=65),
+    "nan_in_a_long_row": _long_row_with(np.nan),
+    "inf_in_a_long_row": _long_row_with(np.inf),
     "leading=()": _sized((), 20, 6),
     "leading=(2,3)": _sized((2, 3), 20, 6),
     "leading=(2,1,3)": _sized((2, 1, 3), 20, 6),

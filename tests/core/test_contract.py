@@ -5,6 +5,7 @@ is which axes meet, to float32 rounding.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,15 @@ def test_sum_over_a_label_of_x_comes_before_quantizing():
     x = np.array([[[1.0, 3.0]], [[4.0, 124.0]]], np.float32)  # sums: 5, 127
     w = weight((2, 4), (0,))
     np.testing.assert_allclose(jint8.einsum("abd,dn->bn", x, w), x.sum(0) @ w.dequantize(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["two_axes", "two_axes_permuted", "two_axes_apart"])
+def test_weights_that_are_stored_contracted_last_are_not_transposed(name):
+    x_shape, w_shape, contract, batch = DOTS[name]
+    x, w = activations(x_shape, contract[0]), weight(w_shape, contract[1], last=True)
+    text = jax.jit(lambda x, w: jint8.dot_general(x, w, (contract, batch))).lower(x, w).as_text()
+    assert re.search(r"stablehlo\.transpose.*xf32", text) or name == "two_axes"
+    assert not re.search(r"stablehlo\.transpose.*xi8", text)
 
 
 @pytest.mark.parametrize("implementation", ["xla_digits", "xla_gather", "dequantize"])

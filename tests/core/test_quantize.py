@@ -107,10 +107,11 @@ def test_empty_and_single(shape):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("scheme", ["llm.int8", "vector-zp", "absmax"])
 def test_non_finite_weights(bad, scheme):
-    w = normal(600, 3)  # long: a float maximum loses NaN there
-    w[300, 1] = bad
-    with pytest.raises(ValueError, match="Expected finite weights, got NaN or infinity"):
-        jint8.quantize(w, config=jint8.Config(scheme=scheme))
+    w = normal(2048, 3)  # long: a float maximum loses NaN there
+    w[1000, 1] = bad
+    for weight, axis in ((w, 0), (w.T, 1)):
+        with pytest.raises(ValueError, match="Expected finite weights, got NaN or infinity"):
+            jint8.quantize(weight, contract_axes=axis, config=jint8.Config(scheme=scheme))
 
 
 @pytest.mark.parametrize(
