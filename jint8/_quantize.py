@@ -27,12 +27,12 @@ def absmax(x: jax.Array, axis) -> jax.Array:
     return jnp.where(bits < INFINITY_BITS, lax.bitcast_convert_type(bits, jnp.float32), jnp.nan)
 
 
-def divide_by(x: jax.Array, divisor: float) -> jax.Array:
+def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
     """`x / divisor`, correctly rounded: XLA would turn a constant divisor into a product with its reciprocal."""
     return x / jnp.where(x >= 0, jnp.float32(divisor), jnp.float32(1.0))
 
 
-def round_to_int8(x: jax.Array, scale: jax.Array, largest: float = 127.0) -> jax.Array:
+def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 127.0) -> jax.Array:
     """`clip(round_half_even(x / scale))`, still in float32; 0 where the scale is 0 or subnormal."""
     steps = jnp.round(x.astype(jnp.float32) / scale)
     return jnp.where(scale < SMALLEST_NORMAL, 0.0, jnp.clip(steps, -largest, largest))

@@ -1,5 +1,6 @@
 """Which leaves of a tree become int8, and what the tree weighs before and after."""
 
+import re
 import typing
 
 import flax
@@ -62,7 +63,7 @@ PROJECTIONS = ["layers_0/up/kernel", "layers_1/down/weight", "layers_1/up/kernel
         ({"plan": {"layers_0/up/kernel": (0,)}, "skip": "up"}, []),
         ({"plan": {}}, []),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x\\w+", "", str(value)),
 )
 def test_which(options, expected):
     assert quantized(TREE, **options) == expected
