@@ -14,6 +14,8 @@ from jint8._params import dequantize_params as dequantize_params
 from jint8._params import memory_report as memory_report
 from jint8._params import quantize_params as quantize_params
 from jint8._params import with_config as with_config
+from jint8._plan import Plan as Plan
+from jint8._plan import plan as plan
 from jint8._quantize import dequantize as dequantize
 from jint8._quantize import quantize as quantize
 from jint8._types import SCHEMES as SCHEMES
@@ -23,11 +25,12 @@ from jint8._types import QTensor as QTensor
 if TYPE_CHECKING:
     from jint8._language_model import LanguageModel as LanguageModel
     from jint8._load import load as load
+    from jint8._save import save as save
 
 __version__ = "0.1.0"
 
 # Imported when first used, because they import flax.
-_LAZY = {"LanguageModel": "jint8._language_model", "load": "jint8._load"}
+_LAZY = {"LanguageModel": "jint8._language_model", "load": "jint8._load", "save": "jint8._save"}
 _LAZY_MODULES = ("checkpoints", "linen", "models", "nnx")
 
 

@@ -207,3 +207,12 @@ def memory_report(params: Any) -> MemoryReport:
         total = groups.get(group, (0, 0))
         groups[group] = (total[0] + before, total[1] + after)
     return MemoryReport(groups)
+
+
+def projection_bytes(params: Any) -> int:
+    """Bytes of the `QTensor`s in a tree; where there are none, of the weights that `quantize_params` would turn."""
+    is_projection = jax.tree.map(is_qtensor, params, is_leaf=is_qtensor)
+    if not any(jax.tree.leaves(is_projection)):
+        is_projection = jax.tree.map(is_qtensor, jax.eval_shape(quantize_params, params), is_leaf=is_qtensor)
+    nbytes = jax.tree.map(lambda leaf, counts: leaf.nbytes * counts, params, is_projection, is_leaf=is_qtensor)
+    return sum(jax.tree.leaves(nbytes))

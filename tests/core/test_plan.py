@@ -1,0 +1,468 @@
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+import jint8
+
+
+def arrays(*shapes, dtype=jnp.float32):
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+def plan_one(fn, shape, *args):
+    """Plans `fn(w, *args)` for one parameter; returns its contracted and stacked axes, or the reason to skip it."""
+    found = jint8.plan(lambda params, *args: fn(params["w"], *args), {"w": arrays(shape)[0]}, *args)
+    return (found["w"], found.stacked["w"]) if "w" in found else found.skipped["w"]
+
+
+X = jnp.ones((2, 3, 4))  # (b, s, d)
+ROW = jnp.ones((3, 4))
+TOKENS = jnp.zeros((2, 3), jnp.int32)
+
+
+@jax.custom_jvp
+def with_jvp(w, x):
+    return x @ w
+
+
+with_jvp.defjvp(lambda primals, tangents: (with_jvp(*primals), tangents[1]))
+
+
+@jax.custom_vjp
+def with_vjp(w, x):
+    return x @ w
+
+
+with_vjp.defvjp(lambda w, x: (with_vjp(w, x), None), lambda _, g: (g, g))
+
+
+def in_shard_map(w, x):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("d",))
+    specs = PartitionSpec(), PartitionSpec("d")
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=specs, out_specs=specs[1])(w, x)
+
+
+def loop(w, x):
+    return lax.fori_loop(0, jnp.int32(5), lambda i, x: x @ w[i], x)
+
+
+def carried(w, x):
+    return lax.while_loop(lambda c: c[1].sum() > 0, lambda c: (c[0], c[1] @ c[0]), (w, x))
+
+
+def scan(axis):
+    return lambda w, x: lax.scan(lambda x, w: (x @ w, None), x, jnp.moveaxis(w, axis, 0))[0]
+
+
+# name: function of the parameter, its shape, other arguments, contracted axes, stacked axes
+CONTRACTED = {
+    "matmul": (lambda w, x: x @ w, (4, 8), X, (0,), ()),
+    "weight on the left": (lambda w, x: w @ x, (8, 2), jnp.ones((2, 5)), (1,), ()),
+    "transposed": (lambda w, x: x @ w.T, (8, 4), X, (1,), ()),
+    "cast": (lambda w, x: x.astype(jnp.bfloat16) @ jnp.asarray(w, jnp.bfloat16), (4, 8), X, (0,), ()),
+    "merged outputs": (lambda w, x: x @ w.reshape(4, -1), (4, 2, 8), X, (0,), ()),
+    "merged inputs": (lambda w, x: x @ w.reshape(-1, 8), (2, 2, 8), X, (0, 1), ()),
+    "merged then split": (
+        lambda w, x: jnp.einsum("bsd,dhk", x, w.reshape(-1).reshape(4, 2, 3)), (4, 2, 3), X, (0,), ()
+    ),
+    "split output": (lambda w, x: jnp.einsum("bsd,dhk", x, w.reshape(4, 2, 3)), (4, 6), X, (0,), ()),
+    "split input": (
+        lambda w, x: jnp.einsum("bij,ijf", x.reshape(6, 2, 2), w.reshape(2, 2, 8)), (4, 8), X, (0,), ()
+    ),
+    "expanded and squeezed": (lambda w, x: x @ w[None, :, None].squeeze((0, 2)), (4, 8), X, (0,), ()),
+    "broadcast over the batch": (lambda w, x: x @ jnp.broadcast_to(w, (2, 4, 8)), (4, 8), X, (0,), ()),
+    "one input": (lambda w, x: x @ w, (1, 8), jnp.ones((2, 1)), (0,), ()),
+    "one output": (lambda w, x: x @ w[:, 0], (4, 1), X, (0,), ()),
+    "part of the outputs": (lambda w, x: x @ w[:, 2:4], (4, 8), X, (0,), ()),
+    "split outputs": (lambda w, x: [x @ part for part in jnp.split(w, 2, axis=1)], (4, 8), X, (0,), ()),
+    "static layer": (lambda w, x: x @ w[1], (5, 4, 8), X, (1,), (0,)),
+    "traced layer": (lambda w, x, i: x @ w[i], (5, 4, 8), (X, jnp.int32(1)), (1,), (0,)),
+    "layer by take": (lambda w, x, i: x @ jnp.take(w, i, axis=1), (4, 5, 8), (X, jnp.int32(1)), (0,), (1,)),
+    "looked-up experts": (
+        lambda w, x, i: jnp.einsum("bsd,bsdf->bsf", x, w[i]), (5, 4, 8), (X, TOKENS), (1,), (0,)
+    ),
+    "stop_gradient": (lambda w, x: x @ lax.stop_gradient(w), (4, 8), X, (0,), ()),
+    "optimization_barrier": (lambda w, x: x @ lax.optimization_barrier(w), (4, 8), X, (0,), ()),
+    "copy": (lambda w, x: x @ jnp.array(w, copy=True), (4, 8), X, (0,), ()),
+    "device_put": (lambda w, x: x @ jax.device_put(w), (4, 8), X, (0,), ()),
+    "reduce_precision": (lambda w, x: x @ lax.reduce_precision(w, 8, 7), (4, 8), X, (0,), ()),
+    "reversed": (lambda w, x: x @ w[:, ::-1], (4, 8), X, (0,), ()),
+    "checkpoint_name": (lambda w, x: x @ checkpoint_name(w, "w"), (4, 8), X, (0,), ()),
+    "layout constraint": (
+        lambda w, x: x @ with_layout_constraint(w, Layout(major_to_minor=(1, 0))), (4, 8), X, (0,), ()
+    ),
+    "sharding constraint": (
+        lambda w, x: x @ lax.with_sharding_constraint(w, jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        (4, 8), X, (0,), (),
+    ),
+    "used twice": (lambda w, x: (x @ w) @ w, (4, 4), X, (0,), ()),
+    "jit": (lambda w, x: jax.jit(lambda x, w: x @ w)(x, w), (4, 8), X, (0,), ()),
+    "jit of a transpose": (lambda w, x: x @ jax.jit(jnp.transpose)(w), (8, 4), X, (1,), ()),
+    "remat": (lambda w, x: jax.checkpoint(lambda x, w: x @ w)(x, w), (4, 8), X, (0,), ()),
+    "custom_jvp": (with_jvp, (4, 8), X, (0,), ()),
+    "custom_vjp": (with_vjp, (4, 8), X, (0,), ()),
+    "shard_map": (in_shard_map, (4, 8), ROW, (0,), ()),
+    "vmap over experts": (jax.vmap(lambda w, x: x @ w), (2, 4, 8), X, (1,), (0,)),
+    "vmap over the last axis": (jax.vmap(lambda w, x: x @ w, (-1, 0)), (4, 8, 2), X, (0,), (2,)),
+    "vmap over experts, one input": (jax.vmap(lambda w, x: x @ w, (0, None)), (5, 4, 8), X, (1,), ()),
+    "vmap over layers with an index": (
+        jax.vmap(lambda w, x, i: x @ w[i], (0, 0, None)), (2, 6, 4, 8), (X, jnp.int32(1)), (2,), (0, 1)
+    ),
+    "vmap over layers with an index each": (
+        jax.vmap(lambda w, x, i: x @ w[i]), (2, 6, 4, 8), (X, jnp.array([1, 0])), (2,), (0, 1)
+    ),
+    "scan axis 0": (scan(0), (5, 4, 4), X, (1,), (0,)),
+    "scan axis 1": (scan(1), (4, 5, 4), X, (0,), (1,)),
+    "scan axis 2": (scan(2), (4, 4, 5), X, (0,), (2,)),
+    "scan with a shared weight": (
+        lambda w, x: lax.scan(lambda x, _: (x @ w, x), x, None, length=3), (4, 4), X, (0,), ()
+    ),
+    "scan in a scan": (
+        lambda w, x: lax.scan(lambda x, w: (scan(0)(w, x), None), x, w), (2, 5, 4, 4), X, (2,), (0, 1)
+    ),
+    "scan that carries the weight": (
+        lambda w, x: lax.scan(lambda c, _: ((c[0], c[1] @ c[0]), None), (w, x), None, length=3), (4, 4), X, (0,), ()
+    ),
+    "scan that returns the weight": (
+        lambda w, x: X @ lax.scan(lambda x, w: (x, w), x, w)[1][2], (5, 4, 8), X, (1,), (0,)
+    ),
+    "map": (lambda w, x: lax.map(lambda w: x @ w, w), (5, 4, 8), X, (1,), (0,)),
+    "fori_loop": (loop, (5, 4, 4), X, (1,), (0,)),
+    "while that carries the weight": (carried, (4, 4), X, (0,), ()),
+    "cond": (lambda w, x: lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: -x @ w, w), (4, 4), X, (0,), ()),
+    "cond in which one branch uses it": (
+        lambda w, x: lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: x, w), (4, 4), X, (0,), ()
+    ),
+    "unstacked": (lambda w, x: [x @ layer for layer in w], (5, 4, 8), X, (1,), (0,)),
+    "cond that returns the weight": (
+        lambda w, x: x @ lax.cond(x.sum() > 0, lambda w: w.T, lambda w: jnp.transpose(w), w), (8, 4), X, (1,), ()
+    ),
+    "gradient of the input": (
+        lambda w, x: jax.vjp(lambda x: x, x @ w)[1](x @ w), (4, 8), X, (0,), ()
+    ),
+    "expert einsum": (lambda w, x: jnp.einsum("ECD,EDF->ECF", x, w), (2, 4, 8), X, (1,), (0,)),
+    "ragged_dot": (
+        lambda w, x, sizes: lax.ragged_dot(x, w, sizes), (5, 4, 8), (jnp.ones((10, 4)), jnp.full(5, 2)), (1,), (0,)
+    ),
+    "gemma q": (lambda w, x: jnp.einsum("BTD,NDH->BTNH", x, w), (2, 4, 8), X, (1,), ()),
+    "gemma kv": (lambda w, x: jnp.einsum("BSD,CKDH->CBSKH", x, w), (2, 1, 4, 8), X, (2,), ()),
+    "gemma out": (lambda w, x: jnp.einsum("BTNH,NHD->BTD", x, w), (3, 4, 8), jnp.ones((2, 5, 3, 4)), (0, 1), ()),
+    "gemma gating": (lambda w, x: jnp.einsum("...F,NFH->...NH", x, w), (2, 4, 8), X, (1,), ()),
+    "gemma gate by slices": (lambda w, x: (x @ w[0]) * (x @ w[1]), (2, 4, 8), X, (1,), (0,)),
+    "ellipsis einsum": (lambda w, x: jnp.einsum("...d,dhk->...hk", x, w), (4, 2, 8), X, (0,), ()),
+    "einsum with the weight first": (lambda w, x: jnp.einsum("fd,bsd->bsf", w, x), (8, 4), X, (1,), ()),
+    "padded batch of one": (lambda w, x: jnp.einsum("bsd,hdk->bhsk", x, w.reshape(1, 4, 8)), (4, 8), X, (0,), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTRACTED)
+def test_contracted(case):
+    fn, shape, args, axes, stacked = CONTRACTED[case]
+    args = args if isinstance(args, tuple) else (args,)
+    assert plan_one(fn, shape, *args) == (axes, stacked)
+
+
+def test_explicit_sharding():
+    with jax.set_mesh(jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))):
+        assert plan_one(lambda w, x: x @ jax.sharding.reshard(w, PartitionSpec(None, "d")), (4, 8), ROW) == ((0,), ())
+
+
+TWICE = "used in two ways: "
+
+# name: function of the parameter, its shape, other arguments, reason
+SKIPPED = {
+    "lookup by index": (lambda w, i: w[i], (7, 4), TOKENS, "embedding lookup"),
+    "lookup by take": (lambda w, i: jnp.take(w, i, axis=0) * 2, (7, 4), TOKENS, "embedding lookup"),
+    "lookup of one token": (lambda w, i: jnp.take(w, i, axis=0), (7, 4), TOKENS[:1, :1], "embedding lookup"),
+    "lookup in stacked tables": (
+        lambda w, i: jax.vmap(lambda w: w[i])(w).sum(0), (5, 7, 4), TOKENS, "embedding lookup"
+    ),
+    "lookup of matrices": (lambda w, i: w[i] + 1, (7, 4, 2), TOKENS, "embedding lookup"),
+    "lookup in a scan": (lambda w, i: lax.map(lambda w: w[i], w), (5, 7, 4), TOKENS, "embedding lookup"),
+    "bias": (lambda w, x: x + w, (4,), X, "elementwise (add)"),
+    "norm": (lambda w, x: x * (1 + w), (4,), X, "elementwise (add)"),
+    "masked": (lambda w, x: x @ (w * jnp.tri(4)), (4, 4), X, "elementwise (mul)"),
+    "scalar": (lambda w, x: x * w, (), X, "elementwise (mul)"),
+    "scanned bias": (lambda w, x: lax.scan(lambda x, w: (x + w, None), x, w), (5, 4), X, "elementwise (add)"),
+    "sum": (lambda w, x: w.sum() + x, (4, 4), X, "used by reduce_sum"),
+    "concatenated": (lambda w, x: x @ jnp.concatenate([w, w], 1), (4, 4), X, "used by concatenate"),
+    "convolution": (
+        lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME"), (5, 3, 3), X, "convolution"
+    ),
+    "vector": (lambda w, x: x @ w, (4,), X, "contracted over all its axes: not a projection"),
+    "scanned vector": (
+        lambda w, x: lax.map(lambda w: x @ w, w), (5, 4), X, "contracted over all its axes: not a projection"
+    ),
+    "outer product": (lambda w, x: jnp.einsum("bsd,n->bsdn", x, w), (6,), X, "multiplied without a contraction"),
+    "unused": (lambda w, x: x, (4, 4), X, "not used"),
+    "returned": (lambda w, x: (w, x), (4, 4), X, "not used"),
+    "lookup and head": (
+        lambda w, i: w[i] @ w.T, (7, 4), TOKENS, TWICE + "embedding lookup; contracted over axes (1,)"
+    ),
+    "product and norm": (
+        lambda w, x: (x @ w, (w**2).sum()), (4, 4), X, TWICE + "contracted over axes (0,); elementwise (integer_pow)"
+    ),
+    "two directions": (lambda w, x: x @ w + x @ w.T, (4, 4), X, "contracted over different axes in two places"),
+    "forward and backward": (
+        lambda w, x: jax.grad(lambda x: (x @ w).sum())(x), (4, 8), X, "contracted over different axes in two places"
+    ),
+    "with itself": (lambda w, x: w @ w.T, (4, 8), X, "contracted with another parameter"),
+    "a part of an axis": (
+        lambda w, x: jnp.einsum("bsd,idf->bsif", x, w.reshape(2, 4, 3)), (8, 3), X,
+        "reshape can't be followed: only a part of axis 0 is contracted",
+    ),
+    "axes that a reshape mixes": (
+        lambda w, x: x @ w.reshape(4, 6), (3, 8), X, "reshape can't be followed: only a part of axis 0 is contracted"
+    ),
+    "axes that a permutation mixes": (
+        lambda w, x: x @ w.reshape(2, 2, 6).swapaxes(1, 2).reshape(24).reshape(4, 6), (4, 6), X,
+        "reshape can't be followed: only a part of axis 0 is contracted",
+    ),
+    "blocks of a scanned axis": (
+        lambda w, x: lax.scan(lambda y, w: (y + x @ w, None), jnp.zeros((2, 3, 8)), w.reshape(2, 4, 8)), (8, 8), X,
+        "reshape can't be followed: only a part of axis 0 is contracted",
+    ),
+    "changed by a scan": (
+        lambda w, x: lax.scan(lambda w, _: (w.T, None), w, None, length=3), (4, 4), X, "changed by a loop"
+    ),
+    "changed by a while": (
+        lambda w, x: lax.while_loop(lambda w: False, lambda w: w[::-1].T, w), (4, 4), X, "changed by a loop"
+    ),
+    "chosen by a condition": (
+        lambda w, x: x @ lax.cond(x.sum() > 0, lambda: w, lambda: w.T), (4, 4), X, "chosen by a condition"
+    ),
+    "an index": (lambda w, x: lax.dynamic_slice(x[0, 0], (w.astype(jnp.uint32),), (1,)), (), X, "used as an index"),
+    "two elementwise uses": (lambda w, x: (x + w) * w, (4,), X, "elementwise (add); elementwise (mul)"),
+    "three uses": (
+        lambda w, x: (x @ w + w, w.sum()), (4, 4), X[0, :1],
+        "used in 3 ways: contracted over axes (0,); elementwise (add); used by reduce_sum",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_skipped(case):
+    fn, shape, args, reason = SKIPPED[case]
+    assert plan_one(fn, shape, args) == reason
+
+
+def test_tied_embedding_keeps_its_contracted_axes():
+    found = jint8.plan(lambda p, i: p["embed"][i] @ p["embed"].T, {"embed": jnp.ones((7, 4))}, TOKENS)
+    assert "embed" not in found
+    assert found.tied == {"embed": (1,)}
+    assert found.stacked == {"embed": ()}
+
+
+def test_merged_lora_and_query_parameters():
+    params = {"w": jnp.ones((4, 8)), "a": jnp.ones((4, 2)), "b": jnp.ones((2, 8)), "query": jnp.ones((6, 8))}
+
+    def apply(p, x):
+        hidden = x @ (p["w"] + p["a"] @ p["b"])
+        return hidden @ p["w"].T, jnp.broadcast_to(p["query"], (2, 6, 8)) @ p["w"].T
+
+    assert jint8.plan(apply, params, X).skipped == {
+        "a": "contracted with another parameter",
+        "b": "contracted with another parameter",
+        "query": "an input that is multiplied by another parameter",
+        "w": TWICE + "elementwise (add); contracted over axes (1,)",
+    }
+
+
+def test_unmerged_lora():
+    params = {"w": jnp.ones((4, 8)), "a": jnp.ones((4, 2)), "b": jnp.ones((2, 8))}
+    assert jint8.plan(lambda p, x: x @ p["w"] + x @ p["a"] @ p["b"], params, X) == {"a": (0,), "b": (0,), "w": (0,)}
+
+
+def test_embedding_that_meets_a_weight_is_an_input():
+    params = {"embed": jnp.ones((7, 4)), "w": jnp.ones((4, 8))}
+    for tokens in (TOKENS, jnp.int32(3)):
+        found = jint8.plan(lambda p, i: p["embed"][i] @ p["w"], params, tokens)
+        assert found == {"w": (0,)}
+        assert set(found.skipped) == {"embed"}
+
+
+def test_static_arguments_and_keywords():
+    def apply(params, x, mode, *, train, rngs, scale, dtype):
+        assert (mode, train, type(scale), dtype) == ("wide", False, float, np.float32)
+        return {"y": x @ params["w"], "noise": jax.random.normal(rngs["dropout"]), "mode": mode}
+
+    params, rngs = {"w": np.ones((4, 8), np.float32)}, {"dropout": jax.random.key(0)}
+    found = jint8.plan(apply, params, *arrays((2, 4)), "wide", train=False, rngs=rngs, scale=0.5, dtype=np.float32)
+    assert found == {"w": (0,)}
+
+
+def test_leaves_that_are_no_floats():
+    params = {
+        "count": jnp.int32(0),
+        "key": jax.random.key(0),
+        "mask": jnp.ones((4, 8), bool),
+        "name": "block",
+        "none": None,
+    }
+    found = jint8.plan(lambda p, x: x @ p["mask"] + p["count"], params, X)
+    assert found == {}
+    assert found.skipped == {
+        "count": "not floating point (int32)",
+        "key": "not floating point (key<fry>)",
+        "mask": "not floating point (bool)",
+    }
+
+
+def test_planning_175b_parameters_takes_no_memory():
+    layers, width, vocab = 96, 12288, 50257
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    params = {
+        "embed": jax.ShapeDtypeStruct((vocab, width), jnp.bfloat16),
+        **{
+            f"layer_{i}": {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+            for i in range(layers)
+        },
+    }
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) > 174e9
+
+    def apply(params, tokens):
+        x = params["embed"][tokens]
+        for i in range(layers):
+            layer = params[f"layer_{i}"]
+            q, _, _ = jnp.split(x @ layer["qkv"], 3, axis=-1)
+            x = x + q @ layer["out"]
+            x = x + jax.nn.gelu(x @ layer["up"]) @ layer["down"]
+        return x @ params["embed"].T
+
+    start = time.perf_counter()
+    found = jint8.plan(apply, params, jax.ShapeDtypeStruct((1, 2048), jnp.int32))
+    assert time.perf_counter() - start < 10
+    assert dict(found) == {f"layer_{i}/{name}": (0,) for i in range(layers) for name in shapes}
+    assert found.tied == {"embed": (1,)}
+
+
+def test_rejects_what_is_no_function():
+    with pytest.raises(TypeError, match="callable, got dict"):
+        jint8.plan({}, {"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("params", [{}, {"name": "block"}], ids=["empty", "no arrays"])
+def test_rejects_trees_without_arrays(params):
+    with pytest.raises(ValueError, match="array leaves"):
+        jint8.plan(lambda params: 0, params)
+
+
+def test_rejects_ambiguous_paths():
+    w = jnp.ones((4, 8))
+    with pytest.raises(ValueError, match="'a/w'"):
+        jint8.plan(lambda p, x: x, {"params": {"a": {"w": w}}, "a": {"w": w}}, X)
+
+
+def test_errors_of_the_function_pass_through():
+    with pytest.raises(ZeroDivisionError):
+        jint8.plan(lambda p: 1 / 0, {"w": jnp.ones((4, 8))})
+
+
+@pytest.fixture
+def found():
+    params = {
+        "embed": jnp.ones((7, 4)),
+        "layers": [{"up": jnp.ones((4, 8)), "bias": jnp.ones(8)} for _ in range(2)],
+        "experts": jnp.ones((3, 8, 5)),
+    }
+
+    def apply(params, tokens):
+        x = params["embed"][tokens]
+        y = sum(x @ layer["up"] + layer["bias"] for layer in params["layers"])
+        return jnp.einsum("bsd,edf->bsef", y, params["experts"]), [y @ expert for expert in params["experts"]]
+
+    return jint8.plan(apply, params, TOKENS)
+
+
+def test_mapping(found):
+    assert dict(found) == {"experts": (1,), "layers/0/up": (0,), "layers/1/up": (0,)}
+    assert found.shapes["experts"] == (3, 8, 5)
+    assert found.get("embed") is None
+    with pytest.raises(KeyError):
+        found["embed"]
+
+
+def test_printed_table_is_aligned(found):
+    assert (
+        str(found)
+        == """\
+contracted   shape      axes  stacked
+experts      (3, 8, 5)  (1,)
+layers/0/up  (4, 8)     (0,)
+layers/1/up  (4, 8)     (0,)
+
+skipped        shape   reason
+embed          (7, 4)  embedding lookup
+layers/0/bias  (8,)    elementwise (add)
+layers/1/bias  (8,)    elementwise (add)"""
+    )
+    assert repr(found) == "Plan(3 contracted, 3 skipped)"
+
+
+def test_without(found):
+    edited = found.without("layers/1", lambda path: path == "experts")
+    assert dict(edited) == {"layers/0/up": (0,)}
+    assert edited.skipped["experts"] == edited.skipped["layers/1/up"] == "left out"
+    assert set(edited.stacked) == {"layers/0/up"}
+    assert len(found) == 3
+    assert found.without("lm_head") == found
+
+
+def test_with_adds_and_corrects(found):
+    edited = found.with_({"embed": (-1,), "up": [1]})
+    assert dict(edited) == {"embed": (1,), "experts": (1,), "layers/0/up": (1,), "layers/1/up": (1,)}
+    assert set(edited.skipped) == {"layers/0/bias", "layers/1/bias"}
+    assert "embed" not in found
+
+
+def test_with_takes_an_axis_out_of_the_stacked_ones():
+    plan = jint8.plan(lambda p, x: x @ p["w"][0], {"w": jnp.ones((5, 4, 8))}, X)
+    assert plan.stacked == {"w": (0,)}
+    assert plan.with_({"w": (0, 1)}).stacked == {"w": ()}
+
+
+def test_with_quantizes_a_tied_embedding():
+    plan = jint8.plan(lambda p, i: p["embed"][i] @ p["embed"].T, {"embed": jnp.ones((7, 4))}, TOKENS)
+    edited = plan.with_(plan.tied)
+    assert edited == {"embed": (1,)}
+    assert (edited.tied, edited.skipped) == ({}, {})
+
+
+def test_with_takes_a_path_before_a_pattern():
+    plan = jint8.Plan({}, shapes={"embed/w": (7, 4), "decoder/embed/w": (7, 4)})
+    assert plan.with_({"embed/w": (1,)}) == {"embed/w": (1,)}
+    assert plan.with_({"embed": (1,)}) == {"embed/w": (1,), "decoder/embed/w": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"lm_head": (0,)}, "'lm_head'"),
+        ({"embed": (2,)}, "'embed' with shape"),
+        ({"embed": (0, -2, 1)}, "'embed' with shape"),
+        ({"embed": ()}, "'embed' with shape"),
+        ({"bias": (0,)}, "'layers/0/bias' with shape"),
+    ],
+    ids=["no such leaf", "no such axis", "all axes", "no axis", "vector"],
+)
+def test_with_rejects(found, edit, message):
+    with pytest.raises(ValueError, match=message):
+        found.with_(edit)
+
+
+def test_equality(found):
+    same = jint8.Plan(dict(found), found.stacked, found.skipped, found.tied, found.shapes)
+    assert found == same
+    assert found == dict(found)
+    assert found != found.without("experts")
+    assert found.without("experts") != jint8.Plan(dict(found.without("experts")))
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(found)
