@@ -1,6 +1,5 @@
 """Which leaves of a tree become int8, and what the tree weighs before and after."""
 
-import re
 import typing
 
 import flax
@@ -43,28 +42,27 @@ TREE = {
 PROJECTIONS = ["layers_0/up/kernel", "layers_1/down/weight", "layers_1/up/kernel"]
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, PROJECTIONS),
-        ({"skip": "layers_0"}, PROJECTIONS[1:]),
-        ({"skip": ("up", "down")}, []),
-        ({"skip": "layers_*"}, []),
-        ({"skip": "layers_1/up"}, PROJECTIONS[:2]),
-        ({"skip": "layers"}, PROJECTIONS),
-        ({"skip": lambda path: path.endswith("weight")}, [PROJECTIONS[0], PROJECTIONS[2]]),
-        ({"include": "lm_head"}, [*PROJECTIONS, "lm_head/kernel"]),
-        ({"include": "embed"}, ["embed/embedding", *PROJECTIONS]),
-        ({"include": lambda path: "layers_1" in path, "skip": "*"}, PROJECTIONS[1:]),
-        ({"config": jint8.Config(scheme="none")}, []),
-        ({"plan": {"embed/embedding": (1,)}}, ["embed/embedding"]),
-        ({"plan": {"embed/embedding": 1, "lm_head/kernel": (0,)}}, ["embed/embedding"]),
-        ({"plan": {"lm_head/kernel": (0,)}, "include": "lm_head"}, ["lm_head/kernel"]),
-        ({"plan": {"layers_0/up/kernel": (0,)}, "skip": "up"}, []),
-        ({"plan": {}}, []),
-    ],
-    ids=lambda value: re.sub(" at 0x\\w+", "", str(value)),
-)
+WHICH = {  # options, names of the leaves that become int8
+    "default": ({}, PROJECTIONS),
+    "skip_a_layer": ({"skip": "layers_0"}, PROJECTIONS[1:]),
+    "skip_two_names": ({"skip": ("up", "down")}, []),
+    "skip_by_wildcard": ({"skip": "layers_*"}, []),
+    "skip_a_path": ({"skip": "layers_1/up"}, PROJECTIONS[:2]),
+    "skip_is_of_whole_segments": ({"skip": "layers"}, PROJECTIONS),
+    "skip_predicate": ({"skip": lambda path: path.endswith("weight")}, [PROJECTIONS[0], PROJECTIONS[2]]),
+    "include_head": ({"include": "lm_head"}, [*PROJECTIONS, "lm_head/kernel"]),
+    "include_embedding": ({"include": "embed"}, ["embed/embedding", *PROJECTIONS]),
+    "include_predicate_wins": ({"include": lambda path: "layers_1" in path, "skip": "*"}, PROJECTIONS[1:]),
+    "scheme_none": ({"config": jint8.Config(scheme="none")}, []),
+    "plan_alone_decides": ({"plan": {"embed/embedding": (1,)}}, ["embed/embedding"]),
+    "plan_skips_head_too": ({"plan": {"embed/embedding": 1, "lm_head/kernel": (0,)}}, ["embed/embedding"]),
+    "plan_with_included_head": ({"plan": {"lm_head/kernel": (0,)}, "include": "lm_head"}, ["lm_head/kernel"]),
+    "plan_with_skip": ({"plan": {"layers_0/up/kernel": (0,)}, "skip": "up"}, []),
+    "empty_plan": ({"plan": {}}, []),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), WHICH.values(), ids=WHICH)
 def test_which(options, expected):
     assert quantized(TREE, **options) == expected
     assert quantized({"params": TREE}, **options) == [f"params/{name}" for name in expected]
