@@ -100,9 +100,7 @@ class LanguageModel:
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [tokenizer.encode(text) for text in texts]
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stop):
-            raise ValueError("Expected stop texts that aren't empty, got an empty one.")
+        stop = stop_texts(stop)
         every = STREAM_TOKENS if stream else STOP_TOKENS if stop else max_tokens
         chunks = self.generate_tokens(
             ids,
@@ -197,6 +195,14 @@ def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: floa
         raise ValueError(f"Expected top_k to be at least 0, got {top_k}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")
+
+
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Texts before which an answer ends. Raises ValueError for an empty one."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stop):
+        raise ValueError("Expected stop texts that aren't empty, got an empty one.")
+    return stop
 
 
 def text_pieces(

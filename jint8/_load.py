@@ -79,7 +79,7 @@ def load(
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
-            params = read_saved(checkpoint, abstract_params(model), config, dtype)
+            params = read_saved(checkpoint, abstract_params(model), config=config, dtype=dtype, progress=progress)
         else:
             quant = (config or Config()) if quantize else Config(scheme="none")
             model = decoder(checkpoint, default_dtype() if dtype is None else dtype)

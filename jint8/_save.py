@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def save(path: str | os.PathLike[str], loaded: LanguageModel, *, shard_bytes: in
     metadata = {
         "dtype": jnp.dtype(loaded.model.dtype).name,
         "quant": _encode(loaded.quant),
-        "weights": {path: _static_fields(leaf) for path, leaf in leaves if is_qtensor(leaf)},
+        "weights": {path: _describe(leaf) for path, leaf in leaves if is_qtensor(leaf)},
     }
     write_checkpoint(
         Path(path),
@@ -62,7 +62,11 @@ def save(path: str | os.PathLike[str], loaded: LanguageModel, *, shard_bytes: in
 
 def saved_dtype(checkpoint: Jint8Checkpoint) -> Any:
     """The dtype of activations that a model was saved with."""
-    return jnp.dtype(_field(checkpoint, "dtype", str))
+    name = _field(checkpoint, "dtype", str)
+    try:
+        return jnp.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"{checkpoint.path / METADATA}: Expected a dtype, got {name!r}: {error}") from None
 
 
 def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
@@ -84,7 +88,12 @@ def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
 
 
 def read_saved(
-    checkpoint: Jint8Checkpoint, expected: dict[str, jax.ShapeDtypeStruct], config: Config | None, dtype: Any = None
+    checkpoint: Jint8Checkpoint,
+    expected: dict[str, jax.ShapeDtypeStruct],
+    *,
+    config: Config | None = None,
+    dtype: Any = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The parameters of a saved model.
 
@@ -93,39 +102,40 @@ def read_saved(
       expected: the shape of each parameter, by path.
       config: rewrites that of every `QTensor`; None keeps them.
       dtype: of the parameters in floating point, and of what a `QTensor` stands for; None keeps them.
+      progress: called with (bytes read so far, bytes in all).
 
     Raises:
       ValueError: an array is missing, unknown or of a wrong shape; the message names it.
     """
     weights = _field(checkpoint, "weights", dict)
-    arrays: dict[str, dict[str, str]] = {}
+    names: dict[str, dict[str, str]] = {}  # of the arrays, by path and field
     for name in checkpoint.tensors:
         path, _, field = name.partition("#")
-        arrays.setdefault(path, {})[field] = name
-    if missing := sorted(expected.keys() - arrays.keys()):
+        names.setdefault(path, {})[field] = name
+    if missing := sorted(expected.keys() - names.keys()):
         raise ValueError(f"{checkpoint.path}: Expected a tensor {missing[0]!r}, got none of that name.")
-    if unknown := sorted((arrays.keys() | weights.keys()) - expected.keys()):
+    if unknown := sorted((names.keys() | weights.keys()) - expected.keys()):
         raise ValueError(f"{checkpoint.path}: tensor {unknown[0]!r}: Expected only this model's tensors, got this.")
+    total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
     params: dict[str, Any] = {}
-    for path, names in arrays.items():
-        where = f"{checkpoint.tensors[next(iter(names.values()))].file}: tensor {path!r}"
-        fields = {field: jnp.array(checkpoint.read(name)) for field, name in names.items()}
-        leaf: Any
+    for path, fields in names.items():
+        arrays = {field: jnp.array(checkpoint.read(name)) for field, name in fields.items()}
         try:
-            if path in weights:
-                leaf = _qtensor(checkpoint, fields, weights[path])
-                leaf = leaf if dtype is None else dataclasses.replace(leaf, dtype=jnp.dtype(dtype))
-            else:
-                leaf = fields[""] if dtype is None else fields[""].astype(dtype)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{where}: Expected the arrays of a parameter, got {', '.join(names)}: {error}") from None
-        if leaf.shape != expected[path].shape:
-            raise ValueError(f"{where}: Expected shape {expected[path].shape}, got {leaf.shape}.")
+            leaf = _leaf(checkpoint, arrays, weights.get(path), expected[path].shape)
+        except (KeyError, TypeError, ValueError) as error:
+            file = checkpoint.tensors[next(iter(fields.values()))].file
+            got = ", ".join(f"{field} {array.dtype}{array.shape}".lstrip() for field, array in arrays.items())
+            raise ValueError(f"{file}: tensor {path!r}: Expected {error}, got {got}.") from None
+        if dtype is not None:
+            leaf = dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if is_qtensor(leaf) else leaf.astype(dtype)
         *parents, last = path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = leaf
+        done += sum(array.nbytes for array in arrays.values())
+        if progress is not None:
+            progress(done, total)
     return params if config is None else with_config(params, config)
 
 
@@ -138,8 +148,11 @@ def _arrays(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
             yield f"{path}#{field}", value
 
 
-def _static_fields(leaf: QTensor) -> dict[str, Any]:
-    return {field: _encode(value) for field, value in _fields(leaf) if not _is_array(value)}
+def _describe(leaf: QTensor) -> dict[str, Any]:
+    """Which fields are arrays, and the values of the others."""
+    fields = _fields(leaf)
+    static = {field: _encode(value) for field, value in fields if not _is_array(value)}
+    return {"arrays": [field for field, value in fields if _is_array(value)], "fields": static}
 
 
 def _fields(leaf: QTensor) -> list[tuple[str, Any]]:
@@ -150,12 +163,29 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "nbytes")
 
 
+def _leaf(
+    checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], described: dict[str, Any] | None, shape: tuple[int, ...]
+) -> Any:
+    """A parameter out of its arrays. Raises with what was expected of them."""
+    wanted = [""] if described is None else described["arrays"]
+    if arrays.keys() != set(wanted):
+        raise ValueError(f"arrays {', '.join(wanted)}" if described else "one array")
+    leaf = arrays[""] if described is None else _qtensor(checkpoint, arrays, described["fields"])
+    if leaf.shape != shape:
+        raise ValueError(f"shape {shape}")
+    return leaf
+
+
 def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], static: dict[str, Any]) -> QTensor:
     fields: dict[str, Any] = {name: _tuples(value) for name, value in static.items()} | arrays
     fields |= {"dtype": jnp.dtype(static["dtype"]), "config": _decode_config(checkpoint, static["config"])}
     w = QTensor(**fields)
+    if (w.q.dtype, w.scale.dtype) != (jnp.int8, jnp.float32):
+        raise TypeError("q in int8 and scale in float32")
     if any(array.ndim != w.q.ndim for array in arrays.values()):
-        raise TypeError(f"their ranks are {[array.ndim for array in arrays.values()]}")
+        raise ValueError(f"arrays of {w.q.ndim} dimensions")
+    if any(size not in (1, full) for size, full in zip(w.scale.shape, w.q.shape, strict=True)):
+        raise ValueError(f"a scale for q of shape {w.q.shape}")
     return w
 
 

@@ -20,6 +20,8 @@ CONFIG = {
 }
 SPECIAL = ("<s>", "</s>", "<pad>")
 VOCAB = len(SPECIAL) + 256
+# Of the projections: weights and output channels; and all other weights (embedding, head, norms).
+WEIGHTS, CHANNELS, OTHERS = 2 * ((64 + 32 + 96) * 32 + 32 * 48), 2 * (64 + 32 + 96 + 32), 2 * VOCAB * 32 + 5 * 32
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 

@@ -49,7 +49,11 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
             return None
         file = self.path / CHAT_TEMPLATE
         template = file.read_text(encoding="utf-8") if file.exists() else None
-        return Tokenizer(backend_from_file(self.path / TOKENIZER), chat_template=template, **ids)
+        backend = backend_from_file(self.path / TOKENIZER)
+        try:
+            return Tokenizer(backend, chat_template=template, **ids)
+        except TypeError as e:
+            raise ValueError(f"{self.path / METADATA}: Expected ids of special tokens, got {ids}: {e}") from e
 
 
 def write_checkpoint(

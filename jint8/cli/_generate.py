@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
 def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[str], *, chat: bool) -> dict[str, Any]:
     """Answers, printed as they come unless `--json` was given, and what they took."""
     from jint8 import memory_report
-    from jint8._language_model import STOP_TOKENS, STREAM_TOKENS, text_pieces
+    from jint8._language_model import STOP_TOKENS, STREAM_TOKENS, stop_texts, text_pieces
 
-    tokenizer = model.require_tokenizer()
+    tokenizer, stop = model.require_tokenizer(), stop_texts(args.stop)
     if chat:
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -80,7 +80,7 @@ def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[str], *
     )
     meter = Meter(chunks, len(prompts), tokenizer.eos_ids)
     texts = [""] * len(prompts)
-    for pieces in text_pieces(meter, tokenizer, len(prompts), tuple(args.stop)):
+    for pieces in text_pieces(meter, tokenizer, len(prompts), stop):
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         if stream:
             print(pieces[0], end="", flush=True)

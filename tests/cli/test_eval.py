@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tiny_model import make_llama_directory
+from tiny_model import CHANNELS, OTHERS, WEIGHTS, make_llama_directory
 
 import jint8
 
@@ -61,16 +61,12 @@ def test_float_compared_with_itself(llama, float_model, text, run_json):
 
 
 def test_bytes(llama, text, run_json):
-    h, f, kv, v = 32, 48, 16, 259
-    outputs, inputs = 2 * (h + 2 * kv + h + 2 * f + h), {"h": h, "f": f}
-    weights = 2 * ((h + 2 * kv + h + 2 * f) * inputs["h"] + h * inputs["f"])
-    others = 4 * (2 * v * h + 5 * h)
     common = ("eval", llama, "--text", text, "--seq-len", SEQ, "--limit", 1)
     int8, plain = run_json(*common), run_json(*common, "--scheme", "none")
-    assert int8["projection_bytes"] == weights + 4 * outputs
-    assert int8["weight_bytes"] == weights + 4 * outputs + others
-    assert plain["projection_bytes"] == 4 * weights
-    assert plain["weight_bytes"] == 4 * weights + others
+    assert int8["projection_bytes"] == WEIGHTS + 4 * CHANNELS
+    assert int8["weight_bytes"] == WEIGHTS + 4 * CHANNELS + 4 * OTHERS
+    assert plain["projection_bytes"] == 4 * WEIGHTS
+    assert plain["weight_bytes"] == 4 * (WEIGHTS + OTHERS)
 
 
 def test_schemes_differ(llama, text, run_json):
