@@ -1,0 +1,73 @@
+"""Models and helpers shared by the tests of the wrappers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jint8
+
+
+def relative_error(got, want):
+    got, want = (np.asarray(jax.tree.leaves(a)[0], np.float64) for a in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def plant(x, columns=(1, 5), factor=40.0):
+    """`x` with outlier feature dimensions, as LLM activations have them."""
+    return x.at[..., list(columns)].multiply(factor)
+
+
+def quantize_linen(module, *args, config=jint8.Config(), seed=0, **kwargs):
+    """Float variables with random biases, and int8 ones by the module's plan (tied embeddings included)."""
+    variables = _init(module, args, seed)
+    plan = jint8.plan(module.apply, variables, *args)
+    plan = plan.with_(plan.tied)
+    return variables, jint8.quantize_params(variables, plan=plan, config=config, **kwargs), plan
+
+
+_CACHE = {}
+
+
+def _init(module, args, seed):
+    key = (id(module), seed, str(jax.tree.map(jnp.shape, args)))  # modules live as long as the tests' tables
+    if key not in _CACHE:
+        _CACHE[key] = module, randomize_biases(jax.jit(module.init)(jax.random.key(seed), *args))
+    return _CACHE[key][1]
+
+
+def randomize_biases(tree):
+    def leaf(path, value):
+        if "bias" not in jax.tree_util.keystr(path):
+            return value
+        return jax.random.normal(jax.random.key(value.size), value.shape, value.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def count_int8_products(function, *args):
+    """dot_general equations with two int8 operands in the program: a loop's body counts once."""
+    return sum(
+        eqn.primitive.name in ("dot_general", "ragged_dot_general")
+        and all(v.aval.dtype == jnp.int8 for v in eqn.invars[:2])
+        for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr)
+    )
+
+
+def count_float_products(function, *args):
+    """dot_general equations with a floating-point operand."""
+    return sum(
+        eqn.primitive.name == "dot_general" and eqn.invars[0].aval.dtype != jnp.int8
+        for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr)
+    )
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from _equations(getattr(inner, "jaxpr", inner))
+
+
+def _is_jaxpr(value):
+    return hasattr(value, "eqns")
