@@ -54,13 +54,6 @@ def _straight_through_jvp(static, primals, tangents):
     return _straight_through(static, x, primals[1]), float_product(x_dot, w) + float_product(x, w_dot)
 
 
-def dense(
-    x: jax.Array, w: Weight, bias: jax.Array | None = None, *, dtype: Any = None, config: Config | None = None
-) -> jax.Array:
-    """`x[..., k] @ w[k, n] + bias[n]`."""
-    return dense_general(x, w, bias, axis=(-1,), dtype=dtype, config=config)
-
-
 def dense_general(
     x: jax.Array,
     w: Weight,
@@ -69,6 +62,7 @@ def dense_general(
     axis: Sequence[int] = (-1,),
     batch_dims: Sequence[int] = (),
     dtype: Any = None,
+    out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
     """`DenseGeneral`: `w[*batch, *contracted, *features]` over `axis` of `x` -> `[*batch, *free, *features]`."""
@@ -80,7 +74,7 @@ def dense_general(
     if bias is not None:
         shape = [x.shape[a] if a in batch_dims else 1 for a in range(x.ndim) if a not in axis]
         y = y + bias.reshape(*shape, *w.shape[batch + contracted :]).astype(jnp.float32)
-    return y.astype(dtype)
+    return y.astype(out_dtype or dtype)
 
 
 def einsum(
@@ -90,6 +84,7 @@ def einsum(
     bias: jax.Array | None = None,
     *,
     dtype: Any = None,
+    out_dtype: Any = None,
     config: Config | None = None,
 ) -> jax.Array:
     """`jnp.einsum(subscripts, x, w) + bias`, the bias on those axes of the result that come from `w`."""
@@ -110,7 +105,7 @@ def einsum(
     if bias is not None:
         shape = [w.shape[w_labels.index(label)] if label in w_labels else 1 for label in output]
         y = y + bias.reshape(shape).astype(jnp.float32)
-    return y.astype(dtype)
+    return y.astype(out_dtype or dtype)
 
 
 def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:

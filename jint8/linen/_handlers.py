@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from jint8 import _layers
 from jint8._types import is_qtensor
-from jint8.linen._registry import float_config, has_int8, param, register
+from jint8.linen._registry import float_config, has_int8, own_params, param, register
 
 
 def _axes(axes: Any) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def dense(module, inputs):
     if (kernel := _kernel(module)) is None:
         return NotImplemented
     bias = param(module, "bias") if module.use_bias else None
-    return _layers.dense(inputs, kernel, bias, dtype=module.dtype, config=float_config(module))
+    return _layers.dense_general(inputs, kernel, bias, dtype=module.dtype, config=float_config(module))
 
 
 @register(nn.DenseGeneral)
@@ -57,6 +57,7 @@ def einsum(module, inputs, einsum_str=None):
         kernel,
         param(module, "bias") if module.use_bias else None,
         dtype=module.dtype,
+        out_dtype=module.preferred_element_type,
         config=float_config(module),
     )
 
@@ -79,7 +80,7 @@ def attend(module, query):
 @register(nn.SpectralNorm)
 def normalized(module, *args, **kwargs):
     """Layers that change a kernel before each product: they need it in floating point."""
-    if has_int8(module.variables.get("params", {})):
+    if has_int8(own_params(module)):
         raise NotImplementedError(
             f"Expected floating-point weights below {type(module).__name__}, which rescales them at each call, got "
             "int8: leave them out with skip= in jint8.quantize_params."

@@ -117,7 +117,7 @@ def _intercept(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
     if method == "setup":
         return _setup(next_fun, args, kwargs, module)
-    if _float_config.get() is None and not has_int8(_own(module)):
+    if _float_config.get() is None and not has_int8(own_params(module)):
         return next_fun(*args, **kwargs)
     handler = _find(type(module), method, context.orig_method)
     if handler is not None:
@@ -174,10 +174,12 @@ def _unwrapped(method: Any) -> Any:
 
 def _int8_names(module: nn.Module) -> list[str]:
     """Names of the int8 weights that lie directly in the module's scope (shared scopes: also those of others)."""
-    return [name for name, value in _own(module).items() if is_qtensor(unbox(value))]
+    return [name for name, value in own_params(module).items() if is_qtensor(unbox(value))]
 
 
-def _own(module: nn.Module) -> Any:
+def own_params(module: nn.Module) -> Any:
+    """The parameters in a module's scope; for a wrapper such as `nn.WeightNorm`, those of the layer that it wraps."""
+    module = getattr(module, "layer_instance", module)
     return {} if module.scope is None else module.variables.get("params", {})
 
 

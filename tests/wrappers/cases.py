@@ -19,20 +19,17 @@ def plant(x, columns=(1, 5), factor=40.0):
 
 def quantize_linen(module, *args, config=jint8.Config(), seed=0, **kwargs):
     """Float variables with random biases, and int8 ones by the module's plan (tied embeddings included)."""
-    variables = _init(module, args, seed)
-    plan = jint8.plan(module.apply, variables, *args)
-    plan = plan.with_(plan.tied)
-    return variables, jint8.quantize_params(variables, plan=plan, config=config, **kwargs), plan
+    key = (id(module), config, str(jax.tree.map(jnp.shape, args)), str(kwargs), seed)
+    if key not in _CACHE:
+        variables = randomize_biases(jax.jit(module.init)(jax.random.key(seed), *args))
+        plan = jint8.plan(module.apply, variables, *args)
+        plan = plan.with_(plan.tied)
+        quantize = jax.jit(lambda variables: jint8.quantize_params(variables, plan=plan, config=config, **kwargs))
+        _CACHE[key] = module, (variables, quantize(variables), plan)  # with the module, so that its id isn't reused
+    return _CACHE[key][1]
 
 
 _CACHE = {}
-
-
-def _init(module, args, seed):
-    key = (id(module), seed, str(jax.tree.map(jnp.shape, args)))  # modules live as long as the tests' tables
-    if key not in _CACHE:
-        _CACHE[key] = module, randomize_biases(jax.jit(module.init)(jax.random.key(seed), *args))
-    return _CACHE[key][1]
 
 
 def randomize_biases(tree):
