@@ -26,11 +26,17 @@ if TYPE_CHECKING:
     from jint8._language_model import LanguageModel as LanguageModel
     from jint8._load import load as load
     from jint8._save import save as save
+    from jint8.linen import apply as apply
 
 __version__ = "0.1.0"
 
 # Imported when first used, because they import flax.
-_LAZY = {"LanguageModel": "jint8._language_model", "load": "jint8._load", "save": "jint8._save"}
+_LAZY = {
+    "LanguageModel": "jint8._language_model",
+    "apply": "jint8.linen",
+    "load": "jint8._load",
+    "save": "jint8._save",
+}
 _LAZY_MODULES = ("checkpoints", "linen", "models", "nnx")
 
 
@@ -43,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, *_LAZY_MODULES])
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES} - {"TYPE_CHECKING", "Any", "importlib"})

@@ -30,6 +30,7 @@ def quantize_params(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    keep_order: Patterns = (),
 ) -> Any:
     """Turns the projection weights in a tree of Flax parameters into `QTensor`s; leaves the rest untouched.
 
@@ -43,7 +44,10 @@ def quantize_params(
       plan: from leaf path to contracted axes, such as `jint8.plan` returns.
       skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
         (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`, `"*/gate"`.
-      include: patterns or a predicate that win over `skip` and over the default.
+      include: patterns or a predicate that win over `skip` and over the default. With a plan they also name weights
+        that it skips only because they are looked up as well (`Plan.tied`).
+      keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
+        axes last: those of linen modules that declare their parameters in `setup()`, where linen compares shapes.
 
     Returns:
       A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of the
@@ -74,7 +78,8 @@ def quantize_params(
             return leaf
         included = matches(path, include)
         if plan is not None:
-            axes, stack = plan.get(path), tuple(stacked.get(path, ()))
+            tied = getattr(plan, "tied", {}).get(path) if included else None
+            axes, stack = plan.get(path, tied), tuple(stacked.get(path, ()))
         else:
             axes, stack = standard_axes(path, leaf.ndim, included)
         if axes is None or (not included and (matches(path, OUTPUT_HEADS) or matches(path, skip))):
@@ -82,7 +87,7 @@ def quantize_params(
         try:
             axes = canonical_axes(axes, leaf.ndim)
             w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config)
-            return contract_last(w, axes, stack)
+            return w if matches(path, keep_order) else contract_last(w, axes, stack)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -1,1 +1,10 @@
-"""Flax nnx wrappers and modules."""
+"""Flax nnx: int8 copies of models, and modules with int8 weights."""
+
+from jint8.nnx._modules import Int8Einsum as Int8Einsum
+from jint8.nnx._modules import Int8Embed as Int8Embed
+from jint8.nnx._modules import Int8Linear as Int8Linear
+from jint8.nnx._modules import Int8LinearGeneral as Int8LinearGeneral
+from jint8.nnx._modules import Int8LoRALinear as Int8LoRALinear
+from jint8.nnx._modules import Quantized as Quantized
+from jint8.nnx._quantize import quantize as quantize
+from jint8.nnx._registry import register as register

@@ -1,0 +1,130 @@
+"""What the layers of Flax compute, with an int8 weight: shared by linen and nnx, and free of both.
+
+A weight is a `QTensor`, or a float array with the `Config` to quantize it by: then the gradient reaches it straight
+through (as if it weren't quantized).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jint8._contract import _parse, dot_general
+from jint8._quantize import quantize
+from jint8._types import Config, QTensor, is_qtensor, storage_axes
+
+Weight = QTensor | jax.Array
+
+
+def compute_dtype(dtype: Any, *arrays: Any) -> Any:
+    """The dtype that a Flax layer computes in: its own, or what the inputs and parameters promote to."""
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    dtype = jnp.result_type(*(a.dtype for a in arrays if a is not None))
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(jnp.float32, dtype)
+
+
+def product(x: jax.Array, w: Weight, numbers: Any, config: Config | None = None) -> jax.Array:
+    """`lax.dot_general(x, w, numbers)` in float32 with `w` in int8; `config` quantizes a float `w`."""
+    if is_qtensor(w):
+        return dot_general(x, w, numbers, preferred_element_type=jnp.float32)
+    numbers = tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in numbers)
+    return _straight_through((numbers, config or Config()), x, w)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _straight_through(static, x, w):
+    numbers, config = static
+    q = quantize(w, contract_axes=numbers[0][1], stack_axes=numbers[1][1], config=config)
+    return dot_general(x, q, numbers, preferred_element_type=jnp.float32)
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(static, primals, tangents):
+    (x, w), (x_dot, w_dot) = primals, tangents
+    float_product = functools.partial(
+        lax.dot_general, dimension_numbers=static[0], preferred_element_type=jnp.float32
+    )
+    w, w_dot = w.astype(x.dtype), w_dot.astype(x.dtype)
+    return _straight_through(static, x, primals[1]), float_product(x_dot, w) + float_product(x, w_dot)
+
+
+def dense_general(
+    x: jax.Array,
+    w: Weight,
+    bias: jax.Array | None = None,
+    *,
+    axis: Sequence[int] = (-1,),
+    batch_dims: Sequence[int] = (),
+    dtype: Any = None,
+    out_dtype: Any = None,
+    config: Config | None = None,
+) -> jax.Array:
+    """`DenseGeneral`: `w[*batch, *contracted, *features]` over `axis` of `x` -> `[*batch, *free, *features]`."""
+    dtype = compute_dtype(dtype, x, w, bias)
+    axis, batch_dims = tuple(a % x.ndim for a in axis), tuple(a % x.ndim for a in batch_dims)
+    batch, contracted = len(batch_dims), len(axis)
+    numbers = ((axis, tuple(range(batch, batch + contracted))), (batch_dims, tuple(range(batch))))
+    y = product(x.astype(dtype), w, numbers, config)
+    if bias is not None:
+        shape = [x.shape[a] if a in batch_dims else 1 for a in range(x.ndim) if a not in axis]
+        y = y + bias.reshape(*shape, *w.shape[batch + contracted :]).astype(jnp.float32)
+    return y.astype(out_dtype or dtype)
+
+
+def einsum(
+    subscripts: str,
+    x: jax.Array,
+    w: Weight,
+    bias: jax.Array | None = None,
+    *,
+    dtype: Any = None,
+    out_dtype: Any = None,
+    config: Config | None = None,
+) -> jax.Array:
+    """`jnp.einsum(subscripts, x, w) + bias`, the bias on those axes of the result that come from `w`."""
+    dtype = compute_dtype(dtype, x, w, bias)
+    (x_labels, w_labels), output = _parse(subscripts, x, w, 1)
+    contract = [label for label in x_labels if label in w_labels and label not in output]
+    batch = [label for label in x_labels if label in w_labels and label in output]
+    summed = [i for i, label in enumerate(x_labels) if label not in w_labels and label not in output]
+    x = jnp.sum(x.astype(dtype), axis=summed)
+    x_labels = [label for i, label in enumerate(x_labels) if i not in summed]
+    numbers = tuple(
+        tuple(tuple(labels.index(label) for label in shared) for labels in (x_labels, w_labels))
+        for shared in (contract, batch)
+    )
+    y = product(x, w, numbers, config)
+    got = batch + [a for a in x_labels if a not in w_labels] + [a for a in w_labels if a not in x_labels]
+    y = jnp.transpose(y, [got.index(label) for label in output])
+    if bias is not None:
+        shape = [w.shape[w_labels.index(label)] if label in w_labels else 1 for label in output]
+        y = y + bias.reshape(shape).astype(jnp.float32)
+    return y.astype(out_dtype or dtype)
+
+
+def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
+    """Rows of an int8 embedding `[vocabulary, k]` -> `[*tokens.shape, k]`. NaN for tokens out of range."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError("Input type must be an integer or unsigned integer.")
+
+    def rows(leaf):
+        leaf = jnp.transpose(leaf, storage_axes(w)).astype(jnp.float32)  # a transpose that XLA drops if it's none
+        return jnp.take(leaf, tokens, axis=0) if leaf.shape[0] > 1 else jnp.broadcast_to(
+            leaf[0], (*tokens.shape, leaf.shape[1])
+        )
+
+    q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
+    return (q * rows(w.scale)).astype(w.dtype if dtype is None else dtype)
+
+
+def attend(x: jax.Array, w: QTensor, *, dtype: Any = None) -> jax.Array:
+    """`x[..., k] @ w[vocabulary, k].T`: a tied output head."""
+    dtype = compute_dtype(dtype, x, w)
+    numbers = (((x.ndim - 1,), (1,)), ((), ()))
+    return product(x.astype(dtype), w, numbers).astype(dtype)

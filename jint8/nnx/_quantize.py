@@ -1,0 +1,133 @@
+"""`jint8.nnx.quantize`: a copy of an nnx model with int8 layers in place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from typing import Any
+
+from flax import nnx
+
+from jint8._params import OUTPUT_HEADS, quantize_params
+from jint8._paths import Patterns, matches
+from jint8._plan import Plan
+from jint8._types import Config, QTensor, is_qtensor
+from jint8.nnx._registry import find_converter
+
+
+def quantize(
+    model: nnx.Module,
+    *,
+    config: Config = Config(),
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> Any:
+    """A copy of an nnx model that multiplies in int8.
+
+    `nnx.Linear`, `LinearGeneral`, `Einsum`, `LoRALinear` and the projections of `MultiHeadAttention` are replaced by
+    int8 layers; `nnx.Embed` where `include` (or the plan) names it. All else is kept and shares its arrays with `model`,
+    which stays as it was. Works inside `nnx.eval_shape` and `nnx.jit`. Layers of your own: `jint8.nnx.register`.
+
+    Kernels of stacked layers (made with `nnx.vmap`) may have the stacked axes in front; for others give a plan.
+
+    Args:
+      model: any nnx module.
+      config: how to quantize.
+      plan: from path (such as `"layers/0/up/kernel"`) to contracted axes, as `jint8.plan` returns for the model's
+        state. Only these weights become int8.
+      skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
+      include: patterns or a predicate that win over `skip` and over the default.
+
+    Returns:
+      A model of the same structure.
+
+    Raises:
+      TypeError: `model` isn't an nnx module.
+      ValueError: a path in `plan` that isn't the weight of a layer that jint8 knows, or NaN or infinity in a weight.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> int8 = jint8.nnx.quantize(model)
+      >>> type(int8.layers[0]).__name__, int8(jnp.ones((2, 8))).shape
+      ('Int8Linear', (2, 16))
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"Expected model to be an nnx module, got {type(model).__name__}.")
+    copy = nnx.merge(*nnx.split(model))
+    seen: set[str] = set()
+
+    def convert(layer: Any, path: str) -> Any:
+        converter = find_converter(type(layer))
+        if converter is None:
+            return layer
+
+        def weight(name: str, contract_axes: tuple[int, ...], shape: tuple[int, ...] | None = None) -> QTensor | None:
+            leaf_path = f"{path}/{name}".lstrip("/")
+            seen.add(leaf_path)
+            value = getattr(layer, name).get_value()
+            contracted, stacked = _axes(leaf_path, value.shape, contract_axes, shape, plan)
+            included = matches(leaf_path, include) or (plan is not None and leaf_path in plan)
+            if contracted is None or (isinstance(layer, nnx.Embed) and not included):
+                return None
+            result = quantize_params(
+                {leaf_path: value},
+                config=config,
+                plan=Plan({leaf_path: contracted}, {leaf_path: stacked}),
+                skip=skip,
+                include=include,
+            )[leaf_path]
+            return result if is_qtensor(result) else None
+
+        return converter(layer, weight)
+
+    result = _replace(copy, "", convert, {})
+    wanted = (path for path in plan or () if matches(path, include) or not matches(path, [*OUTPUT_HEADS]))
+    if unknown := sorted(path for path in wanted if path not in seen and not _skipped(path, skip, include)):
+        raise ValueError(
+            f"Expected the plan to name weights of layers that jint8 knows, got {', '.join(unknown)}. Teach it those "
+            "layers with jint8.nnx.register, or leave them out of the plan or with skip=."
+        )
+    return result
+
+
+def _skipped(path: str, skip: Patterns, include: Patterns) -> bool:
+    return matches(path, skip) and not matches(path, include)
+
+
+def _axes(path, full_shape, contract_axes, shape, plan):
+    """Contracted and stacked axes of a weight; None where a plan leaves it out."""
+    if plan is not None:
+        return plan.get(path), tuple(getattr(plan, "stacked", {}).get(path, ()))
+    extra = 0 if shape is None else len(full_shape) - len(shape)
+    if shape is not None and tuple(full_shape[extra:]) != tuple(shape):
+        raise ValueError(
+            f"{path}: Expected shape {shape}, with stacked axes in front at most, got {full_shape}: give a plan that "
+            "says which axes are contracted."
+        )
+    return tuple(axis % (len(full_shape) - extra) + extra for axis in contract_axes), tuple(range(extra))
+
+
+def _replace(node: Any, path: str, convert: Callable[[Any, str], Any], done: dict[int, Any]) -> Any:
+    """`convert` on every module below `node` (inner ones first), in place; a module that is shared stays shared."""
+    if id(node) in done:
+        return done[id(node)][1]
+    at = lambda key: f"{path}/{key}".lstrip("/")
+    result = node
+    if isinstance(node, tuple):
+        items = [_replace(value, at(i), convert, done) for i, value in enumerate(node)]
+        if any(new is not old for new, old in zip(items, node, strict=True)):
+            result = type(node)(*items) if hasattr(node, "_fields") else tuple(items)
+    elif isinstance(node, (MutableSequence, MutableMapping)) and not isinstance(node, nnx.State):
+        for key, value in list(enumerate(node) if isinstance(node, MutableSequence) else node.items()):
+            if (new := _replace(value, at(key), convert, done)) is not value:
+                node[key] = new
+    elif isinstance(node, nnx.Module):
+        done[id(node)] = node, node  # cycles
+        for name, value in list(vars(node).items()):
+            if (new := _replace(value, at(name), convert, done)) is not value:
+                setattr(node, name, new)
+        result = convert(node, path)
+    done[id(node)] = node, result  # the node is kept so that its id isn't reused
+    return result

@@ -1,0 +1,70 @@
+"""Models and helpers shared by the tests of the wrappers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jint8
+
+
+def relative_error(got, want):
+    got, want = (np.asarray(jax.tree.leaves(a)[0], np.float64) for a in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def plant(x, columns=(1, 5), factor=40.0):
+    """`x` with outlier feature dimensions, as LLM activations have them."""
+    return x.at[..., list(columns)].multiply(factor)
+
+
+def quantize_linen(module, *args, config=jint8.Config(), seed=0, **kwargs):
+    """Float variables with random biases, and int8 ones by the module's plan (tied embeddings included)."""
+    key = (id(module), config, str(jax.tree.map(jnp.shape, args)), str(kwargs), seed)
+    if key not in _CACHE:
+        variables = randomize_biases(jax.jit(module.init)(jax.random.key(seed), *args))
+        plan = jint8.plan(module.apply, variables, *args)
+        plan = plan.with_(plan.tied)
+        quantize = jax.jit(lambda variables: jint8.quantize_params(variables, plan=plan, config=config, **kwargs))
+        _CACHE[key] = module, (variables, quantize(variables), plan)  # with the module, so that its id isn't reused
+    return _CACHE[key][1]
+
+
+_CACHE = {}
+
+
+def randomize_biases(tree):
+    def leaf(path, value):
+        if "bias" not in jax.tree_util.keystr(path):
+            return value
+        return jax.random.normal(jax.random.key(value.size), value.shape, value.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def count_int8_products(function, *args):
+    """dot_general equations with two int8 operands in the program: a loop's body counts once."""
+    return sum(
+        eqn.primitive.name in ("dot_general", "ragged_dot_general")
+        and all(v.aval.dtype == jnp.int8 for v in eqn.invars[:2])
+        for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr)
+    )
+
+
+def count_float_products(function, *args):
+    """dot_general equations with a floating-point operand."""
+    return sum(
+        eqn.primitive.name == "dot_general" and eqn.invars[0].aval.dtype != jnp.int8
+        for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr)
+    )
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from _equations(getattr(inner, "jaxpr", inner))
+
+
+def _is_jaxpr(value):
+    return hasattr(value, "eqns")

@@ -1,0 +1,307 @@
+"""`jint8.nnx.quantize`: every standard layer under every transform of nnx."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jint8
+
+X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
+EXACT = jint8.Config(threshold=0.0)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(32, rngs=rngs)
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.down = nnx.Linear(64, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+class Stack(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+        self.lm_head = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+class Containers(nnx.Module):
+    """Layers in a dictionary and a tuple, one of them used twice."""
+
+    def __init__(self, rngs):
+        shared = nnx.Linear(32, 32, rngs=rngs)
+        self.named = nnx.Dict({"a": shared})
+        self.pair = nnx.data((shared, nnx.Linear(32, 32, rngs=rngs)))
+
+    def __call__(self, x):
+        return self.pair[1](self.pair[0](self.named["a"](x)))
+
+
+class Scanned(nnx.Module):
+    def __init__(self, rngs, length=5):
+        keys = jax.random.split(rngs.params(), length)
+        self.layers = nnx.vmap(lambda key: Block(nnx.Rngs(key)))(keys)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def forward(layer, x):
+            return layer(x)
+
+        return forward(self.layers, x)
+
+
+class Remat(Block):
+    def __call__(self, x):
+        return nnx.remat(Block.__call__)(self, x)
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(40, 32, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.embed(tokens))
+
+
+def attention(rngs, **kwargs):
+    return nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs, **kwargs)
+
+
+# name: constructor, argument, int8 layers
+MODELS = {
+    "Linear": (lambda r: nnx.Linear(32, 8, rngs=r), X, 1),
+    "Linear without bias": (lambda r: nnx.Linear(32, 8, use_bias=False, rngs=r), X, 1),
+    "Linear subclass": (lambda r: type("Mine", (nnx.Linear,), {})(32, 8, rngs=r), X, 1),
+    "LinearGeneral": (lambda r: nnx.LinearGeneral(32, (2, 4), rngs=r), X, 1),
+    "LinearGeneral, two input axes": (lambda r: nnx.LinearGeneral((3, 32), 8, axis=(-2, -1), rngs=r), X, 1),
+    "LinearGeneral, batch axis": (lambda r: nnx.LinearGeneral(32, 8, batch_axis={0: 2}, rngs=r), X, 1),
+    "Einsum": (lambda r: nnx.Einsum("bsd,ndh->bsnh", (2, 32, 4), (2, 4), rngs=r), X, 1),
+    "attention": (attention, X, 4),
+    "attention, normalized": (lambda r: attention(r, normalize_qk=True), X, 4),
+    "LoRALinear": (lambda r: nnx.LoRALinear(32, 8, lora_rank=2, rngs=r, b_initializer=nnx.initializers.normal()), X, 1),
+    "LoRA": (lambda r: nnx.LoRA(32, 2, 8, base_module=nnx.Linear(32, 8, rngs=r), rngs=r), X, 1),
+    "Sequential": (lambda r: nnx.Sequential(nnx.Linear(32, 64, rngs=r), nnx.gelu, nnx.Linear(64, 8, rngs=r)), X, 2),
+    "list of blocks": (Stack, X, 4),
+    "containers": (Containers, X, 3),
+    "scan": (Scanned, X, 2),
+    "remat": (Remat, X, 2),
+    "tied Embed": (Tied, TOKENS, 1),
+}
+
+NORM_FIRST = ("list of blocks", "scan", "remat")  # the norm removes what is planted in the input
+
+TRANSFORMS = {
+    "nnx.jit": lambda model: lambda x: nnx.jit(lambda model, x: model(x))(model, x),
+    "split, merge, jit": lambda model: functional(model),
+    "checkpoint": lambda model: functional(model, lambda model, x: nnx.remat(lambda model, x: model(x))(model, x)),
+    "vmap": lambda model: lambda x: functional(
+        model, lambda model, x: nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))(model, x)
+    )(x[None])[0],
+}
+
+
+def functional(model, call=lambda model, x: model(x)):
+    graphdef, state = nnx.split(model)
+    return lambda x: jax.jit(lambda state, x: call(nnx.merge(graphdef, state), x))(state, x)
+
+
+@functools.cache
+def float_model(name):
+    model = MODELS[name][0](nnx.Rngs(0))
+    nnx.update(model, cases.randomize_biases(nnx.state(model)))
+    return model
+
+
+@functools.cache
+def quantized(name, **kwargs):
+    return float_model(name), jint8.nnx.quantize(float_model(name), include="embed", **kwargs)
+
+
+@functools.cache
+def float_result(name):
+    return functional(float_model(name))(MODELS[name][1])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_output_is_close_to_float(name, transform):
+    _, int8 = quantized(name)
+    got, want = TRANSFORMS[transform](int8)(MODELS[name][1]), float_result(name)
+    assert cases.relative_error(got, want) < 0.03
+    assert got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("name", ["Linear", "attention", "scan", "tied Embed"])
+def test_without_jit(name):
+    model, int8 = quantized(name)
+    x = MODELS[name][1]
+    assert cases.relative_error(int8(x), model(x)) < 0.03
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_int8_product_per_layer(name):
+    """Counted without decomposition, where no path adds products for outliers."""
+    model, int8 = quantized(name, config=EXACT)
+    x, products = MODELS[name][1:]
+    graphdef, state = nnx.split(int8)
+    run = lambda state, x: nnx.merge(graphdef, state)(x)
+    assert cases.count_int8_products(run, state, x) == products
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NORM_FIRST and name != "tied Embed"])
+def test_planted_outliers(name):
+    x = cases.plant(X)
+    model, int8 = quantized(name)
+    _, without = quantized(name, config=EXACT)
+    want = functional(model)(x)
+    error, error_without = (cases.relative_error(functional(m)(x), want) for m in (int8, without))
+    assert error < 0.02
+    assert error < error_without
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_abstract_model(name):
+    make, x, _ = MODELS[name]
+    abstract = nnx.eval_shape(lambda: jint8.nnx.quantize(make(nnx.Rngs(0)), include="embed"))
+    _, int8 = quantized(name)
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(nnx.state(m, jint8.nnx.Quantized))] for m in (abstract, int8)]
+    assert shapes[0] == shapes[1] != []
+    graphdef, _ = nnx.split(abstract)
+    result = jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), nnx.state(int8), x)
+    assert result.shape == float_result(name).shape
+
+
+def test_the_model_given_is_untouched():
+    model, int8 = quantized("list of blocks")
+    assert type(model.layers[0].up) is nnx.Linear
+    assert type(int8.layers[0].up) is jint8.nnx.Int8Linear
+    assert model.layers[0].up.kernel[...].dtype == jnp.float32
+    assert int8.layers[0].norm.scale[...] is model.layers[0].norm.scale[...]
+
+
+def test_output_head_stays_in_floating_point():
+    model, int8 = quantized("list of blocks")
+    assert type(int8.lm_head) is nnx.Linear
+    included = jint8.nnx.quantize(model, include="lm_head", skip=["layers/0", "lm_head"])
+    assert type(included.lm_head) is jint8.nnx.Int8Linear
+    assert type(included.layers[0].up) is nnx.Linear
+    assert type(included.layers[1].up) is jint8.nnx.Int8Linear
+
+
+def test_shared_layer_stays_shared():
+    _, int8 = quantized("containers")
+    assert int8.named["a"] is int8.pair[0]
+
+
+def test_state_filters():
+    _, int8 = quantized("LoRALinear")
+    graphdef, lora, params, rest = nnx.split(int8, nnx.LoRAParam, nnx.Param, ...)
+    assert [path for path, _ in nnx.to_flat_state(lora)] == [("lora", "lora_a"), ("lora", "lora_b")]
+    assert [path for path, _ in nnx.to_flat_state(params)] == [("bias",)]
+    assert [path for path, _ in nnx.to_flat_state(rest)] == [("kernel",)]
+
+
+@pytest.mark.parametrize("name", ["LoRALinear", "scan", "attention"])
+def test_gradient_of_trainable_parameters(name):
+    model, int8 = quantized(name, config=jint8.Config(scheme="vector"))
+    loss = lambda model: jnp.sum(jnp.sin(model(X)))
+    got, want = nnx.grad(loss)(int8), nnx.grad(loss)(model)
+    want = {path: variable.get_value() for path, variable in nnx.to_flat_state(want)}
+    assert len(nnx.to_flat_state(got)) > 0
+    flat = [(variable.get_value(), want[path]) for path, variable in nnx.to_flat_state(got)]
+    got, want = (jnp.concatenate([pair[i].ravel() for pair in flat]) for i in (0, 1))
+    assert cases.relative_error(got, want) < 0.12
+
+
+def test_plan_and_layer_axis_in_the_middle():
+    """Stacked kernels [in, layers, out] need a plan, which says what is contracted."""
+
+    class Middle(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda key: nnx.Linear(32, 32, rngs=nnx.Rngs(key)), out_axes=1)
+            self.layers = make(jax.random.split(rngs.params(), 5))
+
+        def __call__(self, x):
+            @nnx.scan(in_axes=(1, nnx.Carry), out_axes=nnx.Carry)
+            def forward(layer, x):
+                return layer(x)
+
+            return forward(self.layers, x)
+
+    model = Middle(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="layers/kernel: Expected shape"):
+        jint8.nnx.quantize(model)
+    graphdef, state = nnx.split(model)
+    plan = jint8.plan(lambda state, x: nnx.merge(graphdef, state)(x), state, X)
+    int8 = jint8.nnx.quantize(model, plan=plan)
+    assert int8.layers.kernel.get_value().q.shape == (32, 5, 32)
+    assert cases.relative_error(int8(X), model(X)) < 0.03
+
+
+def test_plan_of_an_unknown_layer_is_an_error():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((32, 8)))
+
+        def __call__(self, x):
+            return x @ self.w[...]
+
+    model = nnx.Sequential(Own())
+    plan = {"layers/0/w": (0,)}
+    with pytest.raises(ValueError, match=r"layers/0/w.*jint8.nnx.register"):
+        jint8.nnx.quantize(model, plan=plan)
+    assert type(jint8.nnx.quantize(model, plan=plan, skip="w").layers[0]) is Own
+    assert type(jint8.nnx.quantize(model).layers[0]) is Own
+
+
+def test_subclass_with_its_own_call_is_left_alone():
+    class Doubled(nnx.Linear):
+        def __call__(self, inputs, out_sharding=None):
+            return 2 * super().__call__(inputs)
+
+    model = Doubled(32, 8, rngs=nnx.Rngs(0))
+    assert type(jint8.nnx.quantize(model)) is Doubled
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtype(dtype):
+    model = attention(nnx.Rngs(0), dtype=dtype)
+    got, want = jint8.nnx.quantize(model)(X), model(X)
+    assert got.dtype == want.dtype == dtype
+    assert cases.relative_error(got, want) < 0.03
+
+
+def test_int8_linear_from_float_and_from_int8():
+    linear = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    kernel = linear.kernel[...]
+    from_float = jint8.nnx.Int8Linear(32, 8, kernel=kernel)
+    from_int8 = jint8.nnx.Int8Linear(32, 8, kernel=jint8.quantize(kernel), bias=linear.bias)
+    assert jnp.array_equal(from_float(X), from_int8(X))
+    assert cases.relative_error(from_float(X), linear(X)) < 0.02
+    assert jint8.nnx.Int8Linear(32, 8, rngs=nnx.Rngs(0), use_bias=False).bias is None
+    with pytest.raises(ValueError, match="neither"):
+        jint8.nnx.Int8Linear(32, 8)
+    with pytest.raises(ValueError, match=r"Expected a kernel of shape \(32, 9\)"):
+        jint8.nnx.Int8Linear(32, 9, kernel=kernel)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="nnx module, got int"):
+        jint8.nnx.quantize(3)
+    with pytest.raises(TypeError, match="nnx module class"):
+        jint8.nnx.register(int, lambda layer, quantize: layer)
+    bad = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    bad.layers[0].kernel[...] = jnp.full((2, 2), jnp.nan)
+    with pytest.raises(ValueError, match="layers/0/kernel: Expected finite weights"):
+        jint8.nnx.quantize(bad)
