@@ -1,0 +1,92 @@
+"""Which columns of x are outliers, and their indices, on the device and for any number of them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _triton
+
+_BLOCK = 128  # columns ranked by one program
+_CHUNK = 1024  # columns counted in one step
+
+
+class Outliers(NamedTuple):
+    """Outlier columns: `mask` int8[k], `order` int32[k] (outlier columns first, each group ascending), `count` int32[1]."""
+
+    mask: jax.Array
+    order: jax.Array
+    count: jax.Array
+
+
+def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
+    """Feature dimensions in which any row reaches the threshold.
+
+    Plain XLA: a column reduction, which XLA may fuse with what computes `x`.
+
+    Args:
+      x: float[m, k].
+      threshold: compared as `abs(x) >= threshold` in float32. NaN is not an outlier.
+
+    Returns:
+      bool[k].
+
+    Example:
+      >>> find_outliers(jnp.array([[1.0, -6.0, 2.0], [0.0, 0.0, 7.0]]), 6.0).tolist()
+      [False, True, True]
+
+    References:
+      LLM.int8(), section 3.2 (https://arxiv.org/abs/2208.07339).
+    """
+    return jnp.any(jnp.abs(x.astype(jnp.float32)) >= threshold, axis=0)
+
+
+def _kernel(mask_ref, order_ref, count_ref):
+    (k,) = mask_ref.shape
+    start = pl.program_id(0) * _BLOCK
+    cols = _triton.span(start, _BLOCK)
+
+    def step(i, sums):
+        at = _triton.span(i * _CHUNK, _CHUNK)
+        flags = _triton.load(mask_ref, (at,), mask=at < k).astype(jnp.int32)
+        return sums[0] + jnp.sum(jnp.where(at < start, flags, 0)), sums[1] + jnp.sum(flags)
+
+    before, total = lax.fori_loop(0, pl.cdiv(k, _CHUNK), step, (jnp.int32(0), jnp.int32(0)))
+    flags = _triton.load(mask_ref, (cols,), mask=cols < k).astype(jnp.int32)
+    earlier = (cols[None, :] < cols[:, None]).astype(jnp.int32)
+    rank = before + jnp.sum(earlier * flags[None, :], axis=1)
+    # Columns that are no outliers follow in their own order, so that every entry of `order` is written.
+    rank = jnp.where(flags != 0, rank, total + cols - rank)
+    _triton.store(order_ref, (rank,), cols, mask=cols < k)
+    _triton.store(count_ref, (_triton.span(0, 1),), jnp.full((1,), total), mask=jnp.full((1,), start == 0))
+
+
+def compact(mask: jax.Array, *, interpret: bool = False) -> Outliers:
+    """The indices of the outlier columns: a stable partition, each program ranks a block of columns by counting.
+
+    Args:
+      mask: bool or int8[k].
+      interpret: run in Pallas's interpret mode (on any device).
+
+    Returns:
+      `Outliers`; nothing is truncated, `order[:count]` are the outlier columns, ascending.
+
+    Example:
+      >>> compact(jnp.array([False, True, False, True]), interpret=True).order.tolist()
+      [1, 3, 0, 2]
+    """
+    (k,) = mask.shape
+    mask = mask.astype(jnp.int8)
+    order, count = _triton.call(
+        _kernel,
+        (pl.cdiv(k, _BLOCK),),
+        [mask],
+        [jax.ShapeDtypeStruct((k,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)],
+        name="compact_outliers",
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+    )
+    return Outliers(mask, order, count)
