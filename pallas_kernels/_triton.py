@@ -51,12 +51,14 @@ def call(
     args: Sequence[jax.Array],
     out: Sequence[jax.ShapeDtypeStruct],
     *,
-    name: str,
     num_warps: int,
     num_stages: int,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """Runs `kernel(*refs of args, *refs of out)` over the grid; every ref is the whole array, in device memory."""
+    """Runs `kernel(*refs of args, *refs of out)` over the grid; every ref is the whole array, in device memory.
+
+    The machine code is named after the kernel function.
+    """
 
     def whole(a):
         return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))
@@ -72,6 +74,5 @@ def call(
             out_shape=list(out),
             compiler_params=params,
             interpret=interpret,
-            name=name,
         )(*args)
     )

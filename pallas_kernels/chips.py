@@ -10,6 +10,7 @@ class Chip:
     """What limits a tile: shared memory that one block may use, registers of a multiprocessor, their number."""
 
     name: str
+    device_kind: str
     shared_bytes: int
     cores: int
     registers: int = 65536
@@ -18,9 +19,9 @@ class Chip:
 
 # CUDA C++ Programming Guide, technical specifications per compute capability; cores of A100, RTX 4090, H100 SXM.
 CHIPS = {
-    "sm_80": Chip("sm_80", 166912, 108),
-    "sm_89": Chip("sm_89", 101376, 128),
-    "sm_90": Chip("sm_90", 232448, 132, mosaic=True),
+    "sm_80": Chip("sm_80", "NVIDIA A100-SXM4-80GB", 166912, 108),
+    "sm_89": Chip("sm_89", "NVIDIA GeForce RTX 4090", 101376, 128),
+    "sm_90": Chip("sm_90", "NVIDIA H100 80GB HBM3", 232448, 132, mosaic=True),
 }
 
 # The chip with the least shared memory: its tiles run on all of them.

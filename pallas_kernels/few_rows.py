@@ -29,7 +29,7 @@ class Planes(NamedTuple):
     factors: jax.Array
 
 
-def _quantize_kernel(x_ref, planes_ref, factors_ref, *, bk, threshold, per_token):
+def _quantize_few_rows_kernel(x_ref, planes_ref, factors_ref, *, bk, threshold, per_token):
     m, k = x_ref.shape
     row, steps = jnp.full((1,), pl.program_id(0), jnp.int32), pl.cdiv(k, bk)
     every = _triton.rows_of(0, pl.next_power_of_2(m), m)
@@ -97,11 +97,10 @@ def quantize_few_rows(
     bk = min(1024, max(128, pl.next_power_of_2(k)))
     return Planes(
         *_triton.call(
-            functools.partial(_quantize_kernel, bk=bk, threshold=threshold, per_token=per_token),
+            functools.partial(_quantize_few_rows_kernel, bk=bk, threshold=threshold, per_token=per_token),
             (m,),
             [x],
             [jax.ShapeDtypeStruct((planes, m, k), jnp.int8), jax.ShapeDtypeStruct((planes, m), jnp.float32)],
-            name="quantize_few_rows",
             num_warps=4,
             num_stages=1,
             interpret=interpret,
@@ -109,7 +108,7 @@ def quantize_few_rows(
     )
 
 
-def _matmul_kernel(planes_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, steps):
+def _int8_matmul_few_rows_kernel(planes_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, steps):
     *bias_ref, y_ref = rest
     (planes, m, k), n, splits = planes_ref.shape, w_ref.shape[0], y_ref.shape[0]
     split, out_cols = pl.program_id(1), _triton.span(pl.program_id(0) * bn, bn)
@@ -176,11 +175,10 @@ def int8_matmul_few_rows(
     steps = pl.cdiv(pl.cdiv(k, bk), splits)
     args = [x.planes, x.factors, w, w_scale] + ([] if bias is None else [bias])
     (y,) = _triton.call(
-        functools.partial(_matmul_kernel, bm=bm, bn=bn, bk=bk, steps=steps),
+        functools.partial(_int8_matmul_few_rows_kernel, bm=bm, bn=bn, bk=bk, steps=steps),
         (pl.cdiv(n, bn), splits),
         args,
         [jax.ShapeDtypeStruct((splits, m, n), dtype if splits == 1 else jnp.float32)],
-        name="int8_matmul_few_rows",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

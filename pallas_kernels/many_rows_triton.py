@@ -21,7 +21,7 @@ def _tile_of(program, m_tiles: int, n_tiles: int, group: int):
     return first + program % per_group % height, program % per_group // height
 
 
-def _kernel(q_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, panels, group, outliers, bias):
+def _int8_matmul_mixed_kernel(q_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, panels, group, outliers, bias):
     digits_ref, columns_ref, count_ref = rest[:3] if outliers else (None, None, None)
     y_ref = rest[-1]
     (m, k), n = q_ref.shape, w_ref.shape[0]
@@ -106,7 +106,7 @@ def int8_matmul_mixed_triton(
     args += [] if bias is None else [bias]
     (y,) = _triton.call(
         functools.partial(
-            _kernel,
+            _int8_matmul_mixed_kernel,
             bm=config.bm,
             bn=config.bn,
             bk=config.bk,
@@ -118,7 +118,6 @@ def int8_matmul_mixed_triton(
         (pl.cdiv(m, config.bm) * pl.cdiv(n, config.bn),),
         args,
         [jax.ShapeDtypeStruct((m, n), dtype)],
-        name="int8_matmul_mixed",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

@@ -43,7 +43,7 @@ def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
     return jnp.any(jnp.abs(x.astype(jnp.float32)) >= threshold, axis=0)
 
 
-def _kernel(mask_ref, order_ref, count_ref):
+def _compact_outliers_kernel(mask_ref, order_ref, count_ref):
     (k,) = mask_ref.shape
     start = pl.program_id(0) * _BLOCK
     cols = _triton.span(start, _BLOCK)
@@ -80,11 +80,10 @@ def compact(mask: jax.Array, *, interpret: bool = False) -> Outliers:
     (k,) = mask.shape
     mask = mask.astype(jnp.int8)
     order, count = _triton.call(
-        _kernel,
+        _compact_outliers_kernel,
         (pl.cdiv(k, _BLOCK),),
         [mask],
         [jax.ShapeDtypeStruct((k,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)],
-        name="compact_outliers",
         num_warps=4,
         num_stages=1,
         interpret=interpret,

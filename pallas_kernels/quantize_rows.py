@@ -33,7 +33,7 @@ def gathered_size(k: int) -> int:
     return pl.cdiv(k, OUTLIER_BLOCK) * OUTLIER_BLOCK
 
 
-def _kernel(x_ref, *refs, bm, bk, threshold):
+def _quantize_rows_kernel(x_ref, *refs, bm, bk, threshold):
     m, k = x_ref.shape
     outliers, (q_ref, factors_ref, *digits_ref) = refs[: len(refs) // 6 * 3], refs[len(refs) // 6 * 3 :]
     rows, steps = _triton.rows_of(pl.program_id(0), bm, m), pl.cdiv(k, bk)
@@ -133,11 +133,10 @@ def quantize_rows(
         out.append(jax.ShapeDtypeStruct((DIGITS, m, gathered_size(k)), jnp.int8))
     return QuantizedRows(
         *_triton.call(
-            functools.partial(_kernel, bm=bm, bk=bk, threshold=threshold),
+            functools.partial(_quantize_rows_kernel, bm=bm, bk=bk, threshold=threshold),
             (pl.cdiv(m, bm),),
             [x, *(outliers or ())],
             out,
-            name="quantize_rows",
             num_warps=max(1, min(8, bm * bk // 1024)),
             num_stages=1,
             interpret=interpret,
@@ -145,7 +144,7 @@ def quantize_rows(
     )
 
 
-def _gather_kernel(w_ref, order_ref, count_ref, out_ref, *, bn):
+def _gather_columns_kernel(w_ref, order_ref, count_ref, out_ref, *, bn):
     n = w_ref.shape[0]
     rows = _triton.rows_of(pl.program_id(0), bn, n)
     out_rows = _triton.span(pl.program_id(0) * bn, bn)
@@ -176,11 +175,10 @@ def gather_columns(w: jax.Array, outliers: Outliers, *, interpret: bool = False)
     n, k = w.shape
     bn = 32
     (out,) = _triton.call(
-        functools.partial(_gather_kernel, bn=bn),
+        functools.partial(_gather_columns_kernel, bn=bn),
         (pl.cdiv(n, bn),),
         [w, outliers.order, outliers.count],
         [jax.ShapeDtypeStruct((n, gathered_size(k)), jnp.int8)],
-        name="gather_columns",
         num_warps=4,
         num_stages=1,
         interpret=interpret,
