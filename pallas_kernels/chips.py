@@ -27,7 +27,16 @@ CHIPS = {
 # The chip with the least shared memory: its tiles run on all of them.
 SAFE_CHIP = CHIPS["sm_89"]
 
-_KINDS = {"A100": "sm_80", "A30": "sm_80", "A800": "sm_80", "H100": "sm_90", "H200": "sm_90", "H800": "sm_90", "H20": "sm_90", "GH200": "sm_90"}
+_KINDS = {
+    "A100": "sm_80",
+    "A30": "sm_80",
+    "A800": "sm_80",
+    "H100": "sm_90",
+    "H200": "sm_90",
+    "H800": "sm_90",
+    "H20": "sm_90",
+    "GH200": "sm_90",
+}
 
 
 def chip_for(*, capability: tuple[int, int] | None = None, device_kind: str = "") -> Chip:

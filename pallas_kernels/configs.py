@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, ClassVar
 
-from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.chips import Chip
 
 # A thread has 255 registers; addresses, masks and what the pipeline keeps take about this many.
 _OTHER_REGISTERS = 56
@@ -124,6 +124,7 @@ def check_config(config: Config, chip: Chip) -> None:
       NotImplementedError: a Mosaic tile for a chip without wgmma.
 
     Example:
+      >>> from pallas_kernels.chips import CHIPS
       >>> check_config(TritonConfig(bm=128, bn=256, num_stages=4), CHIPS["sm_89"])
       Traceback (most recent call last):
         ...
@@ -177,6 +178,7 @@ def shape_class(m: int, n: int, *, chip: Chip, backend: str, few_rows: int) -> s
       The name of a shape class.
 
     Example:
+      >>> from pallas_kernels.chips import CHIPS
       >>> shape_class(2048, 8192, chip=CHIPS["sm_80"], backend="triton", few_rows=16)
       'triton_large'
     """
@@ -186,6 +188,3 @@ def shape_class(m: int, n: int, *, chip: Chip, backend: str, few_rows: int) -> s
         return f"{backend}_small"
     tiles = -(-m // 128) * -(-n // 256)
     return f"{backend}_large" if tiles >= 2 * chip.cores else f"{backend}_medium"
-
-
-__all__ = ["CHIPS", "Config", "FewRowsConfig", "MosaicConfig", "TritonConfig", "check_config", "default_configs", "shape_class", "to_json"]

@@ -15,7 +15,15 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton
 from pallas_kernels._numerics import (
-    DIGITS, DIGITS_TOP, K_EXACT, Q_TOP, abs_bits, digit_factors, split_digits, step_of, to_int
+    DIGITS,
+    DIGITS_TOP,
+    K_EXACT,
+    Q_TOP,
+    abs_bits,
+    digit_factors,
+    split_digits,
+    step_of,
+    to_int,
 )
 from pallas_kernels.configs import FewRowsConfig
 
@@ -71,9 +79,7 @@ def _quantize_few_rows_kernel(x_ref, planes_ref, factors_ref, *, bk, threshold, 
     loop(quantize, 0)
 
 
-def quantize_few_rows(
-    x: jax.Array, threshold: float, *, per_token: bool = False, interpret: bool = False
-) -> Planes:
+def quantize_few_rows(x: jax.Array, threshold: float, *, per_token: bool = False, interpret: bool = False) -> Planes:
     """Finds the outliers and splits x into int8 planes, in one launch.
 
     `planes[0]` are the kept values (`factors[0] = max(abs(kept)) / 127`, rounded half to even), `planes[1:]` three 7-bit digits

@@ -83,7 +83,9 @@ def _int8_matmul_mixed_kernel(q_ref, factors_ref, w_ref, scale_ref, *rest, bm, b
         if bias:
             y = y + _triton.load(rest[-2], (c,)).astype(jnp.float32)[None, :]
         out_cols = _triton.span(start, width)
-        _triton.store(y_ref, (out_rows[:, None], out_cols[None, :]), y, mask=(out_rows < m)[:, None] & (out_cols < n)[None, :])
+        _triton.store(
+            y_ref, (out_rows[:, None], out_cols[None, :]), y, mask=(out_rows < m)[:, None] & (out_cols < n)[None, :]
+        )
 
 
 def int8_matmul_mixed_triton(

@@ -13,6 +13,7 @@ from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
 from pallas_kernels.outliers import compact, find_outliers
 from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
 
+_ALIGN = 16  # bytes of one load
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -44,7 +45,9 @@ def _check_size(m: int, n: int, k: int) -> None:
         for dim in shape:
             size *= dim
         if size >= 2**31:
-            raise NotImplementedError(f"Expected arrays of fewer than 2**31 elements, got {shape} for m={m}, n={n}, k={k}")
+            raise NotImplementedError(
+                f"Expected arrays of fewer than 2**31 elements, got {shape} for m={m}, n={n}, k={k}"
+            )
 
 
 def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton") -> Config:
@@ -139,7 +142,7 @@ def llm_int8_matmul(
 
     Args:
       x: bfloat16, float16 or float32[m, k].
-      w: int8[n, k], in [-127, 127]. k a multiple of 16 lets it stream in 16-byte loads.
+      w: int8[n, k], in [-127, 127]. Where k isn't a multiple of 16, each call makes a padded copy: pad when quantizing.
       w_scale: float32[n].
       bias: float[n] or None.
       threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
@@ -172,6 +175,10 @@ def llm_int8_matmul(
         y = jnp.zeros((m, n), jnp.float32)
         return (y if bias is None else y + bias).astype(x.dtype)
     _check_size(m, n, k)
+    if k % _ALIGN:
+        # Rows that start at odd addresses are read byte by byte, which costs far more than this copy of the weights.
+        pad = ((0, 0), (0, -k % _ALIGN))
+        x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
     if config is None:
         config = pick_config(m, n, k, chip=current_chip(), backend=backend or "triton")
 
@@ -181,7 +188,7 @@ def llm_int8_matmul(
 
     outliers = outlier_w = None
     if threshold:
-        outliers = compact(find_outliers(x, threshold), interpret=interpret)
+        outliers = compact(find_outliers(x, threshold, interpret=interpret), interpret=interpret)
         outlier_w = gather_columns(w, outliers, interpret=interpret)
     rows = quantize_rows(x, outliers, threshold=threshold if mode == "token" else None, interpret=interpret)
     count = None if outliers is None else outliers.count

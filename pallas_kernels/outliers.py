@@ -1,5 +1,6 @@
 """Which columns of x are outliers, and their indices, on the device and for any number of them."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton
 
+_HEIGHT, _WIDTH, _PARTS = 16, 256, 32  # rows and columns per step of the search, parts of rows at most
 _BLOCK = 128  # columns ranked by one program
 _CHUNK = 1024  # columns counted in one step
 
@@ -21,26 +23,51 @@ class Outliers(NamedTuple):
     count: jax.Array
 
 
-def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
+def _find_outliers_kernel(x_ref, flags_ref, *, steps, threshold):
+    m, k = x_ref.shape
+    part, cols = pl.program_id(1), _triton.span(pl.program_id(0) * _WIDTH, _WIDTH)
+
+    def step(i, seen):
+        rows = _triton.rows_of(part * steps + i, _HEIGHT, m)
+        x = _triton.load(x_ref, (rows[:, None], cols[None, :]), mask=(cols < k)[None, :]).astype(jnp.float32)
+        return seen | (jnp.abs(x) >= threshold).astype(jnp.int32)
+
+    seen = lax.fori_loop(0, steps, step, jnp.zeros((_HEIGHT, _WIDTH), jnp.int32))
+    _triton.store(flags_ref, (jnp.full((1,), part, jnp.int32), cols), jnp.max(seen, axis=0), mask=cols < k)
+
+
+def find_outliers(x: jax.Array, threshold: float, *, interpret: bool = False) -> jax.Array:
     """Feature dimensions in which any row reaches the threshold.
 
-    Plain XLA: a column reduction, which XLA may fuse with what computes `x`.
+    One pass over x by parts of rows, which XLA joins. XLA alone writes and reads a bool[m, k] in between.
 
     Args:
-      x: float[m, k].
+      x: float[m, k], m and k at least 1.
       threshold: compared as `abs(x) >= threshold` in float32. NaN is not an outlier.
+      interpret: run in Pallas's interpret mode (on any device).
 
     Returns:
       bool[k].
 
     Example:
-      >>> find_outliers(jnp.array([[1.0, -6.0, 2.0], [0.0, 0.0, 7.0]]), 6.0).tolist()
+      >>> find_outliers(jnp.array([[1.0, -6.0, 2.0], [0.0, 0.0, 7.0]]), 6.0, interpret=True).tolist()
       [False, True, True]
 
     References:
       LLM.int8(), section 3.2 (https://arxiv.org/abs/2208.07339).
     """
-    return jnp.any(jnp.abs(x.astype(jnp.float32)) >= threshold, axis=0)
+    m, k = x.shape
+    parts = min(_PARTS, pl.cdiv(m, _HEIGHT))
+    (flags,) = _triton.call(
+        functools.partial(_find_outliers_kernel, steps=pl.cdiv(pl.cdiv(m, _HEIGHT), parts), threshold=threshold),
+        (pl.cdiv(k, _WIDTH), parts),
+        [x],
+        [jax.ShapeDtypeStruct((parts, k), jnp.int8)],
+        num_warps=4,
+        num_stages=2,
+        interpret=interpret,
+    )
+    return jnp.max(flags, axis=0) != 0
 
 
 def _compact_outliers_kernel(mask_ref, order_ref, count_ref):

@@ -35,7 +35,7 @@ def gathered_size(k: int) -> int:
 
 def _quantize_rows_kernel(x_ref, *refs, bm, bk, threshold):
     m, k = x_ref.shape
-    outliers, (q_ref, factors_ref, *digits_ref) = refs[: len(refs) // 6 * 3], refs[len(refs) // 6 * 3 :]
+    outliers, (q_ref, factors_ref, *digits) = refs[: len(refs) // 6 * 3], refs[len(refs) // 6 * 3 :]
     rows, steps = _triton.rows_of(pl.program_id(0), bm, m), pl.cdiv(k, bk)
     out_rows = _triton.span(pl.program_id(0) * bm, bm)
     written = out_rows < m
@@ -78,7 +78,7 @@ def _quantize_rows_kernel(x_ref, *refs, bm, bk, threshold):
     if not outliers:
         return
 
-    _, order_ref, count_ref = outliers
+    (_, order_ref, count_ref), (digits_ref,) = outliers, digits
     count = _triton.scalar(count_ref)
     outlier_step = step_of(jnp.max(tops[1], axis=1), DIGITS_TOP)
     for p, factor in enumerate(digit_factors(outlier_step)):
@@ -89,10 +89,10 @@ def _quantize_rows_kernel(x_ref, *refs, bm, bk, threshold):
         cols = _triton.load(order_ref, (lanes,), mask=lanes < count)
         x = _triton.load(x_ref, (rows[:, None], cols[None, :])).astype(jnp.float32)
         out = is_outlier(x, (lanes < count)[None, :])
-        digits = split_digits(to_int(jnp.where(out, x, 0.0), outlier_step[:, None]))
-        for p, digit in enumerate(digits):
+        values = jnp.where(out, x, 0.0)
+        for p, digit in enumerate(split_digits(to_int(values, outlier_step[:, None]))):
             at = (jnp.full((1, 1), p, jnp.int32), out_rows[:, None], lanes[None, :])
-            _triton.store(digits_ref[0], at, digit, mask=written[:, None])
+            _triton.store(digits_ref, at, digit, mask=written[:, None])
         return carry
 
     lax.fori_loop(0, pl.cdiv(count, OUTLIER_BLOCK), gather, 0)
@@ -128,7 +128,10 @@ def quantize_rows(
     # One program holds about 8192 values: a long row alone, several short ones together.
     bk = min(8192, max(128, pl.next_power_of_2(k)))
     bm = max(1, min(4, 2048 // bk))
-    out = [jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct((1 if outliers is None else 1 + DIGITS, m), jnp.float32)]
+    out = [
+        jax.ShapeDtypeStruct((m, k), jnp.int8),
+        jax.ShapeDtypeStruct((1 if outliers is None else 1 + DIGITS, m), jnp.float32),
+    ]
     if outliers is not None:
         out.append(jax.ShapeDtypeStruct((DIGITS, m, gathered_size(k)), jnp.int8))
     return QuantizedRows(
