@@ -20,12 +20,12 @@ K_EXACT = (2**31 - 1) // Q_TOP**2
 
 
 def abs_bits(x: jax.Array) -> jax.Array:
-    """float32 -> int32, ordered as abs(x), NaN above all: max over these can't lose a NaN as Triton's float max does."""
+    """float32 -> int32, ordered as abs(x), NaN above all: their maximum keeps NaN, which Triton's float max drops."""
     return lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
 
 
 def step_of(bits: jax.Array, top: int) -> jax.Array:
-    """Largest abs(x) as bits -> float32 step, so that it becomes `top`: 0 for zeros, NaN where a value wasn't finite."""
+    """Bits of the largest abs(x) -> float32 step in which it counts `top`: 0 for zeros, NaN for what isn't finite."""
     step = lax.bitcast_convert_type(bits, jnp.float32) / top
     return jnp.where(bits < INF_BITS, jnp.where(step > _TINY / Q_TOP, step, 0.0), jnp.nan)
 

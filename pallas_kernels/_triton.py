@@ -1,8 +1,9 @@
 """What every Triton kernel here is built from: whole arrays as operands, explicit indices, explicit masks.
 
-The Triton lowering of JAX up to 0.11 doesn't mask blocks that hang over an array's edge, and interpret mode pads them, so that a
-test on a CPU sees nothing. No kernel here therefore uses blocked operands: each gets whole arrays and loads and stores through the
-two functions below, with indices that are in bounds or masked. Tests replace the two by versions that poison what isn't.
+The Triton lowering of JAX up to 0.11 doesn't mask blocks that hang over an array's edge, and interpret mode pads them,
+so that a test on a CPU sees nothing. No kernel here therefore uses blocked operands: each gets whole arrays and loads
+and stores through the two functions below, with indices that are in bounds or masked. Tests replace the two by versions
+that poison what isn't.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ def span(start, size: int) -> jax.Array:
 
 
 def rows_of(block, size: int, limit: int) -> jax.Array:
-    """int32[size]: the row indices of a block; past the end the last row again, which is cheaper than a mask on loads."""
+    """int32[size]: row indices of a block; past the end the last row again, which is cheaper than a mask on loads."""
     return jnp.minimum(span(block * size, size), limit - 1)
 
 
@@ -41,7 +42,7 @@ def scalar(ref) -> jax.Array:
 
 
 def store(ref, index: tuple, value, *, mask) -> None:
-    """Writes the elements at broadcast index vectors where the mask is True. No index twice: which write wins is undefined."""
+    """Writes the elements at broadcast index vectors where the mask is True; no element twice."""
     plt.store(ref.at[index], value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
 
 

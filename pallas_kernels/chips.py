@@ -47,8 +47,8 @@ def chip_for(*, capability: tuple[int, int] | None = None, device_kind: str = ""
       device_kind: the device's name otherwise, such as "NVIDIA H200".
 
     Returns:
-      A `Chip`; `SAFE_CHIP` for GPUs with about 100 KB of shared memory (8.6, 8.9, 12.x) and for unknown names. Only 9.0 gets one
-      with `mosaic`: its code is compiled for that one chip.
+      A `Chip`; `SAFE_CHIP` for GPUs with about 100 KB of shared memory (8.6, 8.9, 12.x) and for unknown names. Only 9.0
+      gets one with `mosaic`: its code is compiled for that one chip.
 
     Example:
       >>> chip_for(capability=(8, 6)).name, chip_for(device_kind="NVIDIA H100 80GB HBM3").name
@@ -67,7 +67,7 @@ def current_chip() -> Chip:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None and abstract.platform == "gpu":
         return chip_for(device_kind=abstract.device_kind)
-    device = jax.config.jax_default_device
+    device = getattr(jax.config, "jax_default_device", None)
     if not isinstance(device, jax.Device):
         device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))

@@ -18,7 +18,8 @@ class FewRowsConfig:
 
     bn: output channels per program. Small, so that every multiprocessor reads its share of the weights.
     bk: bytes of one weight row per step. 256 are 16 threads of a coalesced 16-byte load each.
-    splits: parts of k, for n too small to fill the chip; more than 1 costs a second kernel. `pick_config` sets it by shape.
+    splits: parts of k, for n too small to fill the chip; more than 1 costs a second kernel. `pick_config` sets it by
+      shape.
     num_warps, num_stages: stages are the loads in flight that hide the memory's latency.
     """
 
@@ -48,8 +49,8 @@ class TritonConfig:
 
     bm, bn: rows and output channels per program: each operand byte is used bn or bm times.
     bk: depth of a step in bytes; 128 is a full line of the memory and four int8 tensor-core steps.
-    panels: parts of bn with accumulators of their own. The outlier part holds one panel beside the sum, so that two panels let a
-      tile of 128 by 256 fit the registers.
+    panels: parts of bn with accumulators of their own. The outlier part holds one panel beside the sum, so that two
+      panels let a tile of 128 by 256 fit the registers.
     group: tiles of rows that run together, for reuse of weights in the L2.
     """
 
@@ -119,8 +120,8 @@ def check_config(config: Config, chip: Chip) -> None:
       chip: an entry of `CHIPS`.
 
     Raises:
-      ValueError: block dimensions that aren't powers of two of at least 16, more shared memory than a block of the chip may use,
-        or accumulators that leave no registers for anything else.
+      ValueError: block dimensions that aren't powers of two of at least 16, more shared memory than a block of the chip
+        may use, or accumulators that leave no registers for anything else.
       NotImplementedError: a Mosaic tile for a chip without wgmma.
 
     Example:
@@ -128,7 +129,7 @@ def check_config(config: Config, chip: Chip) -> None:
       >>> check_config(TritonConfig(bm=128, bn=256, num_stages=4), CHIPS["sm_89"])
       Traceback (most recent call last):
         ...
-      ValueError: Expected at most 101376 bytes of shared memory on sm_89, got 196608 for TritonConfig(bm=128, bn=256, ...
+      ValueError: Expected at most 101376 bytes of shared memory on sm_89, got 196608 for ...
     """
     if config.kind == "mosaic" and not chip.mosaic:
         raise NotImplementedError(f"Expected a chip with wgmma (sm_90) for {config}, got {chip.name}")
@@ -136,7 +137,8 @@ def check_config(config: Config, chip: Chip) -> None:
         raise ValueError(f"Expected block dimensions that are powers of two of at least 16, got {config}")
     if config.shared_bytes() > chip.shared_bytes:
         raise ValueError(
-            f"Expected at most {chip.shared_bytes} bytes of shared memory on {chip.name}, got {config.shared_bytes()} for {config}"
+            f"Expected at most {chip.shared_bytes} bytes of shared memory on {chip.name}, "
+            f"got {config.shared_bytes()} for {config}"
         )
     if config.accumulators() > 255 - _OTHER_REGISTERS:
         raise ValueError(
@@ -164,8 +166,8 @@ def to_json(config: Config) -> dict:
 def shape_class(m: int, n: int, *, chip: Chip, backend: str, few_rows: int) -> str:
     """Which row of the table serves a product: "few", or "<backend>_small", "_medium", "_large".
 
-    small: at most 64 rows. large: enough large tiles (128 by 256) to occupy every multiprocessor at least twice, so that the
-    last, partial round of tiles weighs little. medium: the rest.
+    small: at most 64 rows. large: enough large tiles (128 by 256) to occupy every multiprocessor at least twice, so
+      that the last, partial round of tiles weighs little. medium: the rest.
 
     Args:
       m: rows.

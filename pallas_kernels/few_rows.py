@@ -1,8 +1,9 @@
 """The product for few rows (decoding), which is bound by reading the int8 weights once.
 
-x becomes four int8 planes of m rows each: the kept values, and the outliers as three digits in place. Their 4 * m rows share one
-pass over the weights as one int8 product; a tensor core multiplies 16 rows in the time of one, so that the digits are free for
-m <= 4 and cheap up to 16. There is nothing to gather, and every number of outliers takes the same time.
+x becomes four int8 planes of m rows each: the kept values, and the outliers as three digits in place. Their 4 * m rows
+share one pass over the weights as one int8 product; a tensor core multiplies 16 rows in the time of one, so that the
+digits are free for m <= 4 and cheap up to 16. There is nothing to gather, and every number of outliers takes the same
+time.
 """
 
 import functools
@@ -31,7 +32,7 @@ FEW_ROWS = 16
 
 
 class Planes(NamedTuple):
-    """x[m, k] = sum over planes of planes[p] * factors[p][:, None]: `planes` int8[1 or 4, m, k], `factors` float32[1 or 4, m]."""
+    """x[m, k] = sum of planes[p] * factors[p][:, None]: `planes` int8[1 or 4, m, k], `factors` float32[1 or 4, m]."""
 
     planes: jax.Array
     factors: jax.Array
@@ -82,8 +83,8 @@ def _quantize_few_rows_kernel(x_ref, planes_ref, factors_ref, *, bk, threshold, 
 def quantize_few_rows(x: jax.Array, threshold: float, *, per_token: bool = False, interpret: bool = False) -> Planes:
     """Finds the outliers and splits x into int8 planes, in one launch.
 
-    `planes[0]` are the kept values (`factors[0] = max(abs(kept)) / 127`, rounded half to even), `planes[1:]` three 7-bit digits
-    of the outliers, exact to 2**-22 of the row's largest.
+    `planes[0]` are the kept values (`factors[0] = max(abs(kept)) / 127`, rounded half to even), `planes[1:]` three
+    7-bit digits of the outliers, exact to 2**-22 of the row's largest.
 
     Args:
       x: float[m, k], m and k at least 1.

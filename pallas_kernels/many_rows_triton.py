@@ -1,4 +1,4 @@
-"""The mixed product for many rows as one Triton kernel: int8 over all of k, then the outlier digits over the gathered columns."""
+"""The mixed product for many rows as one Triton kernel: int8 over k, then the digits over the gathered columns."""
 
 import functools
 
@@ -14,7 +14,7 @@ from pallas_kernels.quantize_rows import OUTLIER_BLOCK, QuantizedRows
 
 
 def _tile_of(program, m_tiles: int, n_tiles: int, group: int):
-    """Program -> tile (i, j), `group` tiles of rows at a time, so that programs that run together share operands in the L2."""
+    """Program -> tile (i, j), `group` tiles of rows at a time: what runs together shares operands in the L2."""
     per_group = group * n_tiles
     first = program // per_group * group
     height = jnp.minimum(m_tiles - first, group)
@@ -22,12 +22,12 @@ def _tile_of(program, m_tiles: int, n_tiles: int, group: int):
 
 
 def _int8_matmul_mixed_kernel(q_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, panels, group, outliers, bias):
-    digits_ref, columns_ref, count_ref = rest[:3] if outliers else (None, None, None)
+    digits_ref, columns_ref, number_ref = rest[:3] if outliers else (None, None, None)
     y_ref = rest[-1]
     (m, k), n = q_ref.shape, w_ref.shape[0]
     i, j = _tile_of(pl.program_id(0), pl.cdiv(m, bm), pl.cdiv(n, bn), group)
     rows = _triton.rows_of(i, bm, m)
-    # Panels halve what the outlier part has to hold beside the sum: two tiles of 128 by 128 instead of one of 128 by 256.
+    # Panels halve what the outlier part has to hold beside the sum: that lets a tile of 128 by 256 fit.
     width = bn // panels
     starts = [j * bn + p * width for p in range(panels)]
     cols = [jnp.minimum(_triton.span(start, width), n - 1) for start in starts]
@@ -60,7 +60,7 @@ def _int8_matmul_mixed_kernel(q_ref, factors_ref, w_ref, scale_ref, *rest, bm, b
 
     if outliers:
         size = digits_ref.shape[2]
-        steps = pl.cdiv(_triton.scalar(count_ref), OUTLIER_BLOCK)
+        steps = pl.cdiv(_triton.scalar(number_ref), OUTLIER_BLOCK)
         chunk = K_EXACT // OUTLIER_BLOCK
 
         def add_digits(panel, total):
@@ -93,18 +93,19 @@ def int8_matmul_mixed_triton(
     w: jax.Array,
     w_scale: jax.Array,
     *,
-    outlier_w: jax.Array | None = None,
-    count: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    outlier_w: jax.Array | None,
+    number: jax.Array | None,
+    bias: jax.Array | None,
     dtype,
     config: TritonConfig,
-    interpret: bool = False,
+    interpret: bool,
 ) -> jax.Array:
     """See `int8_matmul_mixed`."""
-    (m, k), n = x.q.shape, w.shape[0]
+    m, n = x.q.shape[0], w.shape[0]
     outliers = x.digits is not None
     args = [x.q, x.factors, w, w_scale]
-    args += [x.digits, outlier_w, count] if outliers else []
+    if outliers:
+        args += [a for a in (x.digits, outlier_w, number) if a is not None]
     args += [] if bias is None else [bias]
     (y,) = _triton.call(
         functools.partial(

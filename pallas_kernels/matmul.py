@@ -82,7 +82,7 @@ def int8_matmul_mixed(
     w_scale: jax.Array,
     *,
     outlier_w: jax.Array | None = None,
-    count: jax.Array | None = None,
+    number: jax.Array | None = None,
     bias: jax.Array | None = None,
     dtype,
     config: TritonConfig | MosaicConfig,
@@ -90,15 +90,15 @@ def int8_matmul_mixed(
 ) -> jax.Array:
     """y = (factors[0] * (q @ w.T) + sum over p of factors[1 + p] * (digits[p] @ outlier_w.T)) * w_scale + bias.
 
-    Every product of integers is exact in int32; the rest is float32, rounded once. The outlier sums run over `count` columns,
-    which the kernel reads from the device.
+    Every product of integers is exact in int32; the rest is float32, rounded once. The outlier sums run over `number`
+    columns, which the kernel reads from the device.
 
     Args:
       x: from `quantize_rows`.
       w: int8[n, k].
       w_scale: float32[n].
       outlier_w: from `gather_columns`, where x has digits.
-      count: `Outliers.count`, where x has digits.
+      number: `Outliers.number`, where x has digits.
       bias: float[n] or None.
       dtype: of the result.
       config: the tile; its type picks the backend.
@@ -108,7 +108,7 @@ def int8_matmul_mixed(
       dtype[m, n].
 
     Raises:
-      ValueError: x has digits but `outlier_w` or `count` is missing.
+      ValueError: x has digits but `outlier_w` or `number` is missing.
 
     Example:
       >>> rows = quantize_rows(jnp.array([[127.0, 2.0]]), interpret=True)
@@ -116,11 +116,11 @@ def int8_matmul_mixed(
       >>> int8_matmul_mixed(rows, w, one, dtype="float32", config=TritonConfig(), interpret=True).tolist()
       [[129.0]]
     """
-    if x.digits is not None and (outlier_w is None or count is None):
-        raise ValueError("Expected outlier_w and count beside rows with outlier digits, got None")
+    if x.digits is not None and (outlier_w is None or number is None):
+        raise ValueError("Expected outlier_w and number beside rows with outlier digits, got None")
     kernel = int8_matmul_mixed_triton
     return kernel(
-        x, w, w_scale, outlier_w=outlier_w, count=count, bias=bias, dtype=dtype, config=config, interpret=interpret
+        x, w, w_scale, outlier_w=outlier_w, number=number, bias=bias, dtype=dtype, config=config, interpret=interpret
     )
 
 
@@ -138,7 +138,8 @@ def llm_int8_matmul(
 ) -> jax.Array:
     """x @ (w * w_scale).T + bias with int8 tensor cores: kept values in int8, outliers with 22 bits.
 
-    Exact for any number of outlier columns, with static shapes and without waiting for the device. One rounding, to x.dtype.
+    Exact for any number of outlier columns, with static shapes and without waiting for the device. One rounding, to
+    x.dtype.
 
     Args:
       x: bfloat16, float16 or float32[m, k].
@@ -146,8 +147,8 @@ def llm_int8_matmul(
       w_scale: float32[n].
       bias: float[n] or None.
       threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
-      mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves, so that
-        a row's result is bit for bit independent of the others.
+      mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
+        so that a row's result is bit for bit independent of the others.
       backend: "triton", "mosaic", or None for the one that the config or the chip asks for.
       config: a tile instead of the table's; `FewRowsConfig` takes the path for few rows.
       interpret: run in Pallas's interpret mode.
@@ -191,7 +192,15 @@ def llm_int8_matmul(
         outliers = compact(find_outliers(x, threshold, interpret=interpret), interpret=interpret)
         outlier_w = gather_columns(w, outliers, interpret=interpret)
     rows = quantize_rows(x, outliers, threshold=threshold if mode == "token" else None, interpret=interpret)
-    count = None if outliers is None else outliers.count
+    number = None if outliers is None else outliers.number
     return int8_matmul_mixed(
-        rows, w, w_scale, outlier_w=outlier_w, count=count, bias=bias, dtype=x.dtype, config=config, interpret=interpret
+        rows,
+        w,
+        w_scale,
+        outlier_w=outlier_w,
+        number=number,
+        bias=bias,
+        dtype=x.dtype,
+        config=config,
+        interpret=interpret,
     )

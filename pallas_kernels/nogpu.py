@@ -1,11 +1,12 @@
 """Compiles the kernels to machine code on a machine without a GPU and reads what they use.
 
-`python -m pallas_kernels.nogpu` prints a table: registers, spilled bytes, shared memory and tensor-core instructions for every
-default config and chip. It needs the packages of the extra `nogpu` in exactly jax's version (README.md beside this file).
+`python -m pallas_kernels.nogpu` prints a table: registers, spilled bytes, shared memory and tensor-core instructions
+for every default config and chip. It needs the packages of the extra `nogpu` in exactly jax's version (README.md beside
+this file).
 
-The CUDA plugin compiles for a described device as well as for a present one. XLA dumps the PTX of each kernel, ptxas reports the
-resources, nvdisasm the instructions. The dump is configured by environment variables that must be set before JAX starts, and
-Mosaic reads the chip once per process: so each chip gets a process of its own.
+The CUDA plugin compiles for a described device as well as for a present one. XLA dumps the PTX of each kernel, ptxas
+reports the resources, nvdisasm the instructions. The dump is configured by environment variables that must be set
+before JAX starts, and Mosaic reads the chip once per process: so each chip gets a process of its own.
 """
 
 import argparse
@@ -54,7 +55,7 @@ _TENSOR_CORE = re.compile(r"\b(IGMMA|HGMMA|IMMA|HMMA)\b")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas and nvdisasm say about one kernel, and the launch about its shared memory (None: not XLA's to know)."""
+    """What ptxas and nvdisasm say about one kernel, and XLA about its shared memory (None: Mosaic launches it)."""
 
     name: str
     registers: int
@@ -85,6 +86,11 @@ def missing() -> str | None:
         if _find_tool(name) is None:
             return f"{name} is not installed: {command}"
     return None
+
+
+def toolchain() -> str:
+    """The versions that decide what comes out: of JAX and of the assembler."""
+    return f"jax {jax.__version__}, nvidia-cuda-nvcc {importlib.metadata.version('nvidia-cuda-nvcc')}"
 
 
 def _find_tool(name: str) -> str | None:
@@ -153,7 +159,8 @@ def _assemble(ptx: Path, name: str, target: str, shared: int | None) -> Kernel:
 def cases(chip: Chip) -> dict[str, tuple[Config, tuple[int, int, int], float]]:
     """What the check compiles for a chip: label -> (config, (m, n, k), threshold).
 
-    Every default config at shapes that its tiles divide, with and without outliers, and the first of a kind at odd shapes too.
+    Every default config at shapes that its tiles divide, with and without outliers, and the first of a kind at odd
+    shapes too.
     """
     found: dict[str, tuple[Config, tuple[int, int, int], float]] = {}
     configs: dict[Config, str] = {}
@@ -235,10 +242,22 @@ def table(resources: dict[str, dict[str, list[dict]]]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, resources: dict[str, dict[str, list[dict]]]) -> None:
+    """Puts the resources into a JSON file that keeps those of other toolchains; one line per kernel, for readable diffs."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[toolchain()] = resources
+    text = json.dumps(kept, indent=1)
+    path.write_text(re.sub(r"\{\s+(\"name\".*?)\n\s+\}(?=,?\n\s+[\]{])", _one_line, text, flags=re.S) + "\n")
+
+
+def _one_line(match: re.Match) -> str:
+    return "{" + re.sub(r"\s*\n\s*", " ", match[1]) + "}"
+
+
 def main() -> None:
     """Prints the table, and writes it as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", help="write the resources to this JSON file")
+    parser.add_argument("--out", help="put the resources into this JSON file")
     parser.add_argument("--child", choices=list(CHIPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -249,7 +268,7 @@ def main() -> None:
     resources = {chip.name: run(chip) for chip in CHIPS.values()}
     print(table(resources))
     if args.out:
-        Path(args.out).write_text(json.dumps({"jax": jax.__version__, "chips": resources}, indent=1) + "\n")
+        write(Path(args.out), resources)
 
 
 if __name__ == "__main__":

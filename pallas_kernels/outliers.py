@@ -16,11 +16,11 @@ _CHUNK = 1024  # columns counted in one step
 
 
 class Outliers(NamedTuple):
-    """Outlier columns: `mask` int8[k], `order` int32[k] (outlier columns first, each group ascending), `count` int32[1]."""
+    """`mask` int8[k], `order` int32[k] (outlier columns first, then the others, both ascending), `number` int32[1]."""
 
     mask: jax.Array
     order: jax.Array
-    count: jax.Array
+    number: jax.Array
 
 
 def _find_outliers_kernel(x_ref, flags_ref, *, steps, threshold):
@@ -70,7 +70,7 @@ def find_outliers(x: jax.Array, threshold: float, *, interpret: bool = False) ->
     return jnp.max(flags, axis=0) != 0
 
 
-def _compact_outliers_kernel(mask_ref, order_ref, count_ref):
+def _compact_outliers_kernel(mask_ref, order_ref, number_ref):
     (k,) = mask_ref.shape
     start = pl.program_id(0) * _BLOCK
     cols = _triton.span(start, _BLOCK)
@@ -87,7 +87,7 @@ def _compact_outliers_kernel(mask_ref, order_ref, count_ref):
     # Columns that are no outliers follow in their own order, so that every entry of `order` is written.
     rank = jnp.where(flags != 0, rank, total + cols - rank)
     _triton.store(order_ref, (rank,), cols, mask=cols < k)
-    _triton.store(count_ref, (_triton.span(0, 1),), jnp.full((1,), total), mask=jnp.full((1,), start == 0))
+    _triton.store(number_ref, (_triton.span(0, 1),), jnp.full((1,), total), mask=jnp.full((1,), start == 0))
 
 
 def compact(mask: jax.Array, *, interpret: bool = False) -> Outliers:
@@ -98,7 +98,7 @@ def compact(mask: jax.Array, *, interpret: bool = False) -> Outliers:
       interpret: run in Pallas's interpret mode (on any device).
 
     Returns:
-      `Outliers`; nothing is truncated, `order[:count]` are the outlier columns, ascending.
+      `Outliers`; nothing is truncated, `order[:number]` are the outlier columns, ascending.
 
     Example:
       >>> compact(jnp.array([False, True, False, True]), interpret=True).order.tolist()
@@ -106,7 +106,7 @@ def compact(mask: jax.Array, *, interpret: bool = False) -> Outliers:
     """
     (k,) = mask.shape
     mask = mask.astype(jnp.int8)
-    order, count = _triton.call(
+    order, number = _triton.call(
         _compact_outliers_kernel,
         (pl.cdiv(k, _BLOCK),),
         [mask],
@@ -115,4 +115,4 @@ def compact(mask: jax.Array, *, interpret: bool = False) -> Outliers:
         num_stages=1,
         interpret=interpret,
     )
-    return Outliers(mask, order, count)
+    return Outliers(mask, order, number)

@@ -19,8 +19,8 @@ class QuantizedRows(NamedTuple):
     """x[m, k] = q * factors[0] + sum over the digits p of (digits[p] * factors[1 + p]) at the outlier columns.
 
     `q` int8[m, k] (outliers 0); `factors` float32[1 or 4, m] (NaN in rows that hold a value that isn't finite);
-    `digits` int8[3, m, k rounded up to OUTLIER_BLOCK] or None: column j belongs to outlier column `order[j]`, zeros up to the end
-    of the last block that holds one, and not written beyond it.
+    `digits` int8[3, m, k rounded up to OUTLIER_BLOCK] or None: column j belongs to outlier column `order[j]`, zeros up
+    to the end of the last block that holds one, and not written beyond it.
     """
 
     q: jax.Array
@@ -78,24 +78,24 @@ def _quantize_rows_kernel(x_ref, *refs, bm, bk, threshold):
     if not outliers:
         return
 
-    (_, order_ref, count_ref), (digits_ref,) = outliers, digits
-    count = _triton.scalar(count_ref)
+    (_, order_ref, number_ref), (digits_ref,) = outliers, digits
+    number = _triton.scalar(number_ref)
     outlier_step = step_of(jnp.max(tops[1], axis=1), DIGITS_TOP)
     for p, factor in enumerate(digit_factors(outlier_step)):
         put(1 + p, factor)
 
     def gather(i, carry):
         lanes = _triton.span(i * OUTLIER_BLOCK, OUTLIER_BLOCK)
-        cols = _triton.load(order_ref, (lanes,), mask=lanes < count)
+        cols = _triton.load(order_ref, (lanes,), mask=lanes < number)
         x = _triton.load(x_ref, (rows[:, None], cols[None, :])).astype(jnp.float32)
-        out = is_outlier(x, (lanes < count)[None, :])
+        out = is_outlier(x, (lanes < number)[None, :])
         values = jnp.where(out, x, 0.0)
         for p, digit in enumerate(split_digits(to_int(values, outlier_step[:, None]))):
             at = (jnp.full((1, 1), p, jnp.int32), out_rows[:, None], lanes[None, :])
             _triton.store(digits_ref, at, digit, mask=written[:, None])
         return carry
 
-    lax.fori_loop(0, pl.cdiv(count, OUTLIER_BLOCK), gather, 0)
+    lax.fori_loop(0, pl.cdiv(number, OUTLIER_BLOCK), gather, 0)
 
 
 def quantize_rows(
@@ -103,8 +103,9 @@ def quantize_rows(
 ) -> QuantizedRows:
     """Quantizes each row by the largest absolute value among those that are kept.
 
-    `factors[0] = max(abs(kept)) / 127`, `q = round_half_even(kept / factors[0])`. Outliers are left out of both and come as
-    three 7-bit digits of `round(x / (max(abs(outlier)) / (127 * 2**14)))`, exact to 2**-22 of the row's largest outlier.
+    `factors[0] = max(abs(kept)) / 127`, `q = round_half_even(kept / factors[0])`. Outliers are left out of both and
+    come as three 7-bit digits of `round(x / (max(abs(outlier)) / (127 * 2**14)))`, exact to 2**-22 of the row's largest
+    outlier.
 
     Args:
       x: float[m, k], m and k at least 1.
@@ -147,21 +148,21 @@ def quantize_rows(
     )
 
 
-def _gather_columns_kernel(w_ref, order_ref, count_ref, out_ref, *, bn):
+def _gather_columns_kernel(w_ref, order_ref, number_ref, out_ref, *, bn):
     n = w_ref.shape[0]
     rows = _triton.rows_of(pl.program_id(0), bn, n)
     out_rows = _triton.span(pl.program_id(0) * bn, bn)
-    count = _triton.scalar(count_ref)
+    number = _triton.scalar(number_ref)
 
     def gather(i, carry):
         lanes = _triton.span(i * OUTLIER_BLOCK, OUTLIER_BLOCK)
-        cols = _triton.load(order_ref, (lanes,), mask=lanes < count)
-        # The digits beyond `count` are zeros, so that what stands here meets nothing; zeros all the same.
-        w = jnp.where((lanes < count)[None, :], _triton.load(w_ref, (rows[:, None], cols[None, :])), 0)
+        cols = _triton.load(order_ref, (lanes,), mask=lanes < number)
+        # The digits beyond `number` are zeros, so that what stands here meets nothing; zeros all the same.
+        w = jnp.where((lanes < number)[None, :], _triton.load(w_ref, (rows[:, None], cols[None, :])), 0)
         _triton.store(out_ref, (out_rows[:, None], lanes[None, :]), w, mask=(out_rows < n)[:, None])
         return carry
 
-    lax.fori_loop(0, pl.cdiv(count, OUTLIER_BLOCK), gather, 0)
+    lax.fori_loop(0, pl.cdiv(number, OUTLIER_BLOCK), gather, 0)
 
 
 def gather_columns(w: jax.Array, outliers: Outliers, *, interpret: bool = False) -> jax.Array:
@@ -180,7 +181,7 @@ def gather_columns(w: jax.Array, outliers: Outliers, *, interpret: bool = False)
     (out,) = _triton.call(
         functools.partial(_gather_columns_kernel, bn=bn),
         (pl.cdiv(n, bn),),
-        [w, outliers.order, outliers.count],
+        [w, outliers.order, outliers.number],
         [jax.ShapeDtypeStruct((n, gathered_size(k)), jnp.int8)],
         num_warps=4,
         num_stages=1,

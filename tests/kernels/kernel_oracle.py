@@ -21,7 +21,7 @@ def quantize_rows(x, out):
 
 
 def product(x, w, w_scale, bias, threshold, mode):
-    """float64[m, n] of x float[m, k] and w int8[n, k]: int8 for kept entries, exact outliers; NaN in rows that aren't finite."""
+    """float64[m, n]: kept entries in int8, outliers exact, NaN in rows of x that aren't finite."""
     x = np.asarray(x, np.float64)
     out = outliers(x, threshold, mode)
     bad = ~np.isfinite(x).all(axis=1)
@@ -36,8 +36,8 @@ def product(x, w, w_scale, bias, threshold, mode):
 def tolerance(x, w, w_scale, bias, threshold, mode, dtype):
     """float64[m, n]: how far a right result may be off, from the dtype and the sizes alone.
 
-    One rounding to dtype; one step of q for entries within float32 of a tie; outliers to 2**-15 of their row's largest; sums in
-    float32, scales included.
+    One rounding to dtype; one step of q for entries within float32 of a tie; outliers to 2**-15 of their row's largest;
+    sums in float32, scales included.
     """
     x = np.where(np.isfinite(np.asarray(x, np.float64)), np.asarray(x, np.float64), 0.0)
     out = outliers(x, threshold, mode)

@@ -1,7 +1,8 @@
 """No kernel reads or writes beyond its arrays, and no masked lane leaks into a result.
 
-Triton on JAX up to 0.11 checks nothing at an array's edge, and interpret mode hides that. Here every load and store goes through
-versions that know the bounds: one unmasked element beyond them turns all that is loaded or stored into poison. The last tests break the kernels on purpose, to show that this finds it.
+Triton on JAX up to 0.11 checks nothing at an array's edge, and interpret mode hides that. Here every load and store
+goes through versions that know the bounds: one unmasked element beyond them turns all that is loaded or stored into
+poison. The last tests break the kernels on purpose, to show that this finds it.
 """
 
 import re

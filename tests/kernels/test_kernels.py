@@ -1,4 +1,4 @@
-"""Every path of the product against the float64 oracle, case by case. On a GPU the same tests run the compiled kernels."""
+"""Every path of the product against the float64 oracle. On a GPU the same tests run the compiled kernels."""
 
 import functools
 from typing import NamedTuple
@@ -93,7 +93,8 @@ def check(y, case, threshold, mode):
     assert excess.size == 0 or excess.max() <= 0, f"off by {excess.max()} more than allowed"
 
 
-# Every path runs all values at one shape, in both modes; at other shapes, which each cost a compilation, paths take turns.
+# Every path runs all values at one shape, in both modes; at other shapes, which each cost a compilation, paths take
+# turns.
 VALUES = [name for name, case in CASES.items() if case.x.shape == ORDINARY.x.shape and case.bias is not None]
 SHAPES = [name for name in CASES if name not in VALUES]
 TURNS = [("few_rows", "triton_panels"), ("few_rows_split", "triton")]
@@ -182,7 +183,7 @@ def test_quantized_rows(name, mode):
     columns = np.flatnonzero(kernel_oracle.outliers(x64, THRESHOLD, "token").any(axis=0))
     np.testing.assert_array_equal(found.order[: len(columns)], columns)
     np.testing.assert_array_equal(np.sort(found.order), np.arange(x.shape[1]))
-    assert found.count.tolist() == [len(columns)]
+    assert found.number.tolist() == [len(columns)]
 
     per_token = THRESHOLD if mode == "token" else None
     rows = pk.quantize_rows(x, found, threshold=per_token, interpret=INTERPRET)
