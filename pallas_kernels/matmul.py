@@ -10,7 +10,7 @@ from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.configs import Config, FewRowsConfig, MosaicConfig, TritonConfig, default_configs, shape_class
 from pallas_kernels.few_rows import FEW_ROWS, int8_matmul_few_rows, quantize_few_rows
 from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
-from pallas_kernels.outliers import compact, find_outliers
+from pallas_kernels.outliers import compact, outlier_flags
 from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
 
 _ALIGN = 16  # bytes of one load
@@ -189,7 +189,7 @@ def llm_int8_matmul(
 
     outliers = outlier_w = None
     if threshold:
-        outliers = compact(find_outliers(x, threshold, interpret=interpret), interpret=interpret)
+        outliers = compact(outlier_flags(x, threshold, interpret=interpret), interpret=interpret)
         outlier_w = gather_columns(w, outliers, interpret=interpret)
     rows = quantize_rows(x, outliers, threshold=threshold if mode == "token" else None, interpret=interpret)
     number = None if outliers is None else outliers.number

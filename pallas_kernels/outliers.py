@@ -56,6 +56,11 @@ def find_outliers(x: jax.Array, threshold: float, *, interpret: bool = False) ->
     References:
       LLM.int8(), section 3.2 (https://arxiv.org/abs/2208.07339).
     """
+    return outlier_flags(x, threshold, interpret=interpret) != 0
+
+
+def outlier_flags(x: jax.Array, threshold: float, *, interpret: bool = False) -> jax.Array:
+    """`find_outliers` as int8[k]: what `compact` takes without a conversion, which would be a launch of its own."""
     m, k = x.shape
     parts = min(_PARTS, pl.cdiv(m, _HEIGHT))
     (flags,) = _triton.call(
@@ -67,7 +72,7 @@ def find_outliers(x: jax.Array, threshold: float, *, interpret: bool = False) ->
         num_stages=2,
         interpret=interpret,
     )
-    return jnp.max(flags, axis=0) != 0
+    return jnp.max(flags, axis=0)
 
 
 def _compact_outliers_kernel(mask_ref, order_ref, number_ref):

@@ -1,7 +1,8 @@
-"""Every default config compiles to machine code for every chip: tensor cores used, nothing spilled, within shared memory.
+"""Every default config compiles for every chip: tensor cores used, nothing spilled, within shared memory.
 
-Needs no GPU but the packages of the extra `nogpu` (pallas_kernels/README.md). `resources.json` keeps what was found with some
-toolchains; `python -m pallas_kernels.nogpu --out tests/kernels/resources.json` writes the entry of the one that is there.
+Needs no GPU but the packages of the extra `nogpu` (pallas_kernels/README.md). `resources.json` keeps what was found
+with some toolchains; `python -m pallas_kernels.nogpu --out tests/kernels/resources.json` writes the entry of the one
+that is there.
 """
 
 import json

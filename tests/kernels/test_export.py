@@ -1,5 +1,7 @@
 """A program for CUDA exported from a machine without a GPU, through the package's one entry."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -25,7 +27,7 @@ def test_export_for_cuda(chip, m):
         exported = export.export(fn, platforms=["cuda"], disabled_checks=[triton])(*avals)
     kernel = "_int8_matmul_few_rows_kernel" if m == 1 else "_int8_matmul_mixed_kernel"
     assert kernel in exported.mlir_module()
-    pytest.importorskip("flatbuffers", reason="serialization needs it")
-    again = export.deserialize(exported.serialize())
-    assert again.platforms == ("cuda",)
-    assert [(a.shape, a.dtype) for a in again.out_avals] == [((m, 256), jnp.bfloat16)]
+    if importlib.util.find_spec("flatbuffers"):  # serialization needs it; jax doesn't depend on it
+        exported = export.deserialize(exported.serialize())
+    assert exported.platforms == ("cuda",)
+    assert [(a.shape, a.dtype) for a in exported.out_avals] == [((m, 256), jnp.bfloat16)]
