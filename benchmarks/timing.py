@@ -11,8 +11,8 @@ from jax import lax
 def repeated(fn: Callable) -> Callable:
     """fn over several sets of operands, one after the other in one program.
 
-    One program, because a launch from Python costs more than a product of few rows; one after the other, because in a model each
-    product waits for the one before; several sets, because one would stay in the L2 cache.
+    One program, because a launch from Python costs more than a product of few rows; one after the other, because in a
+    model each product waits for the one before; several sets, because one would stay in the L2 cache.
     """
     fn = jax.jit(fn)  # traced and lowered once for all sets
 

@@ -152,15 +152,18 @@ def default_configs() -> dict[tuple[str, str], Config]:
     """The table in `configs.json`: (chip, shape class) -> config."""
     table = json.loads((resources.files("pallas_kernels") / "configs.json").read_text())
     return {
-        (chip, shape): _KINDS[entry["kind"]](**{key: v for key, v in entry.items() if key != "kind"})
-        for chip, shapes in table["configs"].items()
-        for shape, entry in shapes.items()
+        (chip, shape): from_json(entry) for chip, shapes in table["configs"].items() for shape, entry in shapes.items()
     }
 
 
 def to_json(config: Config) -> dict:
-    """The entry that `default_configs` reads back."""
+    """A config as an entry of a JSON table."""
     return {"kind": config.kind, **asdict(config)}
+
+
+def from_json(entry: dict) -> Config:
+    """The config that `to_json` wrote."""
+    return _KINDS[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"})
 
 
 def shape_class(m: int, n: int, *, chip: Chip, backend: str, few_rows: int) -> str:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chips import CHIPS, Chip
-from pallas_kernels.configs import Config, default_configs
+from pallas_kernels.configs import Config, default_configs, from_json, to_json
 from pallas_kernels.matmul import llm_int8_matmul
 
 _DUMP = "PALLAS_KERNELS_NOGPU_DUMP"
@@ -187,25 +187,32 @@ def _avals(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
 
-def _child(chip: Chip) -> dict[str, list[dict]]:
+def _child(chip: Chip, cases: dict) -> dict[str, list[dict]]:
     result = {}
-    for label, (config, size, threshold) in cases(chip).items():
+    for label, (entry, size, threshold) in cases.items():
+        config = from_json(entry)
 
         def fn(x, w, scale, bias, config=config, threshold=threshold):
             return llm_int8_matmul(x, w, scale, bias=bias, threshold=threshold, config=config)
 
-        result[label] = [asdict(kernel) for kernel in compile_kernels(fn, chip, *_avals(*size))]
+        try:
+            kernels = compile_kernels(fn, chip, *_avals(*size))
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            print(f"{label}: {error}", file=sys.stderr)
+            kernels = []
+        result[label] = [asdict(kernel) for kernel in kernels]
     return result
 
 
-def run(chip: Chip) -> dict[str, list[dict]]:
-    """Compiles all cases of a chip in a process of its own.
+def run(chip: Chip, chosen: dict | None = None) -> dict[str, list[dict]]:
+    """Compiles cases for a chip in a process of its own.
 
     Args:
       chip: an entry of `CHIPS`.
+      chosen: label -> (config, (m, n, k), threshold); None for `cases(chip)`.
 
     Returns:
-      label -> the package's kernels in the compiled program, each as a dict of `Kernel`.
+      label -> the package's kernels in the compiled program, each as a dict of `Kernel`; none where it doesn't compile.
 
     Raises:
       RuntimeError: the process failed; with the end of what it printed.
@@ -220,7 +227,13 @@ def run(chip: Chip) -> dict[str, list[dict]]:
             **{_DUMP: dump},
         )
         command = [sys.executable, "-W", "ignore", "-m", "pallas_kernels.nogpu", "--child", chip.name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        given = {
+            label: (to_json(config), size, threshold)
+            for label, (config, size, threshold) in (cases(chip) if chosen is None else chosen).items()
+        }
+        done = subprocess.run(
+            command, env=environment, input=json.dumps(given), capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise RuntimeError(
             f"Expected to compile for {chip.name}, got exit status {done.returncode}: {done.stderr[-4000:]}"
@@ -243,7 +256,7 @@ def table(resources: dict[str, dict[str, list[dict]]]) -> str:
 
 
 def write(path: Path, resources: dict[str, dict[str, list[dict]]]) -> None:
-    """Puts the resources into a JSON file that keeps those of other toolchains; one line per kernel, for readable diffs."""
+    """LONG: Puts the resources into a JSON file that keeps those of other toolchains; one line per kernel, for readable diffs."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[toolchain()] = resources
     text = json.dumps(kept, indent=1)
@@ -261,7 +274,7 @@ def main() -> None:
     parser.add_argument("--child", choices=list(CHIPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(_child(CHIPS[args.child])))
+        print(json.dumps(_child(CHIPS[args.child], json.load(sys.stdin))))
         return
     if reason := missing():
         parser.exit(2, reason + "\n")
