@@ -1,0 +1,128 @@
+"""The mixed product for many rows as one Triton kernel: int8 over k, then the digits over the gathered columns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _triton
+from pallas_kernels._numerics import DIGITS, K_EXACT
+from pallas_kernels.configs import TritonConfig
+from pallas_kernels.quantize_rows import OUTLIER_BLOCK, QuantizedRows
+
+
+def _tile_of(program, m_tiles: int, n_tiles: int, group: int):
+    """Program -> tile (i, j), `group` tiles of rows at a time: what runs together shares operands in the L2."""
+    per_group = group * n_tiles
+    first = program // per_group * group
+    height = jnp.minimum(m_tiles - first, group)
+    return first + program % per_group % height, program % per_group // height
+
+
+def _int8_matmul_mixed_kernel(q_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, panels, group, outliers, bias):
+    digits_ref, columns_ref, number_ref = rest[:3] if outliers else (None, None, None)
+    y_ref = rest[-1]
+    (m, k), n = q_ref.shape, w_ref.shape[0]
+    i, j = _tile_of(pl.program_id(0), pl.cdiv(m, bm), pl.cdiv(n, bn), group)
+    rows = _triton.rows_of(i, bm, m)
+    # Panels halve what the outlier part has to hold beside the sum: that lets a tile of 128 by 256 fit.
+    width = bn // panels
+    starts = [j * bn + p * width for p in range(panels)]
+    cols = [jnp.minimum(_triton.span(start, width), n - 1) for start in starts]
+
+    def products(a_ref, a_index, b_ref, b_cols, first, last, block, limit):
+        """int32 products of a's rows with panels of b over the steps first..last along their last axes."""
+
+        def step(t, accs):
+            depth = _triton.span(t * block, block)
+            mask = (depth < limit)[None, :] if limit % block else None
+            a = _triton.load(a_ref, (*a_index, depth[None, :]), mask=mask)
+            bs = (_triton.load(b_ref, (c[:, None], depth[None, :]), mask=mask) for c in b_cols)
+            return tuple(
+                acc + lax.dot_general(a, b, _triton.CONTRACT_LAST, preferred_element_type=jnp.int32)
+                for acc, b in zip(accs, bs, strict=True)
+            )
+
+        return lax.fori_loop(first, last, step, (jnp.zeros((bm, width), jnp.int32),) * len(b_cols))
+
+    def factor(p):
+        return _triton.load(factors_ref, (jnp.full((bm,), p, jnp.int32), rows))[:, None]
+
+    # int32 holds K_EXACT products: longer sums go to float32 in between.
+    chunk = K_EXACT // bk
+    totals = [jnp.zeros((bm, width), jnp.float32)] * panels
+    for first in range(0, pl.cdiv(k, bk), chunk):
+        last = min(first + chunk, pl.cdiv(k, bk))
+        accs = products(q_ref, (rows[:, None],), w_ref, cols, first, last, bk, k)
+        totals = [total + acc.astype(jnp.float32) * factor(0) for total, acc in zip(totals, accs, strict=True)]
+
+    if outliers:
+        size = digits_ref.shape[2]
+        steps = pl.cdiv(_triton.scalar(number_ref), OUTLIER_BLOCK)
+        chunk = K_EXACT // OUTLIER_BLOCK
+
+        def add_digits(panel, total):
+            def digit(p, total):
+                plane = jnp.full((1, 1), p, jnp.int32)
+                for first in range(0, size // OUTLIER_BLOCK, chunk):
+                    last = jnp.minimum(steps, first + chunk)
+                    index = (plane, rows[:, None])
+                    (acc,) = products(digits_ref, index, columns_ref, [cols[panel]], first, last, OUTLIER_BLOCK, size)
+                    total = total + acc.astype(jnp.float32) * factor(1 + p)
+                return total
+
+            return lax.fori_loop(0, DIGITS, digit, total)
+
+        totals = [add_digits(panel, total) for panel, total in enumerate(totals)]
+
+    out_rows = _triton.span(i * bm, bm)
+    for start, c, total in zip(starts, cols, totals, strict=True):
+        y = total * _triton.load(scale_ref, (c,))[None, :]
+        if bias:
+            y = y + _triton.load(rest[-2], (c,)).astype(jnp.float32)[None, :]
+        out_cols = _triton.span(start, width)
+        _triton.store(
+            y_ref, (out_rows[:, None], out_cols[None, :]), y, mask=(out_rows < m)[:, None] & (out_cols < n)[None, :]
+        )
+
+
+def int8_matmul_mixed_triton(
+    x: QuantizedRows,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    outlier_w: jax.Array | None,
+    number: jax.Array | None,
+    bias: jax.Array | None,
+    dtype,
+    config: TritonConfig,
+    interpret: bool,
+) -> jax.Array:
+    """See `int8_matmul_mixed`."""
+    m, n = x.q.shape[0], w.shape[0]
+    outliers = x.digits is not None
+    args = [x.q, x.factors, w, w_scale]
+    if outliers:
+        args += [a for a in (x.digits, outlier_w, number) if a is not None]
+    args += [] if bias is None else [bias]
+    (y,) = _triton.call(
+        functools.partial(
+            _int8_matmul_mixed_kernel,
+            bm=config.bm,
+            bn=config.bn,
+            bk=config.bk,
+            panels=config.panels,
+            group=config.group,
+            outliers=outliers,
+            bias=bias is not None,
+        ),
+        (pl.cdiv(m, config.bm) * pl.cdiv(n, config.bn),),
+        args,
+        [jax.ShapeDtypeStruct((m, n), dtype)],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )
+    return y

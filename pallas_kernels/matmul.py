@@ -1,0 +1,206 @@
+"""The whole LLM.int8() product: checks, picks kernels and tiles, and puts the stages together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.configs import Config, FewRowsConfig, MosaicConfig, TritonConfig, default_configs, shape_class
+from pallas_kernels.few_rows import FEW_ROWS, int8_matmul_few_rows, quantize_few_rows
+from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
+from pallas_kernels.outliers import compact, outlier_flags
+from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
+
+_ALIGN = 16  # bytes of one load
+_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def _check(x, w, w_scale, bias, threshold, mode, backend):
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"Expected x to be bfloat16, float16 or float32, got {x.dtype}")
+    if w.dtype != jnp.int8:
+        raise TypeError(f"Expected w to be int8, got {w.dtype}")
+    if w_scale.dtype != jnp.float32:
+        raise TypeError(f"Expected w_scale to be float32, got {w_scale.dtype}")
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"Expected x[m, k] and w[n, k], got {x.shape} and {w.shape}")
+    for name, a in (("w_scale", w_scale), ("bias", bias)):
+        if a is not None and a.shape != w.shape[:1]:
+            raise ValueError(f"Expected {name} to have shape {w.shape[:1]}, got {a.shape}")
+    if not threshold >= 0:
+        raise ValueError(f"Expected threshold to be at least 0, got {threshold}")
+    if mode not in ("batch", "token"):
+        raise ValueError(f"Expected mode to be 'batch' or 'token', got {mode!r}")
+    if backend not in (None, "triton", "mosaic"):
+        raise ValueError(f"Expected backend to be None, 'triton' or 'mosaic', got {backend!r}")
+
+
+def _check_size(m: int, n: int, k: int) -> None:
+    # Offsets within an array are 32 bits wide in the kernels.
+    padded = gathered_size(k)
+    for shape in ((n, padded), (DIGITS, m, padded), (m, n)):
+        size = 1
+        for dim in shape:
+            size *= dim
+        if size >= 2**31:
+            raise NotImplementedError(
+                f"Expected arrays of fewer than 2**31 elements, got {shape} for m={m}, n={n}, k={k}"
+            )
+
+
+def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton") -> Config:
+    """The tile from the table for a product of x[m, k] and w[n, k].
+
+    Args:
+      m: rows of x.
+      n: output channels.
+      k: contracted size.
+      chip: from `chip_for` or `current_chip`.
+      backend: "triton" or "mosaic" for many rows; few rows have one kernel.
+
+    Returns:
+      The config; for few rows with as many splits of k as fill the chip.
+
+    Example:
+      >>> from pallas_kernels.chips import CHIPS
+      >>> pick_config(1, 1024, 4096, chip=CHIPS["sm_90"]).splits
+      4
+    """
+    config = default_configs()[chip.name, shape_class(m, n, chip=chip, backend=backend, few_rows=FEW_ROWS)]
+    if isinstance(config, FewRowsConfig):
+        # At least four steps each, so that the pipeline of loads fills.
+        splits = min(chip.cores // pl.cdiv(n, config.bn), k // (4 * config.bk))
+        config = dataclasses.replace(config, splits=max(1, splits))
+    return config
+
+
+def int8_matmul_mixed(
+    x: QuantizedRows,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    outlier_w: jax.Array | None = None,
+    number: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    dtype,
+    config: TritonConfig | MosaicConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """y = (factors[0] * (q @ w.T) + sum over p of factors[1 + p] * (digits[p] @ outlier_w.T)) * w_scale + bias.
+
+    Every product of integers is exact in int32; the rest is float32, rounded once. The outlier sums run over `number`
+    columns, which the kernel reads from the device.
+
+    Args:
+      x: from `quantize_rows`.
+      w: int8[n, k].
+      w_scale: float32[n].
+      outlier_w: from `gather_columns`, where x has digits.
+      number: `Outliers.number`, where x has digits.
+      bias: float[n] or None.
+      dtype: of the result.
+      config: the tile; its type picks the backend.
+      interpret: run in Pallas's interpret mode.
+
+    Returns:
+      dtype[m, n].
+
+    Raises:
+      ValueError: x has digits but `outlier_w` or `number` is missing.
+
+    Example:
+      >>> rows = quantize_rows(jnp.array([[127.0, 2.0]]), interpret=True)
+      >>> w, one = jnp.ones((1, 2), jnp.int8), jnp.ones(1)
+      >>> int8_matmul_mixed(rows, w, one, dtype="float32", config=TritonConfig(), interpret=True).tolist()
+      [[129.0]]
+    """
+    if x.digits is not None and (outlier_w is None or number is None):
+        raise ValueError("Expected outlier_w and number beside rows with outlier digits, got None")
+    kernel = int8_matmul_mixed_triton
+    return kernel(
+        x, w, w_scale, outlier_w=outlier_w, number=number, bias=bias, dtype=dtype, config=config, interpret=interpret
+    )
+
+
+def llm_int8_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    threshold: float = 6.0,
+    mode: str = "batch",
+    backend: str | None = None,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """x @ (w * w_scale).T + bias with int8 tensor cores: kept values in int8, outliers with 22 bits.
+
+    Exact for any number of outlier columns, with static shapes and without waiting for the device. One rounding, to
+    x.dtype.
+
+    Args:
+      x: bfloat16, float16 or float32[m, k].
+      w: int8[n, k], in [-127, 127]. Where k isn't a multiple of 16, each call makes a padded copy: pad when quantizing.
+      w_scale: float32[n].
+      bias: float[n] or None.
+      threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
+      mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
+        so that a row's result is bit for bit independent of the others.
+      backend: "triton", "mosaic", or None for the one that the config or the chip asks for.
+      config: a tile instead of the table's; `FewRowsConfig` takes the path for few rows.
+      interpret: run in Pallas's interpret mode.
+
+    Returns:
+      x.dtype[m, n]. Rows that hold NaN or infinity are not finite, others are unaffected.
+
+    Raises:
+      TypeError: for dtypes.
+      ValueError: for shapes, a negative threshold, an unknown mode or backend.
+      NotImplementedError: arrays of 2**31 elements or more.
+
+    Example:
+      >>> x = jnp.array([[100.0, 1.0, -0.5]])
+      >>> w, scale = jnp.array([[127, 64, 0]], jnp.int8), jnp.array([0.5])
+      >>> llm_int8_matmul(x, w, scale, interpret=True).tolist()
+      [[6382.0]]
+
+    References:
+      LLM.int8(), equation 8 (https://arxiv.org/abs/2208.07339).
+    """
+    _check(x, w, w_scale, bias, threshold, mode, backend)
+    (m, k), n = x.shape, w.shape[0]
+    if 0 in (m, n, k):
+        y = jnp.zeros((m, n), jnp.float32)
+        return (y if bias is None else y + bias).astype(x.dtype)
+    _check_size(m, n, k)
+    if k % _ALIGN:
+        # Rows that start at odd addresses are read byte by byte, which costs far more than this copy of the weights.
+        pad = ((0, 0), (0, -k % _ALIGN))
+        x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
+    if config is None:
+        config = pick_config(m, n, k, chip=current_chip(), backend=backend or "triton")
+
+    if isinstance(config, FewRowsConfig):
+        planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)
+        return int8_matmul_few_rows(planes, w, w_scale, bias=bias, dtype=x.dtype, config=config, interpret=interpret)
+
+    outliers = outlier_w = None
+    if threshold:
+        outliers = compact(outlier_flags(x, threshold, interpret=interpret), interpret=interpret)
+        outlier_w = gather_columns(w, outliers, interpret=interpret)
+    rows = quantize_rows(x, outliers, threshold=threshold if mode == "token" else None, interpret=interpret)
+    number = None if outliers is None else outliers.number
+    return int8_matmul_mixed(
+        rows,
+        w,
+        w_scale,
+        outlier_w=outlier_w,
+        number=number,
+        bias=bias,
+        dtype=x.dtype,
+        config=config,
+        interpret=interpret,
+    )

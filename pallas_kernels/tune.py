@@ -1,0 +1,136 @@
+"""Candidates for the table of configs: pruned by compiling without a GPU, timed by `benchmarks/gpu_check.py` on one.
+
+`python -m pallas_kernels.tune prune` compiles every candidate for every chip and writes those that neither spill nor
+miss the tensor cores to `candidates.json`. `python -m pallas_kernels.tune apply RESULT` takes the fastest of each shape
+class from a result of gpu_check's stage "tune" into `configs.json`.
+"""
+
+import argparse
+import itertools
+import json
+from importlib import resources
+from pathlib import Path
+
+from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.configs import (
+    Config,
+    FewRowsConfig,
+    MosaicConfig,
+    TritonConfig,
+    check_config,
+    default_configs,
+    from_json,
+    to_json,
+)
+
+_HERE = Path(__file__).parent
+
+
+def all_candidates(kind: str, chip: Chip) -> list[Config]:
+    """Every combination of the sizes worth trying that the chip's limits allow; the most promising first."""
+    made: list[Config] = []
+    if kind == "few":
+        grid = itertools.product((32, 16, 64), (256, 128, 512), (4, 8), (4, 3, 6))
+        made = [FewRowsConfig(bn=bn, bk=bk, num_warps=w, num_stages=s) for bn, bk, w, s in grid]
+    elif kind == "triton":
+        tiles = (
+            (128, 256, 2),
+            (128, 128, 1),
+            (256, 128, 1),
+            (64, 128, 1),
+            (64, 256, 1),
+            (64, 64, 1),
+            (32, 128, 1),
+            (32, 64, 1),
+        )
+        grid = itertools.product(tiles, (128, 64), (8, 4), (4, 3))
+        made = [
+            TritonConfig(bm=bm, bn=bn, panels=p, bk=bk, num_warps=w, num_stages=s) for (bm, bn, p), bk, w, s in grid
+        ]
+    else:
+        grid = itertools.product(((128, 256, 2), (128, 128, 1), (64, 128, 1), (64, 256, 2)), (4, 3, 2))
+        made = [MosaicConfig(bm=bm, bn=bn, panels=p, num_stages=s) for (bm, bn, p), s in grid]
+    return [config for config in made if fits(config, chip)]
+
+
+def fits(config: Config, chip: Chip) -> bool:
+    """Whether `check_config` accepts it."""
+    try:
+        check_config(config, chip)
+    except (ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def candidates(kind: str, chip: Chip) -> list[Config]:
+    """What to time for a chip: the pruned list in `candidates.json`, the defaults first.
+
+    Args:
+      kind: "few", "triton" or "mosaic".
+      chip: an entry of `CHIPS`.
+
+    Returns:
+      Configs, without repetition.
+
+    Example:
+      >>> len(candidates("few", CHIPS["sm_90"])) > 1
+      True
+    """
+    name = {"few": "few_rows"}.get(kind, kind)
+    defaults = [c for (for_chip, _), c in default_configs().items() if for_chip == chip.name and c.kind == name]
+    pruned = json.loads((resources.files("pallas_kernels") / "candidates.json").read_text())
+    kept = [from_json(entry) for entry in pruned.get(chip.name, {}).get(kind, [])]
+    return list(dict.fromkeys([*defaults, *kept]))
+
+
+def prune() -> dict[str, dict[str, list[dict]]]:
+    """chip -> kind -> the candidates whose product compiles to tensor-core code without spilling; needs no GPU."""
+    from pallas_kernels import nogpu
+
+    kept: dict[str, dict[str, list[dict]]] = {}
+    for chip in CHIPS.values():
+        kinds = ("few", "triton", "mosaic") if chip.mosaic else ("few", "triton")
+        made = {f"{kind} {i}": (kind, c) for kind in kinds for i, c in enumerate(all_candidates(kind, chip))}
+        sizes = {"few": (16, 4096, 4096)}
+        cases = {label: (c, sizes.get(kind, (2048, 4096, 4096)), 6.0) for label, (kind, c) in made.items()}
+        found = nogpu.run(chip, cases)
+        kept[chip.name] = {kind: [] for kind in kinds}
+        for label, kernels in found.items():
+            kind, config = made[label]
+            good = kernels and all(k["spilled"] == 0 for k in kernels) and any(k["tensor_core"] for k in kernels)
+            if good:
+                kept[chip.name][kind].append(to_json(config))
+        print(
+            chip.name,
+            {kind: f"{len(kept[chip.name][kind])} of {sum(k == kind for k, _ in made.values())}" for kind in kinds},
+        )
+    return kept
+
+
+def apply(result: dict) -> dict:
+    """The table of configs with the fastest of each shape class of one chip in place of what it had."""
+    table = json.loads((_HERE / "configs.json").read_text())
+    for shape, found in result["classes"].items():
+        timed = [entry for entry in found["timed"] if "seconds" in entry]
+        if timed:
+            table["configs"][result["chip"]][shape] = timed[0]["config"]
+    table["note"] = f"{result['chip']}: timed on {result['device']} with jax {result['jax']}. " + table["note"]
+    return table
+
+
+def main() -> None:
+    """Runs one of the two commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("command", choices=["prune", "apply"])
+    parser.add_argument("result", nargs="?", type=Path, help="tune.json of gpu_check, for apply")
+    args = parser.parse_args()
+    if args.command == "prune":
+        (_HERE / "candidates.json").write_text(json.dumps(prune(), indent=1) + "\n")
+    elif args.result is None:
+        parser.error("apply needs the result of a run")
+    else:
+        (_HERE / "configs.json").write_text(json.dumps(apply(json.loads(args.result.read_text())), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
