@@ -143,8 +143,7 @@ def test_the_program_never_calls_the_host(implementation):
     run = jax.jit(lambda x, w: jint8.matmul(x, w, implementation=implementation))
     lowered = run.lower(CASE.x, W)
     for text in (lowered.as_text(), lowered.compile().as_text()):
-        assert not {"callback", "infeed", "outfeed"} & set(text.replace("_", " ").lower().split())
-        assert "callback" not in text
+        assert not any(word in text for word in ("callback", "infeed", "outfeed"))
 
 
 @PATHS
