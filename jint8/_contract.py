@@ -53,7 +53,7 @@ def dot_general(
     """
     if is_qtensor(lhs) and is_qtensor(rhs):
         raise TypeError("Expected at most one QTensor, got two.")
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = (map(tuple, pair) for pair in dimension_numbers)
     if is_qtensor(rhs):
         x, w, x_contract, w_contract, x_batch, w_batch = lhs, rhs, lhs_contract, rhs_contract, lhs_batch, rhs_batch
     elif is_qtensor(lhs):
@@ -118,6 +118,9 @@ def _check_axes(x, w, x_contract, w_contract, x_batch, w_batch):
                     f"Expected {name} axes of one size, got {x.shape[a]} (axis {a} of {x.shape}) "
                     f"and {w.shape[b]} (axis {b} of the weight {w.shape})."
                 )
+    for ndim, axes in ((x.ndim, (*x_contract, *x_batch)), (w.ndim, (*w_contract, *w_batch))):
+        if len({a % ndim for a in axes}) != len(axes):
+            raise ValueError(f"Expected each axis to be contracted or batched once, got {axes}.")
     if not w_contract:
         raise ValueError("Expected at least one contracted axis, got none.")
     at = storage_axes(w)
@@ -201,6 +204,8 @@ def _parse(subscripts: str, x, w, w_index: int) -> tuple[tuple[list[str], list[s
     left, arrow, right = text.partition("->")
     terms = left.split(",")
     x_term, w_term = terms[1 - w_index], terms[w_index]
+    if not all(label.isascii() and label.isalpha() for label in "".join([*terms, right]).replace("...", "")):
+        raise ValueError(f"Expected labels to be letters, got {subscripts!r}.")
     if "." in w_term:
         raise NotImplementedError(f"Expected no ellipsis for the QTensor, got {subscripts!r}.")
     extra = x.ndim - len(x_term.replace("...", "")) if "..." in x_term else 0
@@ -216,6 +221,8 @@ def _parse(subscripts: str, x, w, w_index: int) -> tuple[tuple[list[str], list[s
         output = ellipsis + once
     else:
         output = expand(right)
+        if not set(ellipsis) <= set(output):
+            raise ValueError(f"Expected the ellipsis in the result too, got {subscripts!r}.")
     for name, labels, shape in (("activations", x_labels, x.shape), ("weight", w_labels, w.shape)):
         if len(labels) != len(shape):
             raise ValueError(f"Expected {len(labels)} dimensions of the {name} in {subscripts!r}, got shape {shape}.")

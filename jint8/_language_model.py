@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ class LanguageModel:
       tokenizer: None where the checkpoint has none.
       config: the model's sizes and choices.
       quant: the `jint8.Config` it was loaded with.
+      hf_config: the checkpoint's `config.json`, for `jint8.save`.
     """
 
     model: Decoder
@@ -38,6 +39,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     config: ModelConfig
     quant: Config
+    hf_config: dict[str, Any] | None = None
 
     def logits(self, tokens: Any) -> jax.Array:
         """Logits at every position.
@@ -98,9 +100,7 @@ class LanguageModel:
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [tokenizer.encode(text) for text in texts]
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stop):
-            raise ValueError("Expected stop texts that aren't empty, got an empty one.")
+        stop = stop_texts(stop)
         every = STREAM_TOKENS if stream else STOP_TOKENS if stop else max_tokens
         chunks = self.generate_tokens(
             ids,
@@ -112,7 +112,7 @@ class LanguageModel:
             config=config,
             every=every,
         )
-        pieces = _text(chunks, tokenizer, len(ids), stop)
+        pieces = text_pieces(chunks, tokenizer, len(ids), stop)
         if stream:
             return (piece[0] for piece in pieces) if single else pieces
         answers = ["".join(row) for row in zip(*pieces, strict=True)]
@@ -197,7 +197,17 @@ def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: floa
         raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")
 
 
-def _text(chunks: Iterator[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]) -> Iterator[list[str]]:
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Texts before which an answer ends. Raises ValueError for an empty one."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stop):
+        raise ValueError("Expected stop texts that aren't empty, got an empty one.")
+    return stop
+
+
+def text_pieces(
+    chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]
+) -> Iterator[list[str]]:
     """Pieces of text for each row, ending at end tokens and before stop texts."""
     streams = [tokenizer.stream() for _ in range(rows)]
     held = [""] * rows  # text that may be the beginning of a stop text

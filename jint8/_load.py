@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +17,10 @@ from jint8._language_model import LanguageModel
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
+from jint8._save import read_saved, saved_config, saved_dtype
 from jint8._types import SCHEMES, Config, QTensor
 from jint8.checkpoints import Checkpoint, open_checkpoint
+from jint8.checkpoints._jint8 import Jint8Checkpoint, verify_files
 from jint8.models import Decoder, ModelConfig, model_config
 from jint8.models._names import ignored, sources
 
@@ -26,11 +30,12 @@ Progress = Callable[[int, int], None]
 def load(
     path: str | os.PathLike[str],
     *,
-    config: Config = Config(),
+    config: Config | None = None,
     dtype: Any = None,
     quantize: bool = True,
     skip: Patterns = (),
     include: Patterns = (),
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Loads a checkpoint, with its projection weights turned into int8 as they are read.
@@ -39,14 +44,17 @@ def load(
     (`dtype`) unless `include` names them.
 
     Args:
-      path: a GGUF file, or a Hugging Face directory with `config.json` and safetensors files.
-      config: how to quantize, and how to multiply.
-      dtype: of activations and of the parameters that aren't quantized. None is float32 on CPUs, bfloat16 on GPUs.
+      path: a GGUF file, a Hugging Face directory with `config.json` and safetensors files, or a directory that
+        `jint8.save` wrote. The weights of the last come back as they are: `quantize`, `skip` and `include` don't apply.
+      config: how to quantize, and how to multiply. None is `Config()`, or what the model was saved with.
+      dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
+        float32 on CPUs and bfloat16 on GPUs.
       quantize: False keeps every weight in `dtype`.
       skip: patterns or a predicate of weights that stay in floating point, besides the output head. They are matched
         against our paths (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`
         and `"lm_head"`). Where q, k and v or gate and up share a product, naming one keeps all of them.
       include: patterns or a predicate that win over `skip` and over the default.
+      verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
     Returns:
@@ -55,26 +63,43 @@ def load(
     Raises:
       FileNotFoundError: nothing at `path`, or a shard is missing.
       ValueError: an unsupported architecture, a truncated file, a tensor that is missing, unknown, or of a wrong shape,
-        NaN or infinity in a weight; the message names file and tensor.
+        NaN or infinity in a weight, a file that fails `verify`; the message names file and tensor.
       TypeError: `dtype` isn't a float type.
 
     References:
       arXiv 2208.07339, abstract: "a 16/32-bit checkpoint can be loaded, converted to Int8, and used immediately".
     """
-    dtype = default_dtype() if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"Expected dtype to be a float type, got {dtype}.")
-    if not quantize:
-        config = Config(scheme="none")
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
+    if verify:
+        verify_files(Path(path))
     with open_checkpoint(path) as checkpoint:
-        try:
-            model = Decoder(model_config(checkpoint.config), dtype)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.path}: {error}") from None
-        params = read_params(checkpoint, model, config=config, skip=skip, include=include, progress=progress)
+        if isinstance(checkpoint, Jint8Checkpoint):
+            if not quantize or skip or include:
+                raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
+            quant = saved_config(checkpoint, config)
+            model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
+            params = read_saved(checkpoint, abstract_params(model), config=config, dtype=dtype, progress=progress)
+        else:
+            quant = (config or Config()) if quantize else Config(scheme="none")
+            model = decoder(checkpoint, default_dtype() if dtype is None else dtype)
+            params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
         return LanguageModel(
-            model=model, params=params, tokenizer=checkpoint.tokenizer(), config=model.config, quant=config
+            model=model,
+            params=params,
+            tokenizer=checkpoint.tokenizer(),
+            config=model.config,
+            quant=quant,
+            hf_config=checkpoint.config,
         )
+
+
+def decoder(checkpoint: Checkpoint, dtype: Any) -> Decoder:
+    """The model of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
+    try:
+        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def default_dtype() -> np.dtype:
@@ -122,6 +147,24 @@ def abstract_params(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's float parameters, by path."""
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     return dict(leaf_paths(tree))
+
+
+def planned_params(
+    checkpoint: Checkpoint, model: Decoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
+) -> dict[str, Any]:
+    """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
+    names = sources(model.config)
+    expected = abstract_params(model)
+    _check_names(checkpoint, names, model.config)
+    planned: dict[str, Any] = {}
+    for path, parts in names.items():
+        _check_shapes(checkpoint, parts, expected[path].shape)
+        axes = _quantized_axes(path, parts, len(expected[path].shape), config, skip, include)
+        planned[path] = expected[path]
+        if axes is not None:
+            quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
+            planned[path] = jax.eval_shape(quantize, expected[path])
+    return planned
 
 
 def _quantized_axes(path, parts, ndim, config, skip, include) -> tuple[int, ...] | None:

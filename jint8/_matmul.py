@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jint8 import _xla
-from jint8._types import SCHEMES, Config, QTensor, contracted_axes, is_qtensor
+from jint8._types import SCHEMES, Config, QTensor, check_config, contracted_axes, is_qtensor
 
 IMPLEMENTATIONS = ("xla", "xla_digits", "xla_gather", "dequantize")
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -62,8 +62,10 @@ def matmul(
         raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
     if w.q.ndim != 2:
         raise ValueError(f"Expected w to have 2 dimensions, got shape {w.q.shape}; see jint8.dot_general.")
-    axis = contracted_axes(w)[-1]
-    k = w.q.shape[axis]
+    axis = contracted_axes(w)[-1] if 1 in w.scale.shape else 0
+    k, n = w.q.shape[axis], w.q.shape[1 - axis]
+    if w.scale.shape[axis] != 1 or w.scale.shape[1 - axis] != n:
+        raise ValueError(f"Expected w to be quantized over one axis, got scales {w.scale.shape} for {w.q.shape}.")
     if x.shape[-1:] != (k,):
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
     y = product_2d(
@@ -74,9 +76,9 @@ def matmul(
         implementation=implementation,
     )
     if bias is not None:
-        check_bias(bias, y.shape[-1])
+        check_bias(bias, n)
         y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    return y.astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
 def check_activations(x, name: str = "x") -> None:
@@ -107,8 +109,7 @@ def choose(m: int, config: Config, implementation: str | None) -> str:
 
 def product_2d(x, w: _xla.Weight, *, k_last: bool, config: Config, implementation: str | None) -> jax.Array:
     """`x[m, k]` times `w` -> float32 `[m, n]`, differentiable in `x`."""
-    if not isinstance(config, Config):
-        raise TypeError(f"Expected config to be a jint8.Config, got {type(config).__name__}.")
+    check_config(config)
     path = choose(x.shape[0], config, implementation)
     if 0 in x.shape:
         return jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)

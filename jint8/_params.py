@@ -14,7 +14,7 @@ import numpy as np
 
 from jint8._paths import Patterns, leaf_paths, matches, path_string
 from jint8._quantize import canonical_axes, contract_last, dequantize, quantize
-from jint8._types import SCHEMES, Config, QTensor, is_qtensor
+from jint8._types import SCHEMES, Config, QTensor, check_config, is_qtensor
 
 # The last projection, to the vocabulary: it stays in floating point unless `include` names it.
 OUTPUT_HEADS = ("lm_head", "output_head", "head", "logits", "logits_dense", "unembed", "embed_out", "classifier")
@@ -54,6 +54,7 @@ def quantize_params(
       float weight.
 
     Raises:
+      TypeError: `config` isn't a `Config`.
       ValueError: a path in `plan` that isn't in `params`, axes that a leaf hasn't, or NaN or infinity in a weight; the
         message names the leaf.
 
@@ -63,6 +64,7 @@ def quantize_params(
       >>> jint8.quantize_params(params)["dense"]["kernel"].q.dtype
       dtype('int8')
     """
+    check_config(config)
     if SCHEMES[config.scheme].weights is None:
         return params
     leaves = leaf_paths(params, is_leaf=is_qtensor)
@@ -83,7 +85,7 @@ def quantize_params(
         if axes is None or (not included and (matches(path, OUTPUT_HEADS) or matches(path, skip))):
             return leaf
         try:
-            axes = canonical_axes(tuple(axes), leaf.ndim)
+            axes = canonical_axes(axes, leaf.ndim)
             w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config)
             return w if matches(path, keep_order) else contract_last(w, axes, stack)
         except ValueError as error:
@@ -129,7 +131,25 @@ def dequantize_params(params: Any, dtype=None) -> Any:
 
 
 def with_config(params: Any, config: Config) -> Any:
-    """The tree with `config` as that of every `QTensor` in it."""
+    """The tree with `config` as that of every `QTensor` in it: how it is multiplied, not how it was quantized.
+
+    Args:
+      params: any pytree, such as `jint8.quantize_params` returned.
+      config: the new `Config`. Functions that were jitted before are traced again, because it is part of the tree.
+
+    Returns:
+      A tree of the same arrays.
+
+    Raises:
+      TypeError: `config` isn't a `Config`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
+      >>> jint8.with_config(params, jint8.Config(threshold=3.0))["kernel"].config.threshold
+      3.0
+    """
+    check_config(config)
 
     def replace(leaf):
         return dataclasses.replace(leaf, config=config) if isinstance(leaf, QTensor) else leaf
@@ -170,7 +190,7 @@ def memory_report(params: Any) -> MemoryReport:
     """How many bytes a tree of parameters takes, and took before quantization.
 
     Args:
-      params: any pytree of arrays (or `jax.ShapeDtypeStruct`s) and `QTensor`s.
+      params: any pytree of arrays (or `jax.ShapeDtypeStruct`s) and `QTensor`s. Other leaves aren't counted.
 
     Returns:
       A printable `MemoryReport`: bytes per group of leaves that differ only in a layer's number, and totals.
@@ -184,9 +204,20 @@ def memory_report(params: Any) -> MemoryReport:
     groups: dict[str, tuple[int, int]] = {}
     for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
         group = "/".join(re.sub(r"(^|_)\d+$", r"\1*", segment) for segment in path.split("/"))
-        itemsize = np.dtype(leaf.dtype).itemsize
-        before = math.prod(leaf.shape) * itemsize
+        if not hasattr(leaf, "dtype"):
+            continue
+        # random keys have a dtype that isn't NumPy's, with an itemsize too
+        before = math.prod(leaf.shape) * leaf.dtype.itemsize
         after = leaf.nbytes if is_qtensor(leaf) else before
         total = groups.get(group, (0, 0))
         groups[group] = (total[0] + before, total[1] + after)
     return MemoryReport(groups)
+
+
+def projection_bytes(params: Any) -> int:
+    """Bytes of the `QTensor`s in a tree; where there are none, of the weights that `quantize_params` would turn."""
+    is_projection = jax.tree.map(is_qtensor, params, is_leaf=is_qtensor)
+    if not any(jax.tree.leaves(is_projection)):
+        is_projection = jax.tree.map(is_qtensor, jax.eval_shape(quantize_params, params), is_leaf=is_qtensor)
+    nbytes = jax.tree.map(lambda leaf, counts: leaf.nbytes * counts, params, is_projection, is_leaf=is_qtensor)
+    return sum(jax.tree.leaves(nbytes))

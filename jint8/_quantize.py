@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jint8._types import SCHEMES, Config, QTensor, storage_axes
+from jint8._types import SCHEMES, Config, QTensor, check_config, storage_axes
 
 INFINITY_BITS = 0x7F800000  # as integers the bits of |x| are ordered, with infinity and then every NaN on top
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -27,12 +27,12 @@ def absmax(x: jax.Array, axis) -> jax.Array:
     return jnp.where(bits < INFINITY_BITS, lax.bitcast_convert_type(bits, jnp.float32), jnp.nan)
 
 
-def divide_by(x: jax.Array, divisor: float) -> jax.Array:
+def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
     """`x / divisor`, correctly rounded: XLA would turn a constant divisor into a product with its reciprocal."""
     return x / jnp.where(x >= 0, jnp.float32(divisor), jnp.float32(1.0))
 
 
-def round_to_int8(x: jax.Array, scale: jax.Array, largest: float = 127.0) -> jax.Array:
+def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 127.0) -> jax.Array:
     """`clip(round_half_even(x / scale))`, still in float32; 0 where the scale is 0 or subnormal."""
     steps = jnp.round(x.astype(jnp.float32) / scale)
     return jnp.where(scale < SMALLEST_NORMAL, 0.0, jnp.clip(steps, -largest, largest))
@@ -50,7 +50,8 @@ def affine(x: jax.Array, axis) -> tuple[jax.Array, jax.Array, jax.Array]:
     finite = jnp.isfinite(absmax(x, axis))
     high = jnp.max(x, axis=axis, keepdims=True, initial=0.0)
     low = jnp.min(x, axis=axis, keepdims=True, initial=0.0)
-    scale = jnp.where(finite, divide_by(high - low, 255.0), jnp.nan)
+    # halves, because the range of float32 may overflow float32
+    scale = jnp.where(finite, divide_by(high / 2 - low / 2, 127.5), jnp.nan)
     tiny = scale < SMALLEST_NORMAL
     zero = jnp.where(tiny, 0.0, jnp.round(-128.0 - low / jnp.where(tiny, 1.0, scale)))
     q = jnp.where(tiny, 0.0, jnp.clip(jnp.round(x / scale) + zero, -128.0, 127.0))
@@ -101,10 +102,11 @@ def quantize(
         scale per entry.
 
     Returns:
-      A `QTensor` of `w`'s shape and dtype, stored in `w`'s order. An all-zero channel gets scale 0.
+      A `QTensor` of `w`'s shape and dtype (float64 is float32 unless JAX has it enabled), stored in `w`'s order. An
+      all-zero channel gets scale 0.
 
     Raises:
-      TypeError: `w` isn't a float array.
+      TypeError: `w` isn't a float array, or `config` isn't a `Config`.
       ValueError: axes that `w` hasn't, the scheme `"none"`, or NaN or infinity in `w` (not seen under `jit`, where
         the channel's scale is NaN instead).
 
@@ -120,6 +122,7 @@ def quantize(
     if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         got = getattr(w, "dtype", type(w).__name__)
         raise TypeError(f"Expected w to be a float array, got {got}.")
+    check_config(config)
     if SCHEMES[config.scheme].weights is None:
         raise ValueError(f"Expected a scheme that quantizes weights, got {config.scheme!r}.")
     contract_axes = canonical_axes(contract_axes, w.ndim)
@@ -128,7 +131,7 @@ def quantize(
     q, scale, zero = _quantize(w, contract_axes=contract_axes, config=config, channel_axes=channel_axes)
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
-    return QTensor(q, scale, zero, dtype=jnp.dtype(w.dtype), config=config)
+    return QTensor(q, scale, zero, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
 
 
 def dequantize(w: QTensor, dtype=None) -> jax.Array:

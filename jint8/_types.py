@@ -116,7 +116,7 @@ class QTensor:
     q: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
-    dtype: Any = "float32"
+    dtype: Any = np.dtype("float32")  # noqa: RUF009
     config: Config = Config()
     order: tuple[int, ...] | None = None
     stack: tuple[int, ...] = ()
@@ -178,6 +178,12 @@ def contracted_axes(w: QTensor) -> tuple[int, ...]:
     """The contracted axes of `w.q`: where `scale` has size 1 (of two such, those where `q` hasn't)."""
     ones = [axis for axis, size in enumerate(w.scale.shape) if size == 1]
     return tuple(axis for axis in ones if w.q.shape[axis] != 1) or tuple(ones)
+
+
+def check_config(config: Any) -> None:
+    """Raises TypeError unless `config` is a `Config`."""
+    if not isinstance(config, Config):
+        raise TypeError(f"Expected config to be a jint8.Config, got {type(config).__name__}.")
 
 
 def is_qtensor(x: Any) -> TypeGuard[QTensor]:

@@ -10,13 +10,14 @@ how the outliers' two digits meet the weights:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_part, split
+from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_part, split, split_with_digits
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
@@ -32,21 +33,26 @@ class Weight(NamedTuple):
     zero: jax.Array | None  # float32[n]
 
 
+# jit, because outside of one the gather's loop would be compiled at every call
+@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation"))
 def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementation: str) -> jax.Array:
     """`x[m, k]` times an int8 weight -> float32 `[m, n]`."""
     if implementation == "dequantize":
         return float_product(x.astype(jnp.float32), w, k_last=k_last)
-    parts = split(x, config)
+    parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
     total = jnp.float32(0)
     for start in range(0, k, MAX_K):
         piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
-        total = total + _product_of_split(*piece, config=config, k_last=k_last, implementation=implementation)
+        total = total + _product_of_split(*piece, config=config, k_last=k_last)
     return total * w.scale
 
 
 def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
-    outliers = parts.outliers and parts.outliers._replace(columns=parts.outliers.columns[start:end])
+    outliers = parts.outliers
+    if outliers is not None:
+        rows = None if outliers.digits is None else outliers.digits[:, start:end]
+        outliers = Outliers(outliers.columns[start:end], outliers.step, rows)
     q = lax.slice_in_dim(w.q, start, end, axis=1 if k_last else 0)
     return x[:, start:end], parts._replace(q=parts.q[:, start:end], outliers=outliers), w._replace(q=q)
 
@@ -60,14 +66,13 @@ def float_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     return _dot(x, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
 
 
-def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: bool, implementation: str) -> jax.Array:
+def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: bool) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
     if parts.outliers is None:
         return _dequantize_sum(int8_dot(parts.q, w.q, k_last), parts.q, parts.scale, parts.zero, w, k_last)
     m = x.shape[0]
-    columns, step = parts.outliers
-    if implementation == "xla_digits":
-        rows = digits(outlier_part(x, columns, config), step)
+    _, step, rows = parts.outliers
+    if rows is not None:
         sums = int8_dot(jnp.concatenate([parts.q, rows]), w.q, k_last)
         regular, outlier, row_sum = sums[:m], sums[m:], _row_sum(rows)
     else:
@@ -103,7 +108,7 @@ def gathered_product(x, outliers: Outliers, q, config: Config, k_last: bool):
 
     Reads the columns that hold outliers only, `BLOCK` at a time.
     """
-    columns, step = outliers
+    columns, step, _ = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
     count = jnp.sum(columns, dtype=jnp.int32)

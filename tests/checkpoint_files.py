@@ -1,7 +1,9 @@
 """Tiny checkpoints that tests write for themselves."""
 
 import json
+import os
 import struct
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -92,3 +94,12 @@ def write_gguf(path, tensors, metadata=None, *, arch="llama", types=None, raw=No
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def find_smollm2():
+    """SmolLM2-135M-Instruct where it is there: at $JINT8_TEST_SMOLLM2, or in the cache."""
+    if file := os.environ.get("JINT8_TEST_SMOLLM2"):
+        return Path(file) if Path(file).exists() else None
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("JINT8_CACHE") or Path(cache, "jint8"))
+    return next(root.rglob("SmolLM2-135M-Instruct*.gguf"), None)

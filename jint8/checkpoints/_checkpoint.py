@@ -45,7 +45,7 @@ class Checkpoint(abc.ABC):
 
     Attributes:
         path: What was opened.
-        format: `"gguf"` or `"safetensors"`.
+        format: `"gguf"`, `"safetensors"` or `"jint8"`.
         config: The model's configuration with the keys of a Hugging Face `config.json`.
         tensors: Every tensor by its Hugging Face name, in the order of the files.
         files: The files that hold the tensors.

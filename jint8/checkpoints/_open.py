@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jint8.checkpoints._checkpoint import Checkpoint
 from jint8.checkpoints._gguf import GGUFCheckpoint
+from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint
 from jint8.checkpoints._safetensors import SafetensorsCheckpoint
 
 
@@ -14,8 +15,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Headers are read and checked here (every tensor lies within its file, names are known); values only when asked for.
 
     Args:
-        path: A GGUF file (of a split model: any of its files), or a Hugging Face directory with `config.json` and one
-            or many safetensors files.
+        path: A GGUF file (of a split model: any of its files), a Hugging Face directory with `config.json` and one
+            or many safetensors files, or a directory that `jint8.save` wrote.
 
     Returns:
         The checkpoint; use it in a `with` statement.
@@ -41,6 +42,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"Expected a GGUF file or a directory with safetensors files, got no file: {path}")
+    if (path / METADATA).exists():
+        return Jint8Checkpoint(path)
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.suffix == ".safetensors":

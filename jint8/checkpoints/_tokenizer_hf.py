@@ -27,7 +27,7 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer
         **read_json(path / "tokenizer_config.json", optional=True),
     }
     if (path / "tokenizer.json").exists():
-        backend = _from_file(path / "tokenizer.json")
+        backend = backend_from_file(path / "tokenizer.json")
     elif (path / "vocab.json").exists() and settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
         backend = _from_vocabulary(path, settings)
     else:
@@ -48,7 +48,8 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer
     )
 
 
-def _from_file(file: Path) -> Any:
+def backend_from_file(file: Path) -> Any:
+    """Read a `tokenizer.json`. Raises ValueError where it doesn't parse."""
     tokenizers = require("tokenizers")
     try:
         return tokenizers.Tokenizer.from_file(str(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,14 +13,14 @@ from jax import lax
 from jint8._matmul import matmul
 from jint8._types import is_qtensor
 from jint8.models._config import ModelConfig
-from jint8.models._layers import Linear, RMSNorm, project, rotate
+from jint8.models._layers import Linear, RMSNorm, Rotary, project, rotary, rotate
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, `[b, kv_heads, length, head_dim]`."""
+    """Keys and values of one layer, each in the order in which attention multiplies it."""
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array  # [b, kv_heads, head_dim, length]
+    value: jax.Array  # [b, kv_heads, length, head_dim]
 
 
 class Context(NamedTuple):
@@ -43,8 +44,9 @@ def context(tokens: jax.Array, slot: jax.Array | int = 0, first: jax.Array | Non
 
 def make_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
     """An empty cache of `length` slots."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+    key = (batch, config.num_kv_heads, config.head_dim, length)
+    value = (batch, config.num_kv_heads, length, config.head_dim)
+    return [LayerCache(jnp.zeros(key, dtype), jnp.zeros(value, dtype)) for _ in range(config.num_layers)]
 
 
 class Attention(nn.Module):
@@ -54,7 +56,9 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Context, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x: jax.Array, at: Context, angles: Rotary, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """`x[b, s, d]` -> the same shape, and the cache with this call's keys and values."""
         c = self.config
         b, s, _ = x.shape
@@ -62,25 +66,28 @@ class Attention(nn.Module):
         qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.attention_bias, self.dtype, name="qkv")(x)
         qkv = qkv.reshape(b, s, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
-        q = rotate(q, at.positions, c.rope_theta) * c.head_dim**-0.5
-        k = rotate(k, at.positions, c.rope_theta)
-        q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
+        q = rotate(q, angles) * c.head_dim**-0.5
+        k = rotate(k, angles)
+        q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(b, c.num_kv_heads, groups * s, c.head_dim)
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # (b, kv_heads, d, s) and (b, kv_heads, s, d)
         if cache is not None:
-            start = (0, 0, at.slot, 0)
-            k = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), start)
-            v = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), start)
-            cache = LayerCache(k, v)
-        length = k.shape[2]
+            k = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, at.slot))
+            v = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, at.slot, 0))
+            # or XLA fuses a second update into the products, and copies the cache for it
+            k, v = cache = lax.optimization_barrier(LayerCache(k, v))
+        length = k.shape[3]
         query_slot = (at.slot if cache is not None else 0) + jnp.arange(s)[:, None]
         visible = jnp.arange(length)[None, :] <= query_slot  # (s, length)
         if at.first is not None:
             visible = visible & (jnp.arange(length) >= at.first[:, None, None])  # (b, s, length)
             visible = visible[:, None, None]
-        scores = jnp.einsum("bskgd,bktd->bkgst", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        multiply = functools.partial(lax.dot_general, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
+        scores = multiply(q, k, preferred_element_type=jnp.float32).reshape(b, c.num_kv_heads, groups, s, length)
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgst,bktd->bskgd", weights, v.astype(q.dtype)).reshape(b, s, c.num_heads * c.head_dim)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(*q.shape[:3], length)
+        out = multiply(weights, v).reshape(b, c.num_heads, s, c.head_dim)
+        out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
         return Linear(c.hidden_size, c.attention_bias, self.dtype, name="out")(_mask(out, at)), cache
 
 
@@ -106,11 +113,13 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Context, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x: jax.Array, at: Context, angles: Rotary, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """`x[b, s, d]` -> the same shape, and the cache."""
         c = self.config
         h = _mask(RMSNorm(c.norm_eps, self.dtype, name="attention_norm")(x), at)
-        h, cache = Attention(c, self.dtype, name="attention")(h, at, cache)
+        h, cache = Attention(c, self.dtype, name="attention")(h, at, angles, cache)
         x = x + h
         h = _mask(RMSNorm(c.norm_eps, self.dtype, name="mlp_norm")(x), at)
         return x + MLP(c, self.dtype, name="mlp")(h, at), cache
@@ -148,9 +157,11 @@ class Decoder(nn.Module):
         at = context(tokens) if at is None else at
         embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype)
         x = embed(embedding, tokens).astype(self.dtype)
+        angles = rotary(at.positions, c.head_dim, c.rope_theta)
         new_cache: list[Any] = []
         for i in range(c.num_layers):
-            x, layer_cache = Block(c, self.dtype, name=f"layers_{i}")(x, at, None if cache is None else cache[i])
+            layer_cache = None if cache is None else cache[i]
+            x, layer_cache = Block(c, self.dtype, name=f"layers_{i}")(x, at, angles, layer_cache)
             new_cache.append(layer_cache)
         x = x[:, -1:] if last else x
         x = _mask(RMSNorm(c.norm_eps, self.dtype, name="norm")(x), at._replace(valid=None) if last else at)

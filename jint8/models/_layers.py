@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jint8._matmul import matmul
@@ -62,11 +63,23 @@ class RMSNorm(nn.Module):
         return (x32 * scale).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions on `x[b, s, heads, d]`; the two halves of `d` are the pairs."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [b, s, 1, half]
+class Rotary(NamedTuple):
+    """Sines and cosines of rotary positions, float32 `[b, s, 1, d]`: the two halves of `d` are the pairs."""
+
+    sin: jax.Array  # with the sign that its half is multiplied by
+    cos: jax.Array
+
+
+def rotary(positions: jax.Array, head_dim: int, theta: float) -> Rotary:
+    """`Rotary` of `positions[b, s]`, made once for all layers."""
+    half = head_dim // 2
+    frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency.astype(np.float32)  # [b, s, 1, half]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    table = Rotary(jnp.concatenate([-sin, sin], axis=-1), jnp.concatenate([cos, cos], axis=-1))
+    return lax.optimization_barrier(table)  # or XLA computes them again in every layer
+
+
+def rotate(x: jax.Array, at: Rotary) -> jax.Array:
+    """Rotary positions on `x[b, s, heads, d]`."""
+    return (x * at.cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * at.sin).astype(x.dtype)

@@ -1,26 +1,15 @@
 """What only a real file shows; skipped where there is none."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from checkpoint_files import find_smollm2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jint8.checkpoints import open_checkpoint
 
-
-def find_file():
-    if file := os.environ.get("JINT8_TEST_SMOLLM2"):
-        return Path(file)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get("JINT8_CACHE") or Path(cache, "jint8"))
-    return next(root.rglob("SmolLM2-135M-Instruct*.gguf"), None)
-
-
-FILE = find_file()
+FILE = find_smollm2()
 pytestmark = pytest.mark.skipif(
-    FILE is None or not FILE.exists(), reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2"
+    FILE is None, reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2"
 )
 
 

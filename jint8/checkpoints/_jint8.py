@@ -1,0 +1,203 @@
+"""The directory that `jint8.save` writes: arrays in safetensors, the rest in JSON, a SHA-256 for each file.
+
+This file knows arrays and JSON; what they mean is for `jint8._save`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jint8.checkpoints._json import read_json
+from jint8.checkpoints._optional import require
+from jint8.checkpoints._safetensors import SafetensorsCheckpoint
+from jint8.checkpoints._tokenizer import Tokenizer
+from jint8.checkpoints._tokenizer_hf import backend_from_file
+
+METADATA = "jint8.json"
+MANIFEST = "SHA256SUMS"  # as sha256sum writes and checks it
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+VERSION = 1
+
+
+class Jint8Checkpoint(SafetensorsCheckpoint):
+    """A directory that `jint8.save` wrote.
+
+    Attributes:
+        metadata: The content of `jint8.json`.
+    """
+
+    format = "jint8"
+
+    def __init__(self, path: Path):
+        self.metadata = read_json(path / METADATA)
+        if (version := self.metadata.get("version")) != VERSION:
+            raise ValueError(f"{path / METADATA}: Expected format version {VERSION}, got {version!r}")
+        super().__init__(path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        ids = self.metadata.get("tokenizer")
+        if ids is None:
+            return None
+        file = self.path / CHAT_TEMPLATE
+        template = file.read_text(encoding="utf-8") if file.exists() else None
+        backend = backend_from_file(self.path / TOKENIZER)
+        try:
+            return Tokenizer(backend, chat_template=template, **ids)
+        except TypeError as e:
+            raise ValueError(f"{self.path / METADATA}: Expected ids of special tokens, got {ids}: {e}") from e
+
+
+def write_checkpoint(
+    path: Path,
+    arrays: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    shard_bytes: int,
+) -> None:
+    """Write a directory that `Jint8Checkpoint` reads. It appears complete or not at all.
+
+    Args:
+        path: Where; nothing, or an empty directory.
+        arrays: The arrays by name, on any device. They come to the host one shard at a time.
+        metadata: What `jint8.json` says besides the format version and the tokenizer's special tokens.
+        config: What `config.json` says.
+        tokenizer: The tokenizer, or None.
+        shard_bytes: Size that a safetensors file may have (a larger array has a file of its own).
+
+    Raises:
+        OSError: If there is something at `path`, or it can't be written.
+    """
+    shards = _shards(arrays, shard_bytes)
+    special = None
+    with new_directory(path) as directory:
+        for i, names in enumerate(shards, 1):
+            single = len(shards) == 1
+            file = "model.safetensors" if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            _save_arrays({name: np.asarray(arrays[name], order="C") for name in names}, directory / file)
+        if tokenizer is not None:
+            special = {"bos_id": tokenizer.bos_id, "eos_ids": list(tokenizer.eos_ids), "pad_id": tokenizer.pad_id}
+            tokenizer.backend.save(str(directory / TOKENIZER))
+            if tokenizer.chat_template is not None:
+                (directory / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8", newline="")
+        _write_json(directory / "config.json", config)
+        _write_json(directory / METADATA, {"version": VERSION, **metadata, "tokenizer": special})
+        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
+        (directory / MANIFEST).write_text("".join(sums), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that becomes `path` when the block ends, and vanishes when it raises.
+
+    Args:
+        path: Nothing, or an empty directory.
+
+    Yields:
+        A hidden directory beside `path`.
+
+    Raises:
+        FileExistsError: If there is something at `path`.
+    """
+    check_destination(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield directory
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in [*directory.iterdir(), directory]:
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)  # mkdtemp and safetensors make private ones
+            _sync(file)
+        directory.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def check_destination(path: Path) -> None:
+    """Raise FileExistsError unless `path` is nothing or an empty directory."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path}: Expected nothing or an empty directory there, got something")
+
+
+def verify_files(path: Path) -> None:
+    """Compare every file of a directory with the manifest.
+
+    Args:
+        path: What `jint8.save` wrote.
+
+    Raises:
+        FileNotFoundError: If the manifest, or a file that it lists, is missing.
+        ValueError: If a file differs, or isn't in the manifest.
+    """
+    manifest = path / MANIFEST
+    if not manifest.exists():
+        raise FileNotFoundError(f"{manifest}: Expected this file, which jint8.save writes, got none")
+    sums = {}
+    for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if Path(name).name != name or not name:
+            raise ValueError(f"{manifest}: Expected lines of a SHA-256 and a file name, got {line!r}")
+        sums[name] = digest
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja") and file.name not in sums:
+            raise ValueError(f"{file}: Expected only files that {MANIFEST} lists, got this")
+    for name, digest in sums.items():
+        if not (path / name).exists():
+            raise FileNotFoundError(f"{path / name}: Expected this file, which {MANIFEST} lists, got none")
+        if (got := _sha256(path / name)) != digest:
+            raise ValueError(f"{path / name}: Expected SHA-256 {digest}, got {got}")
+
+
+def _shards(arrays: Mapping[str, Any], shard_bytes: int) -> list[list[str]]:
+    """Names by file, in order, each file as full as it may be."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, array in arrays.items():
+        if shards[-1] and filled + array.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += array.nbytes
+    return shards
+
+
+def _save_arrays(arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    try:
+        require("safetensors.numpy").save_file(arrays, file)
+    except require("safetensors").SafetensorError as e:  # its own kind, also for a full disk
+        raise OSError(f"{file.name}: {e}") from e
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a directory's names."""
+    if path.is_dir() and os.name == "nt":  # which can't open directories
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Perplexity of a model on a text, alone or against the model in floating point.
+
+A text is tokenized once, as a whole, with the special tokens that the tokenizer adds (so a BOS, where it adds one, is
+only at the very beginning), and cut into consecutive chunks of --seq-len tokens without overlap; what remains is
+dropped. Each token but a chunk's first is scored given those before it. Outlier columns are decided per call, which is
+one chunk unless --batch-size says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jint8.cli import _common
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jint8 import LanguageModel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("source", metavar="SRC", help=_common.SOURCE)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="a text in UTF-8")
+    what.add_argument("--tokens", metavar="FILE.npy", help="token ids [n, seq]; each row is one sequence")
+    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens per chunk of a text (512)")
+    parser.add_argument("--compare", action="store_true", help="also run the model in floating point, and compare")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences per call (1)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
+    _common.add_model_arguments(parser)
+    _common.add_cache_argument(parser)
+    _common.add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from jint8 import memory_report
+    from jint8._evaluate import evaluate
+    from jint8._params import projection_bytes
+
+    config = _common.quant_config(args)
+    dtype = args.dtype or "float32"
+    _common.use_compile_cache(args)
+    source = _common.find_source(args, args.source)
+    model = _common.load(args, source, config=config, dtype=dtype)
+    tokens = _tokens(args, model)
+    reference = None
+    if args.compare:
+        plain = model.quant.scheme == "none"
+        reference = model if plain else _common.load(args, source, quantize=False, dtype=dtype)
+    begin = time.perf_counter()
+    with _common.progress_bar(args, "scoring", unit="seq") as progress:
+        found = evaluate(model, tokens, batch_size=args.batch_size, reference=reference, progress=progress)
+    result = {
+        "perplexity": found.perplexity,
+        "tokens": found.tokens,
+        "scheme": model.quant.scheme,
+        "threshold": model.quant.threshold if model.quant.decomposes else 0,
+        "seconds": time.perf_counter() - begin,
+        "weight_bytes": memory_report(model.params).bytes,
+        "projection_bytes": projection_bytes(model.params),
+    }
+    if reference is not None:
+        result |= {"kl": found.kl, "top1": found.top1, "float_perplexity": found.reference_perplexity}
+    if args.json:
+        _common.report(args, result)
+    else:
+        _print_table(result)
+
+
+def _tokens(args: argparse.Namespace, model: LanguageModel) -> np.ndarray:
+    """The sequences to score, int `[n, s]`."""
+    import numpy as np
+
+    from jint8._evaluate import chunks
+
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"Expected --limit to be at least 1, got {args.limit}")
+    if args.tokens is not None:
+        try:
+            tokens = np.load(args.tokens, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{args.tokens}: Expected a .npy file of token ids, got: {error}") from None
+    else:
+        try:
+            text = Path(args.text).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.text}: Expected a text in UTF-8, got: {error}") from None
+        tokens = chunks(model.require_tokenizer().encode(text), args.seq_len)
+    return tokens[: args.limit]
+
+
+def _print_table(result: dict) -> None:
+    scheme = result["scheme"] + (f" (threshold {result['threshold']:g})" if result["threshold"] else "")
+    rows = {"scheme": scheme, "perplexity": f"{result['perplexity']:.4f}"}
+    if "kl" in result:
+        rows["perplexity in float"] = f"{result['float_perplexity']:.4f}"
+        rows["KL from float"] = f"{result['kl']:.5f} nats per token"
+        rows["equal top-1"] = f"{100 * result['top1']:.2f} %"
+    rows["tokens"] = f"{result['tokens']:,} in {result['seconds']:.1f} s"
+    rows["weights"] = _common.megabytes(result["weight_bytes"])
+    rows["projections"] = _common.megabytes(result["projection_bytes"])
+    for name, value in rows.items():
+        print(f"{name:20} {value}")

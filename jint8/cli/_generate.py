@@ -1,0 +1,146 @@
+"""Continue a text, or answer in a chat.
+
+The answer goes to standard output as it comes; several prompts run as one batch, and their answers are printed at the
+end. JSON: text (a list for several prompts), prompt_tokens, new_tokens (with the end token), tokens_per_s (of decoding,
+without the first token and without compilation; null where there was only one), first_token_s (with compilation),
+weight_bytes {int8, float}: of all parameters as they are, and all in floating point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jint8.cli import _common
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jint8 import LanguageModel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("source", metavar="SRC", help=_common.SOURCE)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated")
+    parser.add_argument("--prompt-file", action="append", metavar="FILE", help="a file with a prompt; may be repeated")
+    parser.add_argument("--chat", action="store_true", help="prompts are messages for the model's chat template")
+    add_sampling_arguments(parser)
+    _common.add_model_arguments(parser)
+    _common.add_cache_argument(parser)
+    _common.add_output_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the answer is chosen, and where it ends."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="at most so many new tokens (128)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0 means all (0)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among those that hold P (1)")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (0)")
+    group.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    prompts = [*(args.prompt or []), *(_read(file) for file in args.prompt_file or [])]
+    if not prompts:
+        raise ValueError("Expected a --prompt or a --prompt-file, got none")
+    config = _common.quant_config(args)
+    _common.use_compile_cache(args)
+    model = _common.load(args, _common.find_source(args, args.source), config=config, dtype=args.dtype)
+    _common.report(args, answer(args, model, prompts, chat=args.chat))
+
+
+def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[str], *, chat: bool) -> dict[str, Any]:
+    """Answers, printed as they come unless `--json` was given, and what they took."""
+    from jint8 import memory_report
+    from jint8._language_model import STOP_TOKENS, STREAM_TOKENS, stop_texts, text_pieces
+
+    tokenizer, stop = model.require_tokenizer(), stop_texts(args.stop)
+    if chat:
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    else:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    stream = len(prompts) == 1 and not args.json
+    chunks = model.generate_tokens(
+        ids,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        every=STREAM_TOKENS if stream else STOP_TOKENS,
+    )
+    meter = Meter(chunks, len(prompts), tokenizer.eos_ids)
+    texts = [""] * len(prompts)
+    for pieces in text_pieces(meter, tokenizer, len(prompts), stop):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        if stream:
+            print(pieces[0], end="", flush=True)
+    if stream:
+        print()
+    elif not args.json:
+        print("\n\n".join(texts))
+    report = memory_report(model.params)
+    speed = f"{meter.tokens_per_s:.1f} tokens/s" if meter.tokens_per_s else "one token"
+    _common.say(args, f"{meter.new_tokens} new tokens, {speed}, the first after {meter.first_token_s:.2f} s")
+    return {
+        "text": texts[0] if len(texts) == 1 else texts,
+        "prompt_tokens": sum(map(len, ids)),
+        "new_tokens": meter.new_tokens,
+        "tokens_per_s": meter.tokens_per_s,
+        "first_token_s": meter.first_token_s,
+        "weight_bytes": {"int8": report.bytes, "float": report.float_bytes},
+    }
+
+
+class Meter:
+    """Counts the tokens that come by and takes the time.
+
+    Attributes:
+      new_tokens: of all rows, up to and with their end tokens.
+      first_token_s: seconds until the first token of each row.
+    """
+
+    def __init__(self, chunks: Iterator[np.ndarray], rows: int, end_tokens: tuple[int, ...]):
+        self._chunks = chunks
+        self._running = [True] * rows
+        self._end_tokens = end_tokens
+        self._begin = time.perf_counter()
+        self._last_s = 0.0
+        self._first_tokens = 0
+        self.new_tokens = 0
+        self.first_token_s = 0.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for chunk in self._chunks:
+            self._last_s = time.perf_counter() - self._begin
+            for row, tokens in enumerate(chunk.tolist()):
+                for token in tokens:
+                    self.new_tokens += self._running[row]
+                    self._running[row] &= token not in self._end_tokens
+            if self._first_tokens == 0:
+                self._first_tokens, self.first_token_s = self.new_tokens, self._last_s
+            yield chunk
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens after the first of each row, per second; None where there are none."""
+        later = self.new_tokens - self._first_tokens
+        return later / (self._last_s - self.first_token_s) if later else None
+
+
+def _read(file: str) -> str:
+    if file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: Expected a text in UTF-8, got: {error}") from None

@@ -1,0 +1,77 @@
+"""Convert a model to int8 and save it.
+
+DST appears complete or not at all. JSON: files (how many were written), bytes_in (of the files with the tensors),
+bytes_out (of all files written; with --dry-run, of the weights), quantized and skipped (numbers of parameters).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jint8.cli import _common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("source", metavar="SRC", help=_common.SOURCE)
+    parser.add_argument("destination", metavar="DST", help="a directory that isn't there yet")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        action="extend",
+        help="weights to keep in floating point, besides the output head: 'mlp/down', 'layers_0', 'q_proj', ...",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        action="extend",
+        help="weights to quantize after all: 'embedding', 'lm_head', ...",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print what would become of which weights")
+    _common.add_model_arguments(parser)
+    _common.add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from jint8 import Config, memory_report, save
+    from jint8._load import decoder, default_dtype, planned_params
+    from jint8.checkpoints import open_checkpoint
+    from jint8.checkpoints._jint8 import check_destination
+
+    config = _common.quant_config(args) or Config()
+    source, destination = _common.find_source(args, args.source), Path(args.destination)
+    check_destination(destination)
+    options: dict[str, Any] = {"config": config, "skip": args.skip, "include": args.include}
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.format == "jint8":
+            raise ValueError(f"{source}: Expected a checkpoint to quantize, got one that jint8 wrote")
+        bytes_in = checkpoint.file_bytes
+        planned = planned_params(checkpoint, decoder(checkpoint, args.dtype or default_dtype()), **options)
+    plan = memory_report(planned)
+    result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
+    if not args.dry_run:
+        save(destination, _common.load(args, source, dtype=args.dtype, **options))
+        sizes = [file.stat().st_size for file in destination.iterdir()]
+        result |= {"files": len(sizes), "bytes_out": sum(sizes)}
+    if args.json:
+        _common.report(args, result)
+        return
+    print(plan)
+    print(f"{result['quantized']} weights in int8, {result['skipped']} parameters in floating point")
+    if not args.dry_run:
+        read, written = _common.megabytes(bytes_in), _common.megabytes(result["bytes_out"])
+        print(f"{read} read, {written} written to {destination} in {result['files']} files")
+
+
+def _counts(planned: dict[str, Any]) -> dict[str, int]:
+    from jint8._types import is_qtensor
+
+    quantized = sum(map(is_qtensor, planned.values()))
+    return {"quantized": quantized, "skipped": len(planned) - quantized}

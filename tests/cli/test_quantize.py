@@ -1,0 +1,167 @@
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from checkpoint_files import safetensors_bytes
+from tiny_model import make_llama_directory
+
+import jint8
+from jint8.checkpoints import _jint8
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_llama_directory(tmp_path / "llama", seed=1)
+
+
+def size(directory, pattern="*"):
+    return sum(file.stat().st_size for file in directory.glob(pattern))
+
+
+def test_json(source, tmp_path, run_json):
+    got = run_json("quantize", source, tmp_path / "dst")
+    assert got == {
+        "files": len(list((tmp_path / "dst").iterdir())),
+        "bytes_in": size(source, "*.safetensors"),
+        "bytes_out": size(tmp_path / "dst"),
+        "quantized": 8,
+        "skipped": 7,
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+def test_saves_what_load_makes(dtype, tmp_path, run_json):
+    source = make_llama_directory(tmp_path / "llama", seed=1, shards=3, dtype=dtype)
+    run_json("quantize", source, tmp_path / "dst", "--threshold", 3, "--dtype", "bfloat16")
+    expected = jint8.load(source, config=jint8.Config(threshold=3), dtype="bfloat16")
+    got = jint8.load(tmp_path / "dst", verify=True)
+    assert (got.quant, got.model) == (expected.quant, expected.model)
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+
+
+PATTERNS = {
+    "skip": (["--skip", "mlp/down", "layers_0"], 3),
+    "skip_by_their_name": (["--skip", "q_proj"], 6),
+    "include_wins": (["--skip", "layers_*", "--include", "layers_1"], 4),
+    "head": (["--include", "lm_head", "embedding"], 10),
+    "none": (["--scheme", "none"], 0),
+}
+
+
+@pytest.mark.parametrize(("argv", "quantized"), PATTERNS.values(), ids=PATTERNS)
+def test_patterns(argv, quantized, source, tmp_path, run_json):
+    plan = run_json("quantize", source, tmp_path / "dst", *argv, "--dry-run")
+    assert not (tmp_path / "dst").exists()
+    got = run_json("quantize", source, tmp_path / "dst", *argv)
+    assert (got["quantized"], got["skipped"]) == (quantized, 15 - quantized)
+    assert (plan["quantized"], plan["skipped"], plan["files"]) == (quantized, 15 - quantized, 0)
+    tensors = safetensors.numpy.load_file(tmp_path / "dst" / "model.safetensors")
+    assert plan["bytes_out"] == sum(x.nbytes for x in tensors.values())
+    assert sum(name.endswith("#q") for name in tensors) == quantized
+
+
+def test_table(source, tmp_path, run):
+    status, out, _ = run("quantize", source, tmp_path / "dst")
+    assert status == 0
+    assert "layers_*/mlp/down/weight" in out
+    assert "8 weights in int8, 7 parameters in floating point" in out
+
+
+def test_bfloat16_by_default_has_its_dtype(source, tmp_path, run_json):
+    run_json("quantize", source, tmp_path / "dst", "--dtype", "bfloat16")
+    assert jint8.load(tmp_path / "dst").params["norm"]["scale"].dtype == "bfloat16"
+    assert jint8.load(tmp_path / "dst", dtype="float32").params["norm"]["scale"].dtype == "float32"
+
+
+def rewrite(**changes):
+    """A fault in the tensors; None removes one."""
+
+    def fault(source):
+        file = source / "model.safetensors"
+        tensors = {name: x.copy() for name, x in safetensors.numpy.load_file(file).items()}
+        for name, value in changes.items():
+            name = name.replace("__", ".")
+            tensors[name] = value(tensors.get(name)) if callable(value) else value
+        file.write_bytes(safetensors_bytes({name: x for name, x in tensors.items() if x is not None}))
+
+    return fault
+
+
+def change(name, value):
+    return rewrite(**{name.replace(".", "__"): value})
+
+
+def put(value):
+    def change(x):
+        x[3, 5] = value
+        return x
+
+    return change
+
+
+def configure(**changes):
+    def fault(source):
+        file = source / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return fault
+
+
+def truncate(source):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+FAULTS = {
+    "truncated": (truncate, ["model.safetensors", "truncated"]),
+    "missing_tensor": (change(DOWN, None), [DOWN, "none of that name"]),
+    "unknown_tensor": (change("model.extra", np.zeros(2, np.float32)), ["model.safetensors", "'model.extra'"]),
+    "nan": (change(DOWN, put(np.nan)), ["model.safetensors", DOWN, "NaN"]),
+    "infinity": (change(DOWN, put(-np.inf)), ["model.safetensors", DOWN, "infinity"]),
+    "wrong_shape": (change(DOWN, lambda x: x[:, :-1]), ["model.safetensors", DOWN, "(32, 47)"]),
+    "wrong_rows": (change(DOWN, lambda x: x[:-1]), ["model.safetensors", DOWN, "31"]),
+    "wrong_rank": (change(DOWN, lambda x: x.reshape(-1)), ["model.safetensors", DOWN, "(1536,)"]),
+    "integers": (change(DOWN, lambda x: x.astype(np.int32)), ["model.safetensors", DOWN, "int32"]),
+    "architecture": (configure(model_type="mamba"), ["llama", "'mamba'"]),
+    "impossible_size": (configure(num_attention_heads=5), ["llama", "5 attention heads"]),
+    "no_config": (lambda source: (source / "config.json").unlink(), ["config.json"]),
+    "damaged_tokenizer": (lambda source: (source / "tokenizer.json").write_text("{"), ["tokenizer.json"]),
+}
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS.values(), ids=FAULTS)
+def test_fault(fault, words, source, tmp_path, run_error):
+    fault(source)
+    error = run_error("quantize", source, tmp_path / "dst", "--quiet")
+    assert all(word in error for word in words), error
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []], ids=["dry_run", "run"])
+def test_something_at_the_destination(dry_run, source, tmp_path, run_error):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "mine").touch()
+    assert "dst: Expected nothing" in run_error("quantize", source, tmp_path / "dst", *dry_run)
+    assert [p.name for p in (tmp_path / "dst").iterdir()] == ["mine"]
+    assert "mine: Expected nothing" in run_error("quantize", source, tmp_path / "dst" / "mine", *dry_run)
+
+
+def test_int8_is_not_quantized_again(source, tmp_path, run, run_error):
+    run("quantize", source, tmp_path / "dst")
+    assert "one that jint8 wrote" in run_error("quantize", tmp_path / "dst", tmp_path / "again")
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("disk full"), 2)], ids=["^C", "disk"])
+@pytest.mark.parametrize("function", ["_save_arrays", "_write_json", "_sha256", "_sync"])
+def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_path, monkeypatch, run):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(_jint8, function, fail)
+    assert run("quantize", source, tmp_path / "dst", "--quiet")[0] == status
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
