@@ -16,7 +16,7 @@ from jax import lax
 
 from jint8._contract import _parse, dot_general
 from jint8._quantize import quantize
-from jint8._types import Config, QTensor, is_qtensor, storage_axes
+from jint8._types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
 
 Weight = QTensor | jax.Array
 
@@ -33,8 +33,11 @@ def product(x: jax.Array, w: Weight, numbers: Any, config: Config | None = None)
     """`lax.dot_general(x, w, numbers)` in float32 with `w` in int8; `config` quantizes a float `w`."""
     if is_qtensor(w):
         return dot_general(x, w, numbers, preferred_element_type=jnp.float32)
+    config = config or Config()
+    if SCHEMES[config.scheme].weights is None:
+        return lax.dot_general(x, w.astype(x.dtype), numbers, preferred_element_type=jnp.float32)
     numbers = tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in numbers)
-    return _straight_through((numbers, config or Config()), x, w)
+    return _straight_through((numbers, config), x, w)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

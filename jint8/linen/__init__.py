@@ -2,5 +2,8 @@
 
 from jint8.linen import _handlers as _handlers
 from jint8.linen._apply import apply as apply
+from jint8.linen._block import Int8TransformerBlock as Int8TransformerBlock
+from jint8.linen._modules import Int8Dense as Int8Dense
+from jint8.linen._modules import Int8DenseGeneral as Int8DenseGeneral
 from jint8.linen._registry import param as param
 from jint8.linen._registry import register as register

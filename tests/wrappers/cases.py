@@ -1,10 +1,16 @@
 """Models and helpers shared by the tests of the wrappers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jint8
+
+
+# Small programs that run once: compiling them is what the tests' time goes into.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def relative_error(got, want):
@@ -21,10 +27,10 @@ def quantize_linen(module, *args, config=jint8.Config(), seed=0, **kwargs):
     """Float variables with random biases, and int8 ones by the module's plan (tied embeddings included)."""
     key = (id(module), config, str(jax.tree.map(jnp.shape, args)), str(kwargs), seed)
     if key not in _CACHE:
-        variables = randomize_biases(jax.jit(module.init)(jax.random.key(seed), *args))
+        variables = randomize_biases(jit(module.init)(jax.random.key(seed), *args))
         plan = jint8.plan(module.apply, variables, *args)
         plan = plan.with_(plan.tied)
-        quantize = jax.jit(lambda variables: jint8.quantize_params(variables, plan=plan, config=config, **kwargs))
+        quantize = jit(lambda variables: jint8.quantize_params(variables, plan=plan, config=config, **kwargs))
         _CACHE[key] = module, (variables, quantize(variables), plan)  # with the module, so that its id isn't reused
     return _CACHE[key][1]
 
