@@ -31,7 +31,7 @@ def compute_dtype(dtype: Any, *arrays: Any) -> Any:
 
 def product(x: jax.Array, w: Weight, numbers: Any, config: Config | None = None) -> jax.Array:
     """`lax.dot_general(x, w, numbers)` in float32 with `w` in int8; `config` quantizes a float `w`."""
-    if is_qtensor(w):
+    if isinstance(w, QTensor):
         return dot_general(x, w, numbers, preferred_element_type=jnp.float32)
     config = config or Config()
     if SCHEMES[config.scheme].weights is None:
@@ -50,9 +50,7 @@ def _straight_through(static, x, w):
 @_straight_through.defjvp
 def _straight_through_jvp(static, primals, tangents):
     (x, w), (x_dot, w_dot) = primals, tangents
-    float_product = functools.partial(
-        lax.dot_general, dimension_numbers=static[0], preferred_element_type=jnp.float32
-    )
+    float_product = functools.partial(lax.dot_general, dimension_numbers=static[0], preferred_element_type=jnp.float32)
     w, w_dot = w.astype(x.dtype), w_dot.astype(x.dtype)
     return _straight_through(static, x, primals[1]), float_product(x_dot, w) + float_product(x, w_dot)
 
@@ -118,8 +116,10 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
 
     def rows(leaf):
         leaf = jnp.transpose(leaf, storage_axes(w)).astype(jnp.float32)  # a transpose that XLA drops if it's none
-        return jnp.take(leaf, tokens, axis=0) if leaf.shape[0] > 1 else jnp.broadcast_to(
-            leaf[0], (*tokens.shape, leaf.shape[1])
+        return (
+            jnp.take(leaf, tokens, axis=0)
+            if leaf.shape[0] > 1
+            else jnp.broadcast_to(leaf[0], (*tokens.shape, leaf.shape[1]))
         )
 
     q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)

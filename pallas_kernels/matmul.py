@@ -118,8 +118,9 @@ def int8_matmul_mixed(
     """
     if x.digits is not None and (outlier_w is None or number is None):
         raise ValueError("Expected outlier_w and number beside rows with outlier digits, got None")
-    kernel = int8_matmul_mixed_triton
-    return kernel(
+    if not isinstance(config, TritonConfig):
+        raise NotImplementedError(f"Expected a TritonConfig, got {type(config).__name__}: Mosaic isn't there yet")
+    return int8_matmul_mixed_triton(
         x, w, w_scale, outlier_w=outlier_w, number=number, bias=bias, dtype=dtype, config=config, interpret=interpret
     )
 

@@ -43,13 +43,13 @@ def all_candidates(kind: str, chip: Chip) -> list[Config]:
             (32, 128, 1),
             (32, 64, 1),
         )
-        grid = itertools.product(tiles, (128, 64), (8, 4), (4, 3))
+        whole = itertools.product(tiles, (128, 64), (8, 4), (4, 3))
         made = [
-            TritonConfig(bm=bm, bn=bn, panels=p, bk=bk, num_warps=w, num_stages=s) for (bm, bn, p), bk, w, s in grid
+            TritonConfig(bm=bm, bn=bn, panels=p, bk=bk, num_warps=w, num_stages=s) for (bm, bn, p), bk, w, s in whole
         ]
     else:
-        grid = itertools.product(((128, 256, 2), (128, 128, 1), (64, 128, 1), (64, 256, 2)), (4, 3, 2))
-        made = [MosaicConfig(bm=bm, bn=bn, panels=p, num_stages=s) for (bm, bn, p), s in grid]
+        hopper = itertools.product(((128, 256, 2), (128, 128, 1), (64, 128, 1), (64, 256, 2)), (4, 3, 2))
+        made = [MosaicConfig(bm=bm, bn=bn, panels=p, num_stages=s) for (bm, bn, p), s in hopper]
     return [config for config in made if fits(config, chip)]
 
 

@@ -93,13 +93,13 @@ class Int8Linear(Int8LinearGeneral):
     Args:
       in_features: size of the last axis of the input.
       out_features: size of the last axis of the result.
-      kernel: a `QTensor` or a float array `[in_features, out_features]` to start from, which is quantized. None: random.
+      kernel: a `QTensor` or a float array `[in_features, out_features]` to start from, quantized here. None: random.
       bias: an array `[out_features]` or a Variable with one; None: zeros.
       use_bias: False for none.
       dtype: of the computation; None: what input and parameters promote to.
       param_dtype: of random kernels, and of biases of zeros.
       preferred_element_type: dtype of the result, where it isn't that of the computation.
-      kernel_init: how random kernels are made.
+      kernel_init: how random kernels are made; default: `lecun_normal`.
       config: how to quantize `kernel`, if it isn't a `QTensor`.
       rngs: needed for a random kernel only.
 
@@ -124,13 +124,14 @@ class Int8Linear(Int8LinearGeneral):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         preferred_element_type: Any = None,
-        kernel_init: Any = nnx.initializers.lecun_normal(),
+        kernel_init: Any = None,
         config: Config = Config(),
         rngs: nnx.Rngs | None = None,
     ):
         if kernel is None:
             if rngs is None:
                 raise ValueError("Expected a kernel, or rngs to make one, got neither.")
+            kernel_init = kernel_init or nnx.initializers.lecun_normal()
             kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         value = _value(kernel) if isinstance(kernel, nnx.Variable) else kernel
         if not is_qtensor(value):
@@ -139,9 +140,7 @@ class Int8Linear(Int8LinearGeneral):
             raise ValueError(f"Expected a kernel of shape {(in_features, out_features)}, got {value.shape}.")
         if bias is None and use_bias:
             bias = jnp.zeros(out_features, param_dtype)
-        super().__init__(
-            kernel, bias if use_bias else None, dtype=dtype, preferred_element_type=preferred_element_type
-        )
+        super().__init__(kernel, bias if use_bias else None, dtype=dtype, preferred_element_type=preferred_element_type)
         self.in_features = in_features
         self.out_features = out_features
         self.use_bias = use_bias

@@ -25,8 +25,9 @@ def quantize(
     """A copy of an nnx model that multiplies in int8.
 
     `nnx.Linear`, `LinearGeneral`, `Einsum`, `LoRALinear` and the projections of `MultiHeadAttention` are replaced by
-    int8 layers; `nnx.Embed` where `include` (or the plan) names it. All else is kept and shares its arrays with `model`,
-    which stays as it was. Works inside `nnx.eval_shape` and `nnx.jit`. Layers of your own: `jint8.nnx.register`.
+    int8 layers; `nnx.Embed` where `include` (or the plan) names it. All else is kept and shares its arrays with
+    `model`, which stays as it was. Works inside `nnx.eval_shape` and `nnx.jit`. Layers of your own:
+    `jint8.nnx.register`.
 
     Kernels of stacked layers (made with `nnx.vmap`) may have the stacked axes in front; for others give a plan.
 

@@ -8,7 +8,6 @@ import numpy as np
 
 import jint8
 
-
 # Small programs that run once: compiling them is what the tests' time goes into.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -102,8 +102,11 @@ LAYERS = {
     "scan of remat": (scanned(nn.remat(Block)), X, 2),
     "scan of boxes": (scanned(BoxedBlock, metadata_params={nn.PARTITION_NAME: "layers"}), X, 1),
     "scan of boxes, axis 1": (scanned(BoxedBlock, 1, metadata_params={nn.PARTITION_NAME: "layers"}), X, 1),
-    "remat_scan": (nn.remat_scan(type("B", (Block,), {"__call__": lambda s, x: Block.__call__(s, x)[0]}), (2, 2))(),
-                   X, 2),
+    "remat_scan": (
+        nn.remat_scan(type("B", (Block,), {"__call__": lambda s, x: Block.__call__(s, x)[0]}), (2, 2))(),
+        X,
+        2,
+    ),
     "remat": (nn.remat(nn.Dense)(8), X, 1),
     "remat of a method": (RematMethod(), X, 1),
     "jit": (nn.jit(nn.Dense)(8), X, 1),
@@ -115,6 +118,7 @@ LAYERS = {
     "LogicallyPartitioned": (boxed(nn.with_logical_partitioning), X, 1),
     "Sequential": (nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(8)]), X, 2),
 }
+
 
 @functools.cache
 def float_result(name):
@@ -176,8 +180,20 @@ def test_planted_outliers(name):
     assert errors[6.0] < errors[0.0]
 
 
-@pytest.mark.parametrize("name", ["Dense", "DenseGeneral, batch axis", "Einsum", "attention", "scan of remat", "remat",
-                                  "jit", "vmap, last axis", "LogicallyPartitioned"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Dense",
+        "DenseGeneral, batch axis",
+        "Einsum",
+        "attention",
+        "scan of remat",
+        "remat",
+        "jit",
+        "vmap, last axis",
+        "LogicallyPartitioned",
+    ],
+)
 def test_gradient_with_respect_to_inputs_and_biases(name):
     module, x, _ = LAYERS[name]
     _, int8, _ = cases.quantize_linen(module, x, config=jint8.Config(scheme="vector"))
@@ -234,8 +250,11 @@ def test_dtype_is_promoted_as_in_float():
 def test_both_orders(name, keep_order):
     module, x, _ = LAYERS[name]
     floats, int8, plan = cases.quantize_linen(module, x, keep_order=keep_order)
-    orders = [w.order for w in jax.tree.leaves(int8, is_leaf=lambda w: isinstance(w, jint8.QTensor))
-              if isinstance(w, jint8.QTensor)]
+    orders = [
+        w.order
+        for w in jax.tree.leaves(int8, is_leaf=lambda w: isinstance(w, jint8.QTensor))
+        if isinstance(w, jint8.QTensor)
+    ]
     assert len(orders) == len(plan)
     assert all((order is None) == bool(keep_order) for order in orders)
     assert cases.relative_error(jint8.apply(module.apply)(int8, x), module.apply(floats, x)) < 0.02
@@ -310,5 +329,5 @@ def test_convolutions_are_left_alone():
 
 @pytest.mark.parametrize("bad", [None, nn.Dense(3), 3])
 def test_apply_takes_a_function(bad):
-    with pytest.raises(TypeError, match="Expected a function such as module.apply"):
+    with pytest.raises(TypeError, match=r"Expected a function such as module\.apply"):
         jint8.apply(bad)

@@ -33,14 +33,19 @@ MODULES = {
     "Int8Dense without bias": (Int8Dense(8, use_bias=False, config=EXACT), nn.Dense(8, use_bias=False), 1),
     "Int8DenseGeneral": (Int8DenseGeneral((2, 4), config=EXACT), nn.DenseGeneral((2, 4)), 1),
     "Int8DenseGeneral, two input axes": (
-        Int8DenseGeneral(8, axis=(-2, -1), config=EXACT), nn.DenseGeneral(8, axis=(-2, -1)), 1
+        Int8DenseGeneral(8, axis=(-2, -1), config=EXACT),
+        nn.DenseGeneral(8, axis=(-2, -1)),
+        1,
     ),
     "block, pre-norm": (Int8TransformerBlock(num_heads=4, config=EXACT), None, 6),
     "block, post-norm": (Int8TransformerBlock(num_heads=4, norm="post", mlp_dim=48, config=EXACT), None, 6),
     "block of one's own": (Int8TransformerBlock(block=Mlp(), config=EXACT), None, 2),
     "scanned blocks": (
-        nn.scan(nn.remat(Body), variable_axes={"params": 0}, split_rngs={"params": True}, length=3,
-                in_axes=nn.broadcast)(), None, 6,
+        nn.scan(
+            nn.remat(Body), variable_axes={"params": 0}, split_rngs={"params": True}, length=3, in_axes=nn.broadcast
+        )(),
+        None,
+        6,
     ),
 }
 

@@ -99,6 +99,7 @@ MODELS = {
     "tied Embed": (Tied, TOKENS, 1),
 }
 
+
 def functional(model, call=lambda model, x: model(x)):
     graphdef, state = nnx.split(model)
     return lambda x: cases.jit(lambda state, x: call(nnx.merge(graphdef, state), x))(state, x)
@@ -151,7 +152,7 @@ def test_without_jit(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_one_int8_product_per_layer(name):
     """Counted without decomposition, where no path adds products for outliers."""
-    model, int8 = quantized(name, config=EXACT)
+    _model, int8 = quantized(name, config=EXACT)
     x, products = MODELS[name][1:]
     graphdef, state = nnx.split(int8)
     run = lambda state, x: nnx.merge(graphdef, state)(x)
@@ -205,7 +206,7 @@ def test_shared_layer_stays_shared():
 
 def test_state_filters():
     _, int8 = quantized("LoRALinear")
-    graphdef, lora, params, rest = nnx.split(int8, nnx.LoRAParam, nnx.Param, ...)
+    _graphdef, lora, params, rest = nnx.split(int8, nnx.LoRAParam, nnx.Param, ...)
     assert [path for path, _ in nnx.to_flat_state(lora)] == [("lora", "lora_a"), ("lora", "lora_b")]
     assert [path for path, _ in nnx.to_flat_state(params)] == [("bias",)]
     assert [path for path, _ in nnx.to_flat_state(rest)] == [("kernel",)]
