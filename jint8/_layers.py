@@ -16,7 +16,7 @@ from jax import lax
 
 from jint8._contract import _parse, dot_general
 from jint8._quantize import quantize
-from jint8._types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
+from jint8._types import SCHEMES, Config, QTensor, storage_axes
 
 Weight = QTensor | jax.Array
 
