@@ -54,11 +54,12 @@ def run(args: argparse.Namespace) -> None:
         "projections": projection_bytes(model.params),
         "file": file.stat().st_size,
     }
+    plain = model.quant.scheme == "none"
     for name, text in {
         "float32": "in float32",
         "bfloat16": "in bfloat16",
-        "int8": f"in int8, with embeddings in {model.model.dtype}",
-        "projections": "of which the projections, all in int8",
+        "int8": f"{'as loaded' if plain else 'in int8'}, with embeddings in {model.model.dtype}",
+        "projections": "of which the projections",
         "file": "the file itself, 4-bit",
     }.items():
         _common.say(args, f"weights: {_common.megabytes(weight_bytes[name]):>10} {text}")
