@@ -17,7 +17,7 @@ from benchmarks import operands, shapes, timing
 from pallas_kernels import tune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "kernels"))
-import kernel_oracle  # noqa: E402
+import kernel_oracle
 
 
 @dataclass

@@ -256,7 +256,7 @@ def table(resources: dict[str, dict[str, list[dict]]]) -> str:
 
 
 def write(path: Path, resources: dict[str, dict[str, list[dict]]]) -> None:
-    """LONG: Puts the resources into a JSON file that keeps those of other toolchains; one line per kernel, for readable diffs."""
+    """Puts the resources into a JSON file beside those of other toolchains; one line per kernel."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[toolchain()] = resources
     text = json.dumps(kept, indent=1)
