@@ -5,11 +5,10 @@ a tile is made of is one sequence of steps for all three: int8 over all of k, th
 whose number is read from the device.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -66,13 +65,6 @@ def _body(*refs, config: MosaicConfig, tiles: tuple[int, int], steps: int, block
         count = lax.div(m_tiles * n_tiles - block + (blocks - 1), blocks)
         return lax.fori_loop(0, count, one, counters)
 
-    def digit_loops(body, at):
-        """Runs body(panel, digit, at) -> at for what follows the int8 part."""
-        for panel in range(panels):
-            for digit in range(DIGITS):
-                at = body(panel, digit, at)
-        return at
-
     @pl.when(warpgroup == _WARPGROUPS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
@@ -98,20 +90,17 @@ def _body(*refs, config: MosaicConfig, tiles: tuple[int, int], steps: int, block
             at = lax.fori_loop(0, steps, step, counters[0])
             if not outliers:
                 return (at,)
-            a_digits, b_digits, *barriers = digit_scratch
+            digits_at = counters[1]
+            for panel in range(panels):
 
-            def digit_loop(panel, digit, at):
-                def step(t, at):
-                    depth = pl.ds(t * OUTLIER_BLOCK, OUTLIER_BLOCK)
-                    sources = (
-                        digits.at[digit, pl.ds(row, bm), depth],
-                        columns.at[pl.ds(column + panel * width, width), depth],
-                    )
-                    return fill((a_digits, b_digits), barriers, _DIGIT_STAGES, at, sources)
+                def digit_step(t, at, cols=pl.ds(column + panel * width, width)):
+                    digit, block = lax.div(t, digit_steps), lax.rem(t, digit_steps)
+                    depth = pl.ds(block * OUTLIER_BLOCK, OUTLIER_BLOCK)
+                    sources = digits.at[digit, pl.ds(row, bm), depth], columns.at[cols, depth]
+                    return fill(digit_scratch[:2], digit_scratch[2:], _DIGIT_STAGES, at, sources)
 
-                return lax.fori_loop(0, digit_steps, step, at)
-
-            return at, digit_loops(digit_loop, counters[1])
+                digits_at = lax.fori_loop(0, DIGITS * digit_steps, digit_step, digits_at)
+            return at, digits_at
 
         over_tiles(per_tile, (jnp.int32(0),) * (2 if outliers else 1))
 
@@ -146,40 +135,35 @@ def _body(*refs, config: MosaicConfig, tiles: tuple[int, int], steps: int, block
                 return at, [scaled(acc[...], 0) for acc in accs]
 
             at, totals = pl.run_scoped(int8_part, *[plgpu.ACC((_ROWS, width), jnp.int32)] * panels)
-            counters = (at, *counters[1:])
-            if outliers:
-                a_digits, b_digits, *barriers = digit_scratch
 
-                def digit_loop(panel, digit, at):
-                    def part(acc):
-                        def step(_, at):
-                            return multiply((a_digits, b_digits), barriers, _DIGIT_STAGES, at, [acc])
+            def add_digit(digit, carry):
+                def part(acc):
+                    def step(_, at):
+                        return multiply(digit_scratch[:2], digit_scratch[2:], _DIGIT_STAGES, at, [acc])
 
-                        at_end = lax.fori_loop(0, digit_steps, step, at)
-                        return at_end, scaled(acc[...], 1 + digit)
+                    at = lax.fori_loop(0, digit_steps, step, carry[0])
+                    return at, scaled(acc[...], 1 + digit)
 
-                    at, value = pl.run_scoped(part, plgpu.ACC((_ROWS, width), jnp.int32))
-                    totals[panel] = totals[panel] + value
-                    return at
-
-                counters = (at, digit_loops(digit_loop, counters[1]))
+                at, value = pl.run_scoped(part, plgpu.ACC((_ROWS, width), jnp.int32))
+                return at, carry[1] + value
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+            digits_at = counters[1:]
             for panel, total in enumerate(totals):
                 cols = pl.ds(column + panel * width, width)
 
                 def per_column(ref, cols=cols, shape=total.shape):
                     return lax.broadcast_in_dim(_mosaic.load(ref.at[cols], layout.reduce(0)), shape, (1,))
 
-                value = total * per_column(scale)
+                if outliers:
+                    *digits_at, total = lax.fori_loop(0, DIGITS, add_digit, (*digits_at, total))
+                total = total * per_column(scale)
                 if bias_ref is not None:
-                    value = value + per_column(bias_ref)
-                y_smem[warpgroup, panel] = value.astype(y_smem.dtype)
-            plgpu.commit_smem()
-            for panel in range(panels):
-                cols = pl.ds(column + panel * width, width)
+                    total = total + per_column(bias_ref)
+                y_smem[warpgroup, panel] = total.astype(y_smem.dtype)
+                plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(y_smem.at[warpgroup, panel], y.at[rows, cols])
-            return counters
+            return (at, *digits_at)
 
         over_tiles(per_tile, (jnp.int32(0),) * (2 if outliers else 1))
         plgpu.wait_smem_to_gmem(0)
@@ -227,18 +211,14 @@ def int8_matmul_mixed_mosaic(
             plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_DIGIT_STAGES),
         ]
 
-    @jax.custom_batching.sequential_vmap  # Mosaic kernels have no batching rule
+    def int8_matmul(*refs):  # a function and no partial, for the name of the machine code
+        static = {"config": config, "tiles": tiles, "steps": k // config.bk, "blocks": blocks}
+        _body(*refs, **static, outliers=outliers, bias=bias is not None)
+
+    @sequential_vmap  # Mosaic kernels have no batching rule
     def run(*args):
         return plgpu.kernel(
-            functools.partial(
-                _body,
-                config=config,
-                tiles=tiles,
-                steps=k // config.bk,
-                blocks=blocks,
-                outliers=outliers,
-                bias=bias is not None,
-            ),
+            int8_matmul,
             out_type=jax.ShapeDtypeStruct((m + pad, n), dtype),
             scratch_types=scratch,
             grid=(blocks,),
