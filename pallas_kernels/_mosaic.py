@@ -20,7 +20,7 @@ def load(ref, layout) -> jax.Array:
 
 def transposed(ref):
     """A reference to shared memory with its two dimensions exchanged."""
-    return plgpu.transpose_ref(ref, (1, 0))
+    return plgpu.transpose_ref(ref, (1, 0)) if _INDEXED_LOAD else ref.T
 
 
 def interpret_arguments(interpret: bool) -> dict[str, Any]:
@@ -29,4 +29,5 @@ def interpret_arguments(interpret: bool) -> dict[str, Any]:
         return {}
     if not CAN_INTERPRET:
         raise NotImplementedError(f"Expected JAX 0.11 or later to interpret a Mosaic kernel, got {jax.__version__}")
-    return {"interpret": plgpu.InterpretGPUParams()}
+    params: Any = plgpu
+    return {"interpret": params.InterpretGPUParams()}

@@ -96,7 +96,7 @@ class MosaicConfig:
     num_stages: int = 4
 
     def shared_bytes(self) -> int:
-        """Operands of every stage in flight, two of outlier columns, the tile on its way out (16 bits), and barriers."""
+        """Operands of every stage, two stages of outlier columns, the 16-bit tile on its way out, and barriers."""
         digits = 2 * (self.bm + self.bn // self.panels) * 32
         return (self.bm + self.bn) * self.bk * self.num_stages + digits + self.bm * self.bn * 2 + 1024
 

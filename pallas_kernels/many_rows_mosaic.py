@@ -1,9 +1,11 @@
-"""The mixed product for many rows on Hopper: TMA, wgmma, a warpgroup that only copies, and blocks that stay for many tiles.
+"""The mixed product for many rows on Hopper: TMA, wgmma, a warpgroup that only copies, blocks that stay.
 
-Two warpgroups multiply, 64 rows each; the third fills a ring of buffers in shared memory ahead of them, also across tiles. What
-a tile is made of is one sequence of steps for all three: int8 over all of k, then for each panel and digit the gathered columns,
-whose number is read from the device.
+Two warpgroups multiply, 64 rows each; the third fills a ring of buffers in shared memory ahead of them, also across
+tiles. What a tile is made of is one sequence of steps for all three: int8 over all of k, then for each panel and digit
+the gathered columns, whose number is read from the device.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +41,13 @@ def _ring(width: int, rows: int, stages: int):
     return plgpu.SMEM((stages, rows, width), jnp.int8, transforms=_tiled(width, jnp.int8))
 
 
-def _body(*refs, config: MosaicConfig, tiles: tuple[int, int], steps: int, blocks: int, outliers: bool, bias: bool):
-    refs_in = iter(refs)
-    q, w, factors, scale = (next(refs_in) for _ in range(4))
-    digits, columns, number = (next(refs_in) if outliers else None for _ in range(3))
-    bias_ref = next(refs_in) if bias else None
-    y, a_ring, b_ring, y_smem, full, empty, *digit_scratch = refs_in
+def _body(
+    *refs: Any, config: MosaicConfig, tiles: tuple[int, int], steps: int, blocks: int, outliers: bool, bias: bool
+):
+    (q, w, factors, scale), rest = refs[:4], refs[4:]
+    (digits, columns, number), rest = (rest[:3], rest[3:]) if outliers else ((None,) * 3, rest)
+    bias_ref, rest = (rest[0], rest[1:]) if bias else (None, rest)
+    y, a_ring, b_ring, y_smem, full, empty, *digit_scratch = rest
     bm, bn, bk, panels, width = config.bm, config.bn, config.bk, config.panels, config.bn // config.panels
     m_tiles, n_tiles = tiles
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -93,7 +96,8 @@ def _body(*refs, config: MosaicConfig, tiles: tuple[int, int], steps: int, block
             digits_at = counters[1]
             for panel in range(panels):
 
-                def digit_step(t, at, cols=pl.ds(column + panel * width, width)):
+                def digit_step(t, at, panel=panel):
+                    cols = pl.ds(column + panel * width, width)
                     digit, block = lax.div(t, digit_steps), lax.rem(t, digit_steps)
                     depth = pl.ds(block * OUTLIER_BLOCK, OUTLIER_BLOCK)
                     sources = digits.at[digit, pl.ds(row, bm), depth], columns.at[cols, depth]
@@ -212,8 +216,8 @@ def int8_matmul_mixed_mosaic(
         ]
 
     def int8_matmul(*refs):  # a function and no partial, for the name of the machine code
-        static = {"config": config, "tiles": tiles, "steps": k // config.bk, "blocks": blocks}
-        _body(*refs, **static, outliers=outliers, bias=bias is not None)
+        steps = k // config.bk
+        _body(*refs, config=config, tiles=tiles, steps=steps, blocks=blocks, outliers=outliers, bias=bias is not None)
 
     @sequential_vmap  # Mosaic kernels have no batching rule
     def run(*args):

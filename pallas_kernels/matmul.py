@@ -72,8 +72,8 @@ def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton", 
       dtype: of the result.
 
     Returns:
-      The config; for few rows with as many splits of k as fill the chip. A Triton config where the Mosaic kernel doesn't
-      support the shape.
+      The config; for few rows with as many splits of k as fill the chip. A Triton config where the Mosaic kernel
+      doesn't support the shape.
 
     Example:
       >>> from pallas_kernels.chips import CHIPS
@@ -179,8 +179,8 @@ def llm_int8_matmul(
       threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
       mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
         so that a row's result is bit for bit independent of the others.
-      backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as no
-        measurement says that the other is faster.
+      backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as
+        no measurement says that the other is faster.
       config: a tile instead of the table's; `FewRowsConfig` takes the path for few rows.
       interpret: run in Pallas's interpret mode.
 

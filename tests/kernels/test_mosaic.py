@@ -1,4 +1,4 @@
-"""The Mosaic kernel, interpreted where JAX can (from 0.11 on) and compiled on Hopper: equal to the Triton one bit for bit."""
+"""The Mosaic kernel, interpreted by JAX 0.11 and later and compiled on Hopper: bit for bit what Triton's gives."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ interpreted = pytest.mark.skipif(
 @interpreted
 @pytest.mark.parametrize(
     ("outliers", "mode", "threshold", "bias"),
-    [(3, "batch", 6.0, True), (0, "batch", 6.0, False), (150, "token", 6.0, True), (3, "batch", 0.0, True)],
-    ids=["few_outliers", "no_outliers", "many_outliers_per_token", "threshold=0"],
+    [(0, "batch", 6.0, False), (150, "token", 6.0, True), (3, "batch", 0.0, True)],
+    ids=["no_outliers", "many_outliers_per_token", "threshold=0"],
 )
 def test_product(outliers, mode, threshold, bias):
     case = make_case(130, 128, 256, outliers=outliers, bias=bias)
