@@ -1,4 +1,4 @@
-"""Shapes from real models, shared by checks and benchmarks: (k, n) of projections, in the order of their timing."""
+"""Shapes from real models, for checks and benchmarks: (k, n) of projections, in the order in which they are timed."""
 
 # The paper's feed-forward layers, d -> 4d (LLM.int8(), appendix D), and what the targets are stated for first.
 PAPER_DIMS = (4096, 2048, 5140, 12288, 768, 1024, 1536, 2560)

@@ -80,7 +80,7 @@ class TritonConfig:
 class MosaicConfig:
     """Tile of the mixed product in Mosaic GPU on Hopper.
 
-    bm, bn: rows and output channels per block.
+    bm, bn: rows and output channels per block; bm is 128, 64 rows for each of the two warpgroups that multiply.
     bk: depth of a step in bytes; 128 is the widest swizzle of a copy by TMA.
     panels: as in `TritonConfig`.
     group: tiles of rows that run together, for reuse of weights in the L2.
@@ -96,11 +96,12 @@ class MosaicConfig:
     num_stages: int = 4
 
     def shared_bytes(self) -> int:
-        """Operands of every stage in flight, the tile on its way out (float32 at most), and barriers."""
-        return (self.bm + self.bn) * self.bk * self.num_stages + self.bm * self.bn * 4 + 1024
+        """Operands of every stage, two stages of outlier columns, the 16-bit tile on its way out, and barriers."""
+        digits = 2 * (self.bm + self.bn // self.panels) * 32
+        return (self.bm + self.bn) * self.bk * self.num_stages + digits + self.bm * self.bn * 2 + 1024
 
     def accumulators(self) -> int:
-        """Registers per thread of one warpgroup per 64 rows."""
+        """Registers per thread of a warpgroup: the float32 sum of 64 rows, and int32 for one panel."""
         return 64 * (self.bn + self.bn // self.panels) // 128
 
     def sizes(self) -> tuple[int, ...]:
@@ -133,6 +134,8 @@ def check_config(config: Config, chip: Chip) -> None:
     """
     if config.kind == "mosaic" and not chip.mosaic:
         raise NotImplementedError(f"Expected a chip with wgmma (sm_90) for {config}, got {chip.name}")
+    if isinstance(config, MosaicConfig) and config.bm != 128:
+        raise ValueError(f"Expected bm to be 128, got {config}")
     if any(size < 16 or size & (size - 1) for size in config.sizes()):
         raise ValueError(f"Expected block dimensions that are powers of two of at least 16, got {config}")
     if config.shared_bytes() > chip.shared_bytes:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.chips import CHIPS, Chip, current_chip
 from pallas_kernels.configs import Config, FewRowsConfig, MosaicConfig, TritonConfig, default_configs, shape_class
 from pallas_kernels.few_rows import FEW_ROWS, int8_matmul_few_rows, quantize_few_rows
+from pallas_kernels.many_rows_mosaic import int8_matmul_mixed_mosaic, supports
 from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
 from pallas_kernels.outliers import compact, outlier_flags
 from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
@@ -50,7 +51,16 @@ def _check_size(m: int, n: int, k: int) -> None:
             )
 
 
-def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton") -> Config:
+def _chip_for(backend: str | None) -> Chip:
+    chip = current_chip()
+    if backend != "mosaic" or chip.mosaic:
+        return chip
+    if jax.default_backend() == "gpu":
+        raise NotImplementedError(f"Expected a Hopper GPU for backend 'mosaic', got {chip.name}")
+    return CHIPS["sm_90"]
+
+
+def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton", dtype=jnp.bfloat16) -> Config:
     """The tile from the table for a product of x[m, k] and w[n, k].
 
     Args:
@@ -59,9 +69,11 @@ def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton") 
       k: contracted size.
       chip: from `chip_for` or `current_chip`.
       backend: "triton" or "mosaic" for many rows; few rows have one kernel.
+      dtype: of the result.
 
     Returns:
-      The config; for few rows with as many splits of k as fill the chip.
+      The config; for few rows with as many splits of k as fill the chip. A Triton config where the Mosaic kernel
+      doesn't support the shape.
 
     Example:
       >>> from pallas_kernels.chips import CHIPS
@@ -69,6 +81,8 @@ def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton") 
       4
     """
     config = default_configs()[chip.name, shape_class(m, n, chip=chip, backend=backend, few_rows=FEW_ROWS)]
+    if isinstance(config, MosaicConfig) and not supports(m, n, k, dtype, config):
+        return pick_config(m, n, k, chip=chip, backend="triton")
     if isinstance(config, FewRowsConfig):
         # At least four steps each, so that the pipeline of loads fills.
         splits = min(chip.cores // pl.cdiv(n, config.bn), k // (4 * config.bk))
@@ -109,6 +123,7 @@ def int8_matmul_mixed(
 
     Raises:
       ValueError: x has digits but `outlier_w` or `number` is missing.
+      NotImplementedError: a Mosaic config for a shape or dtype that the kernel doesn't support.
 
     Example:
       >>> rows = quantize_rows(jnp.array([[127.0, 2.0]]), interpret=True)
@@ -118,8 +133,22 @@ def int8_matmul_mixed(
     """
     if x.digits is not None and (outlier_w is None or number is None):
         raise ValueError("Expected outlier_w and number beside rows with outlier digits, got None")
-    if not isinstance(config, TritonConfig):
-        raise NotImplementedError(f"Expected a TritonConfig, got {type(config).__name__}: Mosaic isn't there yet")
+    if isinstance(config, MosaicConfig):
+        if not supports(x.q.shape[0], w.shape[0], w.shape[1], dtype, config):
+            raise NotImplementedError(
+                f"Expected whole tiles of {config} and a 16-bit result, got {w.shape} and {dtype}"
+            )
+        return int8_matmul_mixed_mosaic(
+            x,
+            w,
+            w_scale,
+            outlier_w=outlier_w,
+            number=number,
+            bias=bias,
+            dtype=dtype,
+            config=config,
+            interpret=interpret,
+        )
     return int8_matmul_mixed_triton(
         x, w, w_scale, outlier_w=outlier_w, number=number, bias=bias, dtype=dtype, config=config, interpret=interpret
     )
@@ -150,7 +179,8 @@ def llm_int8_matmul(
       threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
       mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
         so that a row's result is bit for bit independent of the others.
-      backend: "triton", "mosaic", or None for the one that the config or the chip asks for.
+      backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as
+        no measurement says that the other is faster.
       config: a tile instead of the table's; `FewRowsConfig` takes the path for few rows.
       interpret: run in Pallas's interpret mode.
 
@@ -160,7 +190,7 @@ def llm_int8_matmul(
     Raises:
       TypeError: for dtypes.
       ValueError: for shapes, a negative threshold, an unknown mode or backend.
-      NotImplementedError: arrays of 2**31 elements or more.
+      NotImplementedError: arrays of 2**31 elements or more; "mosaic" on a GPU other than Hopper.
 
     Example:
       >>> x = jnp.array([[100.0, 1.0, -0.5]])
@@ -182,7 +212,7 @@ def llm_int8_matmul(
         pad = ((0, 0), (0, -k % _ALIGN))
         x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
     if config is None:
-        config = pick_config(m, n, k, chip=current_chip(), backend=backend or "triton")
+        config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=x.dtype)
 
     if isinstance(config, FewRowsConfig):
         planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)

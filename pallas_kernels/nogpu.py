@@ -50,6 +50,7 @@ _DEVICE = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 
  compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0" cuda_compute_capability {{ {capability} }} }}
  platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} device_description_str: "{name}" """
 
+_OURS = ("_kernel",)  # Triton kernels are named after their functions, all of which end so
 _TENSOR_CORE = re.compile(r"\b(IGMMA|HGMMA|IMMA|HMMA)\b")
 
 
@@ -135,7 +136,7 @@ def compile_kernels(fn: Callable, chip: Chip, *avals: jax.ShapeDtypeStruct) -> l
     for file in sorted(dump.glob("*.ptx")):
         ptx = file.read_text()
         entry, target = re.search(r"\.entry (\w+)", ptx), re.search(r"\.target (\w+)", ptx)
-        if entry and target and entry[1].endswith("_kernel"):  # not XLA's own
+        if entry and target and entry[1].endswith(_OURS):  # not XLA's own
             kernels.append(_assemble(file, entry[1], target[1], shared.get(entry[1])))
     return sorted(kernels, key=lambda kernel: kernel.name)
 
@@ -256,7 +257,7 @@ def table(resources: dict[str, dict[str, list[dict]]]) -> str:
 
 
 def write(path: Path, resources: dict[str, dict[str, list[dict]]]) -> None:
-    """Puts the resources into a JSON file beside those of other toolchains; one line per kernel, for readable diffs."""
+    """Puts the resources into a JSON file beside those of other toolchains; one line per kernel."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[toolchain()] = resources
     text = json.dumps(kept, indent=1)

@@ -12,7 +12,7 @@ from pallas_kernels import _triton
 from pallas_kernels._numerics import DIGITS, DIGITS_TOP, Q_TOP, abs_bits, digit_factors, split_digits, step_of, to_int
 from pallas_kernels.outliers import Outliers
 
-OUTLIER_BLOCK = 64  # gathered columns per step of the product; one TMA row with 64-byte swizzle
+OUTLIER_BLOCK = 32  # gathered columns per step of the product: one tensor-core step of int8
 
 
 class QuantizedRows(NamedTuple):

@@ -28,28 +28,22 @@ _HERE = Path(__file__).parent
 
 def all_candidates(kind: str, chip: Chip) -> list[Config]:
     """Every combination of the sizes worth trying that the chip's limits allow; the most promising first."""
+    warps_and_stages = tuple(itertools.product((8, 4), (4, 3)))
     made: list[Config] = []
     if kind == "few":
-        grid = itertools.product((32, 16, 64), (256, 128, 512), (4, 8), (4, 3, 6))
-        made = [FewRowsConfig(bn=bn, bk=bk, num_warps=w, num_stages=s) for bn, bk, w, s in grid]
+        sizes = itertools.product((32, 64), (256, 128), warps_and_stages)
+        made = [FewRowsConfig(bn=bn, bk=bk, num_warps=w, num_stages=s) for bn, bk, (w, s) in sizes]
     elif kind == "triton":
-        tiles = (
-            (128, 256, 2),
-            (128, 128, 1),
-            (256, 128, 1),
-            (64, 128, 1),
-            (64, 256, 1),
-            (64, 64, 1),
-            (32, 128, 1),
-            (32, 64, 1),
-        )
-        whole = itertools.product(tiles, (128, 64), (8, 4), (4, 3))
+        tiles = (128, 256, 2), (128, 128, 1), (256, 128, 1), (64, 256, 1), (64, 128, 1), (64, 64, 1)
         made = [
-            TritonConfig(bm=bm, bn=bn, panels=p, bk=bk, num_warps=w, num_stages=s) for (bm, bn, p), bk, w, s in whole
+            TritonConfig(bm=bm, bn=bn, panels=panels, num_warps=w, num_stages=s)
+            for (bm, bn, panels), (w, s) in itertools.product(tiles, warps_and_stages)
         ]
     else:
-        hopper = itertools.product(((128, 256, 2), (128, 128, 1), (64, 128, 1), (64, 256, 2)), (4, 3, 2))
-        made = [MosaicConfig(bm=bm, bn=bn, panels=p, num_stages=s) for (bm, bn, p), s in hopper]
+        tiles_and_groups = itertools.product(((256, 2), (128, 1)), (8, 16), (3, 4))
+        made = [
+            MosaicConfig(bn=bn, panels=panels, group=group, num_stages=s) for (bn, panels), group, s in tiles_and_groups
+        ]
     return [config for config in made if fits(config, chip)]
 
 

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import nogpu
 from pallas_kernels.chips import CHIPS
 
-PRODUCTS = ("_int8_matmul_few_rows_kernel", "_int8_matmul_mixed_kernel", "mosaic")
+PRODUCTS = ("_int8_matmul", "int8_matmul_mosaic_gpu")
 KEPT = json.loads((Path(__file__).parent / "resources.json").read_text())
 
 pytestmark = pytest.mark.skipif(nogpu.missing() is not None, reason=str(nogpu.missing()))

@@ -10,6 +10,7 @@ import pytest
 from kernels import kernel_oracle
 
 import pallas_kernels as pk
+from pallas_kernels.quantize_rows import OUTLIER_BLOCK
 
 INTERPRET = jax.default_backend() != "gpu"
 THRESHOLD = 6.0
@@ -203,7 +204,7 @@ def test_quantized_rows(name, mode):
     allowed = 2.0**-21 * np.abs(wanted).max(axis=1, keepdims=True)
     assert (np.abs(in_place - wanted) <= allowed).all()
     assert (np.abs((digits * factors).sum(axis=0) - wanted[:, columns]) <= allowed).all()
-    end = -(-len(columns) // 64) * 64
+    end = -(-len(columns) // OUTLIER_BLOCK) * OUTLIER_BLOCK
     assert not np.asarray(rows.digits)[:, finite, len(columns) : end].any(), "padding lanes must be zero"
 
 

@@ -1,0 +1,80 @@
+"""Configs and the chips they are checked against."""
+
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import tune
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.configs import from_json, to_json
+
+
+@pytest.mark.parametrize(
+    ("key", "config"), pk.default_configs().items(), ids=lambda v: "-".join(v) if type(v) is tuple else ""
+)
+def test_defaults_fit_their_chip(key, config):
+    pk.check_config(config, CHIPS[key[0]])
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 2048])
+@pytest.mark.parametrize("n", [1, 1000, 57344])
+def test_every_shape_has_a_config(chip, m, n):
+    for backend in ("triton", "mosaic") if chip.mosaic else ("triton",):
+        pk.check_config(pk.pick_config(m, n, 4096, chip=chip, backend=backend), chip)
+
+
+@pytest.mark.parametrize(
+    ("config", "chip", "error", "words"),
+    [
+        (pk.TritonConfig(bm=96), "sm_80", ValueError, "powers of two"),
+        (pk.TritonConfig(bn=16, panels=2), "sm_80", ValueError, "powers of two of at least 16"),
+        (
+            pk.TritonConfig(bn=256, num_stages=4),
+            "sm_80",
+            ValueError,
+            "at most 166912 bytes of shared memory on sm_80, got 196608",
+        ),
+        (pk.TritonConfig(bn=256, num_stages=4), "sm_90", ValueError, "registers of accumulators per thread, got 256"),
+        (pk.MosaicConfig(), "sm_89", NotImplementedError, "Expected a chip with wgmma"),
+        (pk.MosaicConfig(bm=64), "sm_90", ValueError, "Expected bm to be 128"),
+    ],
+)
+def test_configs_that_cannot_work(config, chip, error, words):
+    with pytest.raises(error, match=words):
+        pk.check_config(config, CHIPS[chip])
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "chip"),
+    [
+        ((8, 0), "", "sm_80"),
+        ((8, 6), "", "sm_89"),
+        ((9, 0), "", "sm_90"),
+        ((12, 0), "", "sm_89"),
+        ((10, 0), "", "sm_80"),
+        (None, "NVIDIA H200", "sm_90"),
+        (None, "NVIDIA A100-SXM4-80GB", "sm_80"),
+        (None, "NVIDIA GeForce RTX 3090", "sm_89"),
+    ],
+)
+def test_chip_for(capability, kind, chip):
+    assert pk.chip_for(capability=capability, device_kind=kind).name == chip
+
+
+@pytest.mark.parametrize("kind", ["few", "triton", "mosaic"])
+def test_candidates_fit_and_include_the_defaults(kind):
+    chip = CHIPS["sm_90"]
+    found = tune.candidates(kind, chip)
+    assert {c for (name, _), c in pk.default_configs().items() if name == "sm_90" and c.kind.startswith(kind)} <= set(
+        found
+    )
+    for config in found + tune.all_candidates(kind, chip):
+        pk.check_config(config, chip)
+
+
+def test_apply_takes_the_fastest():
+    slow, fast = to_json(pk.FewRowsConfig(bn=64)), to_json(pk.FewRowsConfig(bn=16))
+    timed = [{"config": fast, "seconds": 1.0}, {"config": slow, "seconds": 2.0}]
+    result = {"chip": "sm_90", "device": "a GPU", "jax": "0.11.2", "classes": {"few": {"timed": timed}}}
+    assert tune.apply(result)["configs"]["sm_90"]["few"] == fast
