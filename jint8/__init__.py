@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from jint8._contract import dot_general as dot_general
 from jint8._contract import einsum as einsum
+from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
 from jint8._matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jint8._matmul import matmul as matmul
 from jint8._outliers import find_outliers as find_outliers
@@ -18,6 +19,7 @@ from jint8._plan import Plan as Plan
 from jint8._plan import plan as plan
 from jint8._quantize import dequantize as dequantize
 from jint8._quantize import quantize as quantize
+from jint8._ragged import ragged_dot as ragged_dot
 from jint8._types import SCHEMES as SCHEMES
 from jint8._types import Config as Config
 from jint8._types import QTensor as QTensor

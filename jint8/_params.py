@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,6 +69,8 @@ def quantize_params(
     check_config(config)
     if SCHEMES[config.scheme].weights is None:
         return params
+    if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
+        importlib.import_module("jint8._flax_state")
     leaves = leaf_paths(params, is_leaf=is_qtensor)
     if plan is not None and (unknown := sorted(set(plan) - {path for path, _ in leaves})):
         raise ValueError(f"Expected the plan's paths to be in the parameters, got {', '.join(unknown)}.")

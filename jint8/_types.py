@@ -88,10 +88,12 @@ class Config:
         return SCHEMES[self.scheme].decomposition and self.threshold > 0
 
 
+ARRAY_FIELDS = ("q", "scale", "zero")
+STATIC_FIELDS = ("dtype", "config", "order", "stack")
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["q", "scale", "zero"],
-    meta_fields=["dtype", "config", "order", "stack"],
+    jax.tree_util.register_dataclass, data_fields=list(ARRAY_FIELDS), meta_fields=list(STATIC_FIELDS)
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
