@@ -25,7 +25,7 @@ def from_state(target: QTensor, state: dict[str, Any]) -> QTensor:
         raise ValueError(f"{path}: Expected a saved QTensor (q, scale, static), got {got}.")
     if tuple(state["q"].shape) != tuple(target.q.shape):
         raise ValueError(f"{path}: Expected int8 values of shape {target.q.shape}, got {state['q'].shape}.")
-    arrays = {name: state.get(name) for name in ARRAY_FIELDS}
+    arrays: dict[str, Any] = {name: state.get(name) for name in ARRAY_FIELDS}
     return dataclasses.replace(target, **arrays, **static_from_text(state["static"]))
 
 

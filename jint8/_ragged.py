@@ -15,9 +15,7 @@ from jint8._quantize import dequantize
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
 
 
-def ragged_dot(
-    lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: Config | None = None
-) -> jax.Array:
+def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: Config | None = None) -> jax.Array:
     """`jax.lax.ragged_dot` with quantized experts: LLM.int8() products of groups of rows, each with its own weight.
 
     Formula: `y[i] = lhs[i] @ rhs[e(i)]`, where the first `group_sizes[0]` rows belong to expert 0, and so on; rows
@@ -96,6 +94,7 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
         y = y - parts.zero * exact(jnp.ones_like(parts.q))
     y = y * parts.scale
     if parts.outliers is not None:
+        assert parts.outliers.digits is not None
         high, low = jnp.split(parts.outliers.digits, 2)
         y = y + (exact(high) * DIGIT_BASE + exact(low)) * parts.outliers.step
     return jnp.where(in_group, y * per_row(w.scale), 0)

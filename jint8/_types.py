@@ -92,9 +92,7 @@ ARRAY_FIELDS = ("q", "scale", "zero")
 STATIC_FIELDS = ("dtype", "config", "order", "stack")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=list(ARRAY_FIELDS), meta_fields=list(STATIC_FIELDS)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=list(ARRAY_FIELDS), meta_fields=list(STATIC_FIELDS))
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
     """An int8 weight: a pytree that stands for the float array `scale * (q - zero)`.

@@ -140,9 +140,7 @@ def test_experts_by_einsum_in_a_linen_model():
 
     handlers = dict(_registry._HANDLERS)
     try:
-        jint8.linen.register(
-            Experts, lambda module, x: jint8.einsum("td,edf->etf", x, jint8.linen.param(module, "w"))
-        )
+        jint8.linen.register(Experts, lambda module, x: jint8.einsum("td,edf->etf", x, jint8.linen.param(module, "w")))
         got, want = jint8.apply(module.apply)(int8, X), module.apply(floats, X)
     finally:
         _registry._HANDLERS.clear()

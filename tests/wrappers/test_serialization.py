@@ -23,7 +23,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS)
 def params(request):
-    floats, int8, _ = cases.quantize_linen(MODEL, X, config=CONFIGS[request.param])
+    _floats, int8, _ = cases.quantize_linen(MODEL, X, config=CONFIGS[request.param])
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim == 1 else leaf, int8)
 
 
@@ -68,8 +68,9 @@ def test_flax_errors_name_the_leaf():
     with pytest.raises(ValueError, match=r"a/kernel: Expected a saved QTensor"):
         flax.serialization.from_state_dict(w, {"a": {"kernel": {"q": jnp.ones((4, 4))}}})
     with pytest.raises(ValueError, match=r"a/kernel: Expected int8 values of shape \(4, 4\), got \(4, 5\)"):
-        flax.serialization.from_state_dict(w, flax.serialization.to_state_dict(
-            {"a": {"kernel": jint8.quantize(jnp.ones((4, 5)))}}))
+        flax.serialization.from_state_dict(
+            w, flax.serialization.to_state_dict({"a": {"kernel": jint8.quantize(jnp.ones((4, 5)))}})
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -101,12 +102,15 @@ def test_export(name):
     module = MODEL
     first = lambda tree: jax.tree.leaves(tree)[0]
     if name == "scanned":
+
         class Model(nn.Module):
             @nn.compact
             def __call__(self, x):
                 body = nn.scan(
                     lambda layer, x, _: (layer(x), None),
-                    variable_axes={"params": 1}, split_rngs={"params": True}, length=3,
+                    variable_axes={"params": 1},
+                    split_rngs={"params": True},
+                    length=3,
                 )
                 return body(nn.Dense(32, name="dense"), x, None)[0]
 
