@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+
+from pallas_kernels._numerics import K_EXACT
 from pallas_kernels.chips import Chip
 
 # A thread has 255 registers; addresses, masks and what the pipeline keeps take about this many.
@@ -107,6 +110,11 @@ class MosaicConfig:
     def sizes(self) -> tuple[int, ...]:
         """Dimensions of blocks."""
         return self.bm, self.bn // self.panels, self.bk
+
+
+def mosaic_supports(m: int, n: int, k: int, dtype, config: MosaicConfig) -> bool:
+    """Whether the Mosaic kernel computes a product: whole tiles of n and k (rows are padded), a 16-bit result."""
+    return m > 0 and n % config.bn == 0 and k % config.bk == 0 and k <= K_EXACT and jnp.dtype(dtype).itemsize == 2
 
 
 Config = FewRowsConfig | TritonConfig | MosaicConfig

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic
-from pallas_kernels._numerics import DIGITS, K_EXACT
+from pallas_kernels._numerics import DIGITS
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.configs import MosaicConfig
 from pallas_kernels.quantize_rows import OUTLIER_BLOCK, QuantizedRows
@@ -23,11 +23,6 @@ from pallas_kernels.quantize_rows import OUTLIER_BLOCK, QuantizedRows
 _WARPGROUPS = 2  # that multiply; bm is 64 rows for each
 _ROWS = 64
 _DIGIT_STAGES = 2
-
-
-def supports(m: int, n: int, k: int, dtype, config: MosaicConfig) -> bool:
-    """Whether the kernel computes this product: whole tiles of channels and k (rows are padded), a 16-bit result."""
-    return n % config.bn == 0 and k % config.bk == 0 and k <= K_EXACT and jnp.dtype(dtype).itemsize == 2 and m > 0
 
 
 def _tiled(width: int, dtype):
@@ -185,7 +180,7 @@ def int8_matmul_mixed_mosaic(
     config: MosaicConfig,
     interpret: bool,
 ) -> jax.Array:
-    """See `int8_matmul_mixed`; the shapes must be ones that it `supports`."""
+    """See `int8_matmul_mixed`; the shapes must be ones that `mosaic_supports`."""
     m, k = x.q.shape
     n = w.shape[0]
     outliers = x.digits is not None

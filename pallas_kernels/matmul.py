@@ -7,9 +7,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.chips import CHIPS, Chip, current_chip
-from pallas_kernels.configs import Config, FewRowsConfig, MosaicConfig, TritonConfig, default_configs, shape_class
+from pallas_kernels.configs import (
+    Config,
+    FewRowsConfig,
+    MosaicConfig,
+    TritonConfig,
+    default_configs,
+    mosaic_supports,
+    shape_class,
+)
 from pallas_kernels.few_rows import FEW_ROWS, int8_matmul_few_rows, quantize_few_rows
-from pallas_kernels.many_rows_mosaic import int8_matmul_mixed_mosaic, supports
 from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
 from pallas_kernels.outliers import compact, outlier_flags
 from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
@@ -81,7 +88,7 @@ def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton", 
       4
     """
     config = default_configs()[chip.name, shape_class(m, n, chip=chip, backend=backend, few_rows=FEW_ROWS)]
-    if isinstance(config, MosaicConfig) and not supports(m, n, k, dtype, config):
+    if isinstance(config, MosaicConfig) and not mosaic_supports(m, n, k, dtype, config):
         return pick_config(m, n, k, chip=chip, backend="triton")
     if isinstance(config, FewRowsConfig):
         # At least four steps each, so that the pipeline of loads fills.
@@ -134,10 +141,13 @@ def int8_matmul_mixed(
     if x.digits is not None and (outlier_w is None or number is None):
         raise ValueError("Expected outlier_w and number beside rows with outlier digits, got None")
     if isinstance(config, MosaicConfig):
-        if not supports(x.q.shape[0], w.shape[0], w.shape[1], dtype, config):
+        if not mosaic_supports(x.q.shape[0], w.shape[0], w.shape[1], dtype, config):
             raise NotImplementedError(
                 f"Expected whole tiles of {config} and a 16-bit result, got {w.shape} and {dtype}"
             )
+        # Here and not above: a JAX without Mosaic GPU can still use the rest.
+        from pallas_kernels.many_rows_mosaic import int8_matmul_mixed_mosaic
+
         return int8_matmul_mixed_mosaic(
             x,
             w,

@@ -53,4 +53,9 @@ def test_what_the_tiles_do_not_divide_goes_to_triton():
     assert pk.pick_config(2048, 4000, 4096, chip=chip, backend="mosaic").kind == "triton"
     assert pk.pick_config(2048, 4096, 4096, chip=chip, backend="mosaic", dtype="float32").kind == "triton"
     with pytest.raises(NotImplementedError, match="Expected whole tiles"):
-        pk.llm_int8_matmul(CASE.x, CASE.w[:100], CASE.w_scale[:100], config=CONFIG, interpret=True)
+        jax.eval_shape(
+            lambda *args: pk.llm_int8_matmul(*args, config=CONFIG, interpret=True),
+            CASE.x,
+            CASE.w[:100],
+            CASE.w_scale[:100],
+        )
