@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import Config, memory_report, save
-    from jint8._load import decoder, default_dtype, planned_params
+    from jint8._load import decoder, default_dtype
+    from jint8._read import planned_params
     from jint8.checkpoints import open_checkpoint
     from jint8.checkpoints._jint8 import check_destination
 

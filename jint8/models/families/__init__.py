@@ -1,0 +1,11 @@
+"""The families of decoders: one file each, or one for those that share their names."""
+
+from jint8.models.families._family import COLUMNS as COLUMNS
+from jint8.models.families._family import HEADS as HEADS
+from jint8.models.families._family import ROWS as ROWS
+from jint8.models.families._family import Family as Family
+from jint8.models.families._registry import FAMILIES as FAMILIES
+from jint8.models.families._registry import Source as Source
+from jint8.models.families._registry import ignored as ignored
+from jint8.models.families._registry import model_config as model_config
+from jint8.models.families._registry import sources as sources
