@@ -12,12 +12,13 @@ import numpy as np
 
 from jint8._language_model import LanguageModel
 from jint8._paths import Patterns
-from jint8._read import Progress, abstract_params, read_params
+from jint8._read import Progress, abstract_params, read_params, settings
 from jint8._save import read_saved, saved_config, saved_dtype
 from jint8._types import Config
 from jint8.checkpoints import Checkpoint, open_checkpoint
 from jint8.checkpoints._jint8 import Jint8Checkpoint, verify_files
 from jint8.models import Decoder, model_config
+from jint8.models.families import text_config
 
 
 def load(
@@ -38,14 +39,17 @@ def load(
 
     Args:
       path: a GGUF file, a Hugging Face directory with `config.json` and safetensors files, or a directory that
-        `jint8.save` wrote. The weights of the last come back as they are: `quantize`, `skip` and `include` don't apply.
-      config: how to quantize, and how to multiply. None is `Config()`, or what the model was saved with.
+        `jint8.save` or bitsandbytes (`load_in_8bit`) wrote. The int8 weights of these two come back as they are:
+        `quantize`, `skip` and `include` don't apply.
+      config: how to quantize, and how to multiply. None is what the model was saved with; or `Config()`, with the
+        `llm_int8_threshold` of a `quantization_config` in `config.json`.
       dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
         float32 on CPUs and bfloat16 on GPUs.
       quantize: False keeps every weight in `dtype`.
-      skip: patterns or a predicate of weights that stay in floating point, besides the output head. They are matched
-        against our paths (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`
-        and `"lm_head"`). Where q, k and v or gate and up share a product, naming one keeps all of them.
+      skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
+        experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
+        (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`, `"lm_head"`). Where
+        q, k and v or gate and up share a product, naming one keeps all of them.
       include: patterns or a predicate that win over `skip` and over the default.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
@@ -74,7 +78,7 @@ def load(
             model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
             params = read_saved(checkpoint, abstract_params(model), config=config, dtype=dtype, progress=progress)
         else:
-            quant = (config or Config()) if quantize else Config(scheme="none")
+            quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
             model = decoder(checkpoint, default_dtype() if dtype is None else dtype)
             params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
         return LanguageModel(
@@ -83,7 +87,7 @@ def load(
             tokenizer=checkpoint.tokenizer(),
             config=model.config,
             quant=quant,
-            hf_config=checkpoint.config,
+            hf_config=text_config(checkpoint.config),
         )
 
 

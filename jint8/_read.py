@@ -10,20 +10,48 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jint8 import _bitsandbytes as bitsandbytes
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
 from jint8._types import SCHEMES, Config, QTensor
 from jint8.checkpoints import Checkpoint
 from jint8.models import Decoder, ModelConfig
-from jint8.models.families import COLUMNS, HEADS, Source, ignored, sources
+from jint8.models.families import COLUMNS, Source, from_stored, ignored, sources
 
 Progress = Callable[[int, int], None]
 
 # Weights that stay in floating point unless `include` names them. A router is small, and a wrong choice is costly.
 SKIPPED = (*OUTPUT_HEADS, "router")
+
+
+def settings(
+    checkpoint: Checkpoint, *, config: Config | None, quantize: bool, skip: Patterns, include: Patterns
+) -> tuple[Config, Patterns]:
+    """How to quantize and what to skip, by the caller and by the checkpoint's `quantization_config`.
+
+    Raises:
+      ValueError: the checkpoint is quantized in a way that isn't supported, or in int8 and the caller asks for more
+        than another threshold.
+    """
+    try:
+        asked = bitsandbytes.options(checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    if not quantize:
+        config = Config(scheme="none")
+    elif config is None:
+        config = Config() if asked.threshold is None else Config(threshold=asked.threshold)
+    if bitsandbytes.is_int8(checkpoint):
+        scheme = SCHEMES[config.scheme]
+        if not quantize or callable(skip) or callable(include) or list(skip) or list(include):
+            raise ValueError(f"{checkpoint.path}: Expected a checkpoint in floating point, got int8 of bitsandbytes.")
+        if scheme.affine or scheme.weights != "channel":
+            raise ValueError(
+                f"{checkpoint.path}: Expected a scheme that runs on int8 rows with a scale each, got {config.scheme!r}."
+            )
+    return config, lambda path: matches(path, skip) or matches(path, asked.skip)
 
 
 def read_params(
@@ -41,12 +69,11 @@ def read_params(
     done = 0
     params: dict[str, Any] = {}
     for path, (source, expected) in wanted.items():
-        axes = _quantized_axes(path, source, len(expected.shape), config, skip, include)
+        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
         pieces = []
         for name in source.tensors:
             try:
-                value = arrange(checkpoint.read(name), source.layout, model.config)
-                pieces.append(_convert(value, axes, config, model.dtype))
+                pieces.append(_piece(checkpoint, name, source, axes is not None, config, model))
             except ValueError as error:
                 raise ValueError(f"{checkpoint.tensors[name].file}: tensor {name!r}: {error}") from None
             done += checkpoint.tensors[name].nbytes
@@ -66,7 +93,7 @@ def planned_params(
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
     planned: dict[str, Any] = {}
     for path, (source, expected) in _wanted(checkpoint, model).items():
-        axes = _quantized_axes(path, source, len(expected.shape), config, skip, include)
+        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
         planned[path] = expected
         if axes is not None:
             quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
@@ -78,16 +105,6 @@ def abstract_params(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's float parameters, by path."""
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     return dict(leaf_paths(tree))
-
-
-def arrange(value: np.ndarray, layout: str, config: ModelConfig) -> np.ndarray:
-    """A tensor in our order: rows `[n, k]`, all queries above all keys above all values."""
-    if layout == COLUMNS and value.ndim == 2:
-        return value.T
-    if layout == HEADS:
-        heads = value.reshape(config.num_heads, 3, config.head_dim, *value.shape[1:])
-        return heads.swapaxes(0, 1).reshape(value.shape)
-    return value
 
 
 def _wanted(checkpoint: Checkpoint, model: Decoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
@@ -102,27 +119,35 @@ def _wanted(checkpoint: Checkpoint, model: Decoder) -> dict[str, tuple[Source, j
     return {path: (found[path], expected[path]) for path in in_order}
 
 
-def _quantized_axes(path, source, ndim, config, skip, include) -> tuple[int, ...] | None:
-    """The contracted axes of a weight that becomes int8, None for one that stays in floating point."""
+def _quantized_axes(checkpoint, path, source, ndim, config, skip, include) -> tuple[int, ...] | None:
+    """The contracted axes of a weight that is int8 in the end, None for one in floating point."""
     if SCHEMES[config.scheme].weights is None:
         return None
+    axes, _ = standard_axes(path, ndim)
+    if bitsandbytes.is_int8(checkpoint):
+        return axes if all(bitsandbytes.is_int8_weight(checkpoint, name) for name in source.tensors) else None
     known_as = (path, *(name.replace(".", "/") for name in source.tensors))
     included = any(matches(name, include) for name in known_as)
     if path == "embedding":
         return (1,) if included else None
-    axes, _ = standard_axes(path, ndim)
     skipped = any(matches(name, SKIPPED) or matches(name, skip) for name in known_as)
     return None if skipped and not included else axes
 
 
-def _convert(value: np.ndarray, axes: tuple[int, ...] | None, config: Config, dtype) -> jax.Array | QTensor:
-    """A tensor of the checkpoint as a piece of a parameter."""
-    array = jnp.asarray(value)
+def _piece(checkpoint: Checkpoint, name: str, source: Source, quantized: bool, config: Config, model: Decoder) -> Any:
+    """A tensor of the checkpoint as a piece of a parameter: an array, or a `QTensor`."""
+    if bitsandbytes.is_int8_weight(checkpoint, name):
+        layout = bitsandbytes.int8_layout(source)
+        q, scale = (from_stored(x, layout, model.config) for x in bitsandbytes.read_weight(checkpoint, name))
+        w = QTensor(jnp.asarray(q), jnp.asarray(scale), dtype=model.dtype, config=config)
+        return w if quantized else w.dequantize()  # a part of a product of which another part isn't int8
+    array = jnp.asarray(from_stored(checkpoint.read(name), source.layout, model.config))
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"Expected floating point values, got {array.dtype}.")
-    if axes is None:
-        return array.astype(dtype)
-    return dataclasses.replace(quantize_weight(array, contract_axes=(array.ndim - 1,), config=config), dtype=dtype)
+    if not quantized:
+        return array.astype(model.dtype)
+    w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=config)
+    return dataclasses.replace(w, dtype=model.dtype)
 
 
 def _stack(pieces: list[Any], shape: tuple[int, ...]) -> Any:
@@ -139,6 +164,7 @@ def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: Model
     wanted = {name for source in found.values() for name in source.tensors}
     for name in sorted(wanted - set(checkpoint.tensors)):
         raise ValueError(f"{checkpoint.path}: Expected a tensor {name!r}, got none of that name.")
+    wanted |= {beside for name in wanted for beside in bitsandbytes.companions(checkpoint, name)}
     for name in sorted(set(checkpoint.tensors) - wanted):
         if not ignored(name, config):
             file = checkpoint.tensors[name].file
@@ -150,7 +176,8 @@ def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]
     rows, width = math.prod(shape[: max(1, len(shape) - 1)]), shape[-1:] if len(shape) > 1 else ()
     got = []
     for info in infos:
-        transposed = source.layout == COLUMNS and len(info.shape) == 2
+        int8 = bitsandbytes.is_int8_weight(checkpoint, info.name)
+        transposed = source.layout == COLUMNS and len(info.shape) == 2 and not int8
         stored = info.shape[::-1] if transposed else info.shape
         if stored[1:] != width or not stored:
             expected = ["n", *map(str, width)][:: -1 if transposed else 1]

@@ -26,7 +26,7 @@ def logits(model, tokens):
 
 def test_every_family_has_a_fixture():
     kinds = {config(name)["model_type"] for name in NAMES}
-    assert kinds == set(FAMILIES) - {"gemma3"}  # whose text model is gemma3_text
+    assert kinds == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LENGTH])

@@ -39,9 +39,7 @@ def _gemma2(config: Fields) -> ModelConfig:
 
 def _gemma3(config: Fields) -> ModelConfig:
     """A window in all but every sixth layer; layers with one have rotary positions of their own, without scaling."""
-    if config["model_type"] == "gemma3":  # with images: only its text model is of use here
-        config = dict(config.get("text_config") or {})
-    config = _GEMMA3_DEFAULTS | dict(config) | {"model_type": "gemma3_text"}
+    config = _GEMMA3_DEFAULTS | dict(config)
     layers, positions = size(config, "num_hidden_layers"), size(config, "max_position_embeddings", 131072)
     period = size(config, "sliding_window_pattern", 6)
     head_dim = heads(config)["head_dim"]

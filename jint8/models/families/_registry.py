@@ -19,7 +19,6 @@ from jint8.models.families._opt import OPT
 FAMILIES: Mapping[str, Family] = {
     "bloom": BLOOM,
     "gemma2": GEMMA2,
-    "gemma3": GEMMA3,
     "gemma3_text": GEMMA3,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
@@ -59,10 +58,18 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
       ...               "num_hidden_layers": 1, "num_attention_heads": 2}).head_dim
       4
     """
+    config = text_config(config)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"Expected a model_type among {', '.join(FAMILIES)}, got {family!r}.")
     return FAMILIES[family].config(config)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model alone, where a `config.json` describes a model that also sees images."""
+    if config.get("model_type") == "gemma3":
+        return {**(config.get("text_config") or {}), "model_type": "gemma3_text"}
+    return dict(config)
 
 
 def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str]) -> dict[str, Source]:
