@@ -11,7 +11,7 @@ how the outliers' two digits meet the weights:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,25 @@ class Weight(NamedTuple):
     zero: jax.Array | None  # float32[n]
 
 
+def choose(m: int) -> str:
+    """The path for `m` rows."""
+    return "xla_digits" if m <= FEW_ROWS else "xla_gather"
+
+
 # jit, because outside of one the gather's loop would be compiled at every call
-@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation"))
-def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementation: str) -> jax.Array:
-    """`x[m, k]` times an int8 weight -> float32 `[m, n]`."""
+@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation", "dtype"))
+def product(
+    x: jax.Array, w: Weight, bias: jax.Array | None, config: Config, *, k_last: bool, implementation: str, dtype: Any
+) -> jax.Array:
+    """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     if implementation == "dequantize":
-        return float_product(x.astype(jnp.float32), w, k_last=k_last)
+        y = float_product(x.astype(jnp.float32), w, k_last=k_last)
+    else:
+        y = _int8_product(x, w, config, k_last, implementation)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+
+
+def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str):
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
     total = jnp.float32(0)
