@@ -1,9 +1,5 @@
 """Shardings of quantized trees, and products on eight devices (virtual, on the CPU) against one."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from virtual_devices import run_on_eight_devices
 
 import jint8
 
-HERE = Path(__file__).parent
 MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
 
 
@@ -94,12 +90,7 @@ def test_a_spec_needs_a_mesh():
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    """What `eight_devices.py` found in a process of its own, which has eight devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env = {**os.environ, **flags, "PYTHONPATH": str(Path(jint8.__file__).parents[1])}
-    done = subprocess.run([sys.executable, HERE / "eight_devices.py"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_eight_devices(Path(__file__).parent / "products_on_a_mesh.py")
 
 
 LAYOUTS = ["column", "row", "column_and_row"]

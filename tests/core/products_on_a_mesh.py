@@ -1,4 +1,4 @@
-"""Products on a mesh of eight devices against one, as JSON. `test_sharding.py` runs it in a process of its own."""
+"""Products on a mesh of eight devices against one, as JSON. run by `test_sharding.py`."""
 
 import json
 import re
