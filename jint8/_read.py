@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jint8 import _bitsandbytes as bitsandbytes
+from jint8._host import aligned, quantize_rows
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
@@ -21,6 +26,8 @@ from jint8.models import Decoder, ModelConfig
 from jint8.models.families import COLUMNS, Source, from_stored, ignored, sources
 
 Progress = Callable[[int, int], None]
+
+WORKERS = 4  # parameters that are read at a time
 
 # Weights that stay in floating point unless `include` names them. A router is small, and a wrong choice is costly.
 SKIPPED = (*OUTPUT_HEADS, "router")
@@ -66,24 +73,32 @@ def read_params(
     """The parameters of `model` out of `checkpoint`; see `jint8.load`."""
     wanted = _wanted(checkpoint, model)
     total = sum(checkpoint.tensors[name].nbytes for source, _ in wanted.values() for name in source.tensors)
-    done = 0
-    params: dict[str, Any] = {}
-    for path, (source, expected) in wanted.items():
-        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
-        pieces = []
-        for name in source.tensors:
-            try:
-                pieces.append(_piece(checkpoint, name, source, axes is not None, config, model))
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.tensors[name].file}: tensor {name!r}: {error}") from None
-            done += checkpoint.tensors[name].nbytes
+    done, lock = 0, threading.Lock()
+
+    def tell(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
             if progress is not None:
                 progress(done, total)
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = _stack(pieces, expected.shape)
+
+    def read(path: str) -> Any:
+        source, expected = wanted[path]
+        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
+        return Reader(checkpoint, source, config, model, tell).read(expected.shape, quantized=axes is not None)
+
+    params: dict[str, Any] = {}
+    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
+        try:
+            for path, leaf in zip(wanted, workers.map(read, wanted), strict=True):
+                *parents, last = path.split("/")
+                node = params
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[last] = leaf
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
     return params
 
 
@@ -134,30 +149,79 @@ def _quantized_axes(checkpoint, path, source, ndim, config, skip, include) -> tu
     return None if skipped and not included else axes
 
 
-def _piece(checkpoint: Checkpoint, name: str, source: Source, quantized: bool, config: Config, model: Decoder) -> Any:
-    """A tensor of the checkpoint as a piece of a parameter: an array, or a `QTensor`."""
-    if bitsandbytes.is_int8_weight(checkpoint, name):
-        layout = bitsandbytes.int8_layout(source)
-        q, scale = (from_stored(x, layout, model.config) for x in bitsandbytes.read_weight(checkpoint, name))
-        w = QTensor(jnp.asarray(q), jnp.asarray(scale), dtype=model.dtype, config=config)
-        return w if quantized else w.dequantize()  # a part of a product of which another part isn't int8
-    array = jnp.asarray(from_stored(checkpoint.read(name), source.layout, model.config))
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"Expected floating point values, got {array.dtype}.")
-    if not quantized:
-        return array.astype(model.dtype)
-    w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=config)
-    return dataclasses.replace(w, dtype=model.dtype)
+@dataclasses.dataclass
+class Reader:
+    """Reads a parameter out of the tensors that it is made of."""
 
+    checkpoint: Checkpoint
+    source: Source
+    config: Config
+    model: Decoder
+    tell: Callable[[int], None]  # bytes that have been read
 
-def _stack(pieces: list[Any], shape: tuple[int, ...]) -> Any:
-    """A parameter of its pieces, one above the other; experts have an axis in front."""
+    def read(self, shape: tuple[int, ...], *, quantized: bool) -> jax.Array | QTensor:
+        """The parameter. Raises ValueError, naming file and tensor, for values that it can't have."""
+        scheme = SCHEMES[self.config.scheme]
+        if quantized and scheme.weights == "channel" and not scheme.affine:
+            return self._int8_rows(shape)
+        pieces = [self._named(name, self._convert, quantized) for name in self.source.tensors]
 
-    def stack(*rows):
-        array = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-        return array.reshape(*shape[:-1], -1) if len(shape) == 3 else array
+        def stack(*rows: jax.Array) -> jax.Array:
+            array = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+            return array.reshape(*shape[:-1], -1) if len(shape) == 3 else array
 
-    return jax.tree.map(stack, *pieces)
+        return jax.tree.map(stack, *pieces)
+
+    def _int8_rows(self, shape: tuple[int, ...]) -> QTensor:
+        rows, k = math.prod(shape[:-1]), shape[-1]
+        q, scale, start = aligned((rows, k), np.int8), aligned((rows, 1), np.float32), 0
+        for name in self.source.tensors:
+            start = self._named(name, self._fill, q, scale, start)
+        q, scale = q.reshape(shape), scale.reshape(*shape[:-1], 1)
+        return QTensor(jnp.asarray(q), jnp.asarray(scale), dtype=self.model.dtype, config=self.config)
+
+    def _fill(self, name: str, q: np.ndarray, scale: np.ndarray, start: int) -> int:
+        """Rows of a tensor from `start` on; returns where they end."""
+        if bitsandbytes.is_int8_weight(self.checkpoint, name):
+            rows, scales = self._bitsandbytes(name)
+            stop = start + len(rows)
+            q[start:stop], scale[start:stop] = rows, scales
+        else:
+            value = self._floats(name)
+            stop = start + len(value)
+            quantize_rows(value, q[start:stop], scale[start:stop])
+        return stop
+
+    def _convert(self, name: str, quantized: bool) -> jax.Array | QTensor:
+        """A tensor as a piece of the parameter."""
+        if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
+            rows, scales = self._bitsandbytes(name)
+            return jnp.asarray(rows * scales).astype(self.model.dtype)
+        array = jnp.array(self._floats(name))  # a copy: without one the array would lie in the mapped file
+        if not quantized:
+            return array.astype(self.model.dtype)
+        w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=self.config)
+        return dataclasses.replace(w, dtype=self.model.dtype)
+
+    def _floats(self, name: str) -> np.ndarray:
+        value = self.checkpoint.read(name)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"Expected floating point values, got {value.dtype}.")
+        return from_stored(value, self.source.layout, self.model.config)
+
+    def _bitsandbytes(self, name: str) -> Iterator[np.ndarray]:
+        layout = bitsandbytes.int8_layout(self.source)
+        return (from_stored(x, layout, self.model.config) for x in bitsandbytes.read_weight(self.checkpoint, name))
+
+    def _named(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(name, ...)`, whose errors name file and tensor."""
+        info = self.checkpoint.tensors[name]
+        try:
+            result = function(name, *args)
+        except ValueError as error:
+            raise ValueError(f"{info.file}: tensor {name!r}: {error}") from None
+        self.tell(info.nbytes)
+        return result
 
 
 def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: ModelConfig) -> None:
