@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jint8._adapter import saved_factors, with_adapter
 from jint8._language_model import LanguageModel
 from jint8._paths import Patterns
 from jint8._read import Progress, abstract_params, read_params, settings
 from jint8._save import read_saved, saved_config, saved_dtype
+from jint8._sharding import shardings
 from jint8._types import Config
 from jint8.checkpoints import Checkpoint, open_checkpoint
 from jint8.checkpoints._jint8 import Jint8Checkpoint, verify_files
-from jint8.models import Decoder, model_config
+from jint8.models import Decoder, model_config, partition_specs
 from jint8.models.families import text_config
 
 
@@ -27,6 +30,7 @@ def load(
     *,
     config: Config | None = None,
     dtype: Any = None,
+    mesh: Mesh | None = None,
     quantize: bool = True,
     skip: Patterns = (),
     include: Patterns = (),
@@ -47,6 +51,8 @@ def load(
         `llm_int8_threshold` of a `quantization_config` in `config.json`.
       dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
         float32 on CPUs and bfloat16 on GPUs.
+      mesh: divides the model among its devices, by `jint8.models.partition_specs`; each process reads the checkpoint
+        and keeps its devices' part. None is one device.
       quantize: False keeps every weight in `dtype`.
       skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
         experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
@@ -63,8 +69,8 @@ def load(
     Raises:
       FileNotFoundError: nothing at `path`, or a shard or a file of the adapter is missing.
       ValueError: an unsupported architecture, a truncated file, a tensor that is missing, unknown, or of a wrong shape,
-        NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`; the message names file and
-        tensor.
+        NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`, a weight that `mesh`
+        doesn't divide; the message names file and tensor.
       TypeError: `dtype` isn't a float type.
 
     References:
@@ -74,7 +80,7 @@ def load(
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
     if verify:
         verify_files(Path(path))
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
             if not quantize or skip or include:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
@@ -89,6 +95,8 @@ def load(
             params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
         if adapter is not None:
             params = with_adapter(params, model, Path(adapter))
+        if mesh is not None:
+            params = jax.device_put(params, shardings(params, partition_specs(params, mesh), mesh=mesh))
         return LanguageModel(
             model=model,
             params=params,
@@ -97,6 +105,11 @@ def load(
             quant=quant,
             hf_config=text_config(checkpoint.config),
         )
+
+
+def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Where a divided model is put together: no device has to hold it whole."""
+    return contextlib.nullcontext() if mesh is None else jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def decoder(checkpoint: Checkpoint, dtype: Any) -> Decoder:

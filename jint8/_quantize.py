@@ -167,7 +167,9 @@ def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence
     """
     ndim = w.q.ndim
     contract, stack = canonical_axes(contract_axes, ndim), canonical_axes(stack_axes, ndim, "stack_axes")
-    own = [a for a in range(ndim) if a not in stack]
+    # axes in front of all contracted ones don't move either: a layer axis may be among them
+    fixed = sorted({*stack, *range(min(contract, default=0))})
+    own = [a for a in range(ndim) if a not in fixed]
     order = tuple(i for i, a in enumerate(own) if a not in contract) + tuple(
         i for i, a in enumerate(own) if a in contract
     )
@@ -177,4 +179,4 @@ def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence
     for stored, original in enumerate(order):
         permutation[own[stored]] = own[original]
     moved = jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)
-    return dataclasses.replace(moved, order=order, stack=stack)
+    return dataclasses.replace(moved, order=order, stack=tuple(sum(a < axis for a in own) for axis in fixed))

@@ -82,10 +82,13 @@ def read_params(
             if progress is not None:
                 progress(done, total)
 
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
+
     def read(path: str) -> Any:
         source, expected = wanted[path]
         axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
-        return Reader(checkpoint, source, config, model, tell).read(expected.shape, quantized=axes is not None)
+        with jax.default_device(device):
+            return Reader(checkpoint, source, config, model, tell).read(expected.shape, quantized=axes is not None)
 
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
