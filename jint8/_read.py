@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8 import _bitsandbytes as bitsandbytes
-from jint8._host import aligned, quantize_rows
+from jint8._host import aligned, check_finite, quantize_rows
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
@@ -200,7 +200,9 @@ class Reader:
         if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
             rows, scales = self._bitsandbytes(name)
             return jnp.asarray(rows * scales).astype(self.model.dtype)
-        array = jnp.array(self._floats(name))  # a copy: without one the array would lie in the mapped file
+        value = self._floats(name)
+        check_finite(value)
+        array = jnp.array(value)  # a copy: without one the array would lie in the mapped file
         if not quantized:
             return array.astype(self.model.dtype)
         w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=self.config)
