@@ -31,7 +31,10 @@ class Quantized(nnx.Variable):
 
 
 def _variable(weight: Any) -> Quantized:
-    return weight if isinstance(weight, Quantized) else Quantized(weight)
+    variable = weight if isinstance(weight, Quantized) else Quantized(weight)
+    if not is_qtensor(variable.get_value()):
+        raise TypeError(f"Expected the weight to be a QTensor, got {type(weight).__name__}; see jint8.quantize.")
+    return variable
 
 
 def _bias(bias: Any) -> Any:
