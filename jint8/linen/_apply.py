@@ -9,7 +9,7 @@ from typing import Any
 from flax import linen as nn
 
 from jint8._params import with_config
-from jint8._types import Config
+from jint8._types import Config, check_config
 from jint8.linen._registry import has_int8, int8_layers
 
 
@@ -32,8 +32,8 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
       A function with the arguments and results of `apply_fn`.
 
     Raises:
-      TypeError: `apply_fn` isn't a function (a module itself isn't: give its `apply`). The returned function raises it
-        for a layer that needs the float values of an int8 weight, naming the layer's path.
+      TypeError: `apply_fn` isn't a function (a module itself isn't: give its `apply`), or `config` no `Config`. The
+        returned function raises it for a layer that needs the float values of an int8 weight, naming the layer's path.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jint8
@@ -45,6 +45,9 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
     """
     if not callable(apply_fn) or isinstance(apply_fn, nn.Module):
         raise TypeError(f"Expected a function such as module.apply, got {type(apply_fn).__name__}.")
+
+    if config is not None:
+        check_config(config)
 
     def int8_apply(*args, **kwargs):
         if config is not None:

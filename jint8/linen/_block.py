@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jint8._types import Config
+from jint8._types import Config, check_config
 from jint8.linen._registry import int8_layers
 
 
@@ -64,6 +64,7 @@ class Int8TransformerBlock(nn.Module):
           *args: the mask for the standard block, if any; for a block of yours, its own arguments.
           **kwargs: likewise.
         """
+        check_config(self.config)
         with int8_layers(self.config):
             if self.block is not None:
                 return self.block(x, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from jint8._types import Config
+from jint8._types import Config, check_config
 from jint8.linen._handlers import dense, dense_general
 from jint8.linen._registry import register
 
@@ -33,6 +33,7 @@ class Int8Dense(nn.Dense):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """`inputs[..., k] @ kernel[k, features] + bias`."""
+        check_config(self.config)
         if not self.has_variable("params", "kernel"):
             super().__call__(inputs)  # declares the parameters
         return dense(self, inputs)
@@ -60,6 +61,7 @@ class Int8DenseGeneral(nn.DenseGeneral):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The product over `axis`, plus the bias."""
+        check_config(self.config)
         if not self.has_variable("params", "kernel"):
             super().__call__(inputs)  # declares the parameters
         return dense_general(self, inputs)

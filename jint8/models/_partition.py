@@ -36,8 +36,8 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
       >>> import jax, jax.numpy as jnp, jint8
       >>> from jint8.models import partition_specs
       >>> params = {"layers_0": {"mlp": {"down": {"weight": jnp.ones((8, 16))}}}}
-      >>> partition_specs(params, jax.make_mesh((1,), ("model",)))["layers_0"]["mlp"]["down"]["weight"]
-      PartitionSpec(None, 'model')
+      >>> tuple(partition_specs(params, jax.make_mesh((1,), ("model",)))["layers_0"]["mlp"]["down"]["weight"])
+      (None, 'model')
     """
     if axis is None:
         axis = "model" if "model" in mesh.shape or len(mesh.shape) != 1 else next(iter(mesh.shape))

@@ -16,11 +16,25 @@ from jint8._types import Config, QTensor, is_qtensor
 
 
 class Quantized(nnx.Variable):
-    """A Variable that holds a `QTensor`. Not an `nnx.Param`: optimizers and `nnx.grad` leave it alone."""
+    """A Variable that holds a `QTensor`. Not an `nnx.Param`: optimizers and `nnx.grad` leave it alone.
+
+    Args:
+      value: the `QTensor`; `get_value()` gives it back.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> model = jint8.nnx.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+      >>> nnx.state(model, jint8.nnx.Quantized)["kernel"].get_value().shape
+      (8, 4)
+    """
 
 
 def _variable(weight: Any) -> Quantized:
-    return weight if isinstance(weight, Quantized) else Quantized(weight)
+    variable = weight if isinstance(weight, Quantized) else Quantized(weight)
+    if not is_qtensor(variable.get_value()):
+        raise TypeError(f"Expected the weight to be a QTensor, got {type(weight).__name__}; see jint8.quantize.")
+    return variable
 
 
 def _bias(bias: Any) -> Any:

@@ -164,6 +164,22 @@ def test_one_int8_product_per_layer(name):
     assert cases.count_float_products(outputs(module), int8, x) == in_float - products
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DenseGeneral, batch axis", "attention", "tied Embed", "scan", "scan, axis 1", "scan of remat", "remat_scan"),
+        *("remat of a method", "vmap, last axis", "jit"),
+    ],
+)
+def test_int8_dots_in_the_compiled_program(name):
+    compiled_products = pytest.importorskip("hlo", reason="needs the benchmarks").compiled_products
+    module, x, products = LAYERS[name]
+    floats, int8, _ = cases.quantize_linen(module, x, config=EXACT)
+    in_int8, in_float = compiled_products(outputs(module), int8, x), compiled_products(module.apply, floats, x)
+    assert (in_int8.s8, in_float.s8) == (products, 0)
+    assert in_int8.other == in_float.other - products
+
+
 @pytest.mark.parametrize("name", ["Dense", "DenseGeneral, batch axis", "Einsum", "attention", "scan of remat"])
 def test_planted_outliers(name):
     module, x, _ = LAYERS[name]
@@ -314,7 +330,7 @@ def test_embedding_lookup():
         got = jint8.apply(module.apply)(int8, TOKENS)
         assert jnp.array_equal(got, int8["params"]["embedding"].dequantize()[TOKENS])
     assert jnp.isnan(jint8.apply(module.apply)(int8, jnp.array([99]))).all()
-    with pytest.raises(ValueError, match="integer"):
+    with pytest.raises(TypeError, match="tokens to be integers, got float32"):
         jint8.apply(module.apply)(int8, jnp.ones(3))
 
 
