@@ -22,7 +22,7 @@ from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
 from jint8._types import SCHEMES, Config, QTensor
 from jint8.checkpoints import Checkpoint
-from jint8.models import Decoder, ModelConfig
+from jint8.models import Decoder, Encoder, ModelConfig
 from jint8.models.families import COLUMNS, Source, from_stored, ignored, sources
 
 Progress = Callable[[int, int], None]
@@ -63,7 +63,7 @@ def settings(
 
 def read_params(
     checkpoint: Checkpoint,
-    model: Decoder,
+    model: Decoder | Encoder,
     *,
     config: Config,
     skip: Patterns = (),
@@ -106,7 +106,7 @@ def read_params(
 
 
 def planned_params(
-    checkpoint: Checkpoint, model: Decoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
+    checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
     planned: dict[str, Any] = {}
@@ -119,13 +119,13 @@ def planned_params(
     return planned
 
 
-def abstract_params(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's float parameters, by path."""
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     return dict(leaf_paths(tree))
 
 
-def _wanted(checkpoint: Checkpoint, model: Decoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
+def _wanted(checkpoint: Checkpoint, model: Decoder | Encoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
     """Source and shape of each parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
     expected = abstract_params(model)
     found = sources(model.config, expected, checkpoint.tensors.keys())
@@ -159,7 +159,7 @@ class Reader:
     checkpoint: Checkpoint
     source: Source
     config: Config
-    model: Decoder
+    model: Decoder | Encoder
     tell: Callable[[int], None]  # bytes that have been read
 
     def read(self, shape: tuple[int, ...], *, quantized: bool) -> jax.Array | QTensor:
