@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,8 @@ def read_params(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of `model` out of `checkpoint`; see `jint8.load`."""
-    wanted = _wanted(checkpoint, model)
-    total = sum(checkpoint.tensors[name].nbytes for source, _ in wanted.values() for name in source.tensors)
+    wanted = _wanted(checkpoint, model, config, skip, include)
+    total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
     done, lock = 0, threading.Lock()
 
     def tell(nbytes: int) -> None:
@@ -85,8 +85,7 @@ def read_params(
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
 
     def read(path: str) -> Any:
-        source, expected = wanted[path]
-        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
+        source, expected, axes = wanted[path]
         with jax.default_device(device):
             return Reader(checkpoint, source, config, model, tell).read(expected.shape, quantized=axes is not None)
 
@@ -110,8 +109,7 @@ def planned_params(
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
     planned: dict[str, Any] = {}
-    for path, (source, expected) in _wanted(checkpoint, model).items():
-        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
+    for path, (_, expected, axes) in _wanted(checkpoint, model, config, skip, include).items():
         planned[path] = expected
         if axes is not None:
             quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
@@ -120,13 +118,31 @@ def planned_params(
 
 
 def abstract_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's float parameters, by path."""
-    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return dict(leaf_paths(tree))
+    """Shapes and dtypes of a model's float parameters, by path.
+
+    Layers differ in no shape, so that one is traced for all: tracing 80 takes seconds.
+    """
+    one = model.clone(config=dataclasses.replace(model.config, num_layers=1))
+    tree = jax.eval_shape(one.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in leaf_paths(tree):
+        layers = range(model.config.num_layers) if path.startswith("layers_0/") else range(1)
+        shapes |= {path.replace("layers_0/", f"layers_{i}/", 1): leaf for i in layers}
+    return shapes
 
 
-def _wanted(checkpoint: Checkpoint, model: Decoder | Encoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
-    """Source and shape of each parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
+class Wanted(NamedTuple):
+    """What is known of a parameter before it is read."""
+
+    source: Source
+    expected: jax.ShapeDtypeStruct
+    axes: tuple[int, ...] | None  # contracted axes of a weight that is int8 in the end, None for one in floating point
+
+
+def _wanted(
+    checkpoint: Checkpoint, model: Decoder | Encoder, config: Config, skip: Patterns, include: Patterns
+) -> dict[str, Wanted]:
+    """Every parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
     expected = abstract_params(model)
     found = sources(model.config, expected, checkpoint.tensors.keys())
     _check_names(checkpoint, found, model.config)
@@ -134,16 +150,24 @@ def _wanted(checkpoint: Checkpoint, model: Decoder | Encoder) -> dict[str, tuple
         _check_shapes(checkpoint, source, expected[path].shape)
     place = {name: i for i, name in enumerate(checkpoint.tensors)}
     in_order = sorted(found, key=lambda path: place[found[path].tensors[0]])
-    return {path: (found[path], expected[path]) for path in in_order}
+    is_int8 = bitsandbytes.is_int8(checkpoint)
+
+    def axes(path: str) -> tuple[int, ...] | None:
+        if SCHEMES[config.scheme].weights is None:
+            return None
+        if is_int8:
+            int8 = all(bitsandbytes.is_int8_weight(checkpoint, name) for name in found[path].tensors)
+            return standard_axes(path, len(expected[path].shape))[0] if int8 else None
+        return _quantized_axes(path, found[path], len(expected[path].shape), skip, include)
+
+    return {path: Wanted(found[path], expected[path], axes(path)) for path in in_order}
 
 
-def _quantized_axes(checkpoint, path, source, ndim, config, skip, include) -> tuple[int, ...] | None:
-    """The contracted axes of a weight that is int8 in the end, None for one in floating point."""
-    if SCHEMES[config.scheme].weights is None:
-        return None
+def _quantized_axes(path: str, source: Source, ndim: int, skip: Patterns, include: Patterns) -> tuple[int, ...] | None:
+    """`Wanted.axes` of a parameter of a checkpoint in floating point."""
     axes, _ = standard_axes(path, ndim)
-    if bitsandbytes.is_int8(checkpoint):
-        return axes if all(bitsandbytes.is_int8_weight(checkpoint, name) for name in source.tensors) else None
+    if axes is None and path != "embedding":
+        return None
     known_as = (path, *(name.replace(".", "/") for name in source.tensors))
     included = any(matches(name, include) for name in known_as)
     if path == "embedding":
