@@ -96,14 +96,31 @@ def _contract(x, w, x_contract, w_contract, x_batch, w_batch, config, implementa
     q = jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n)))
     scale = jnp.transpose(w.scale, order).reshape(*batch_shape, n)
     zero = None if w.zero is None else jnp.transpose(w.zero, order).reshape(*batch_shape, n)
+    rows, index = _outlier_columns(w, order, stored_batch, stored_free, batch_shape, (n, -1) if k_last else (-1, n))
 
     def product(x, weight):
         return product_2d(x, weight, k_last=k_last, config=config, implementation=implementation)
 
     for _ in batch_shape:
         product = jax.vmap(product)
-    y = product(x_rows, _xla.Weight(q, scale, zero))
+    y = product(x_rows, _xla.Weight(q, scale, zero, rows, index))
     return y.reshape(*batch_shape, *(x.shape[a] for a in x_free), *free_shape)
+
+
+def _outlier_columns(w, order, stored_batch, stored_free, batch_shape, shape):
+    """`_xla.Weight.rows` and `index` of a weight that is transposed by `order`, for each entry of the batch."""
+    if w.outlier_index is None:
+        return None, None
+    if any(w.outlier_index.shape[axis] != 1 for axis in stored_free):
+        raise ValueError(
+            "Expected one list of outlier columns for all output channels, got a weight with lists of its own along "
+            f"an axis that isn't a batch axis: {w.shape}."
+        )
+    rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *shape)
+    index = jnp.transpose(w.outlier_index, order)
+    columns = index.size // math.prod(index.shape[: len(stored_batch)])
+    index = index.reshape(*index.shape[: len(stored_batch)], columns)
+    return rows, jnp.broadcast_to(index, (*batch_shape, columns))
 
 
 def _check_axes(x, w, x_contract, w_contract, x_batch, w_batch):

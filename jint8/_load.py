@@ -139,7 +139,7 @@ def read_params(
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = jax.tree.map(lambda *rows: rows[0] if len(rows) == 1 else jnp.concatenate(rows), *pieces)
+        node[leaf] = _stack(pieces)
     return params
 
 
@@ -188,6 +188,16 @@ def _convert(value: np.ndarray, axes: tuple[int, ...] | None, config: Config, dt
     if axes is None:
         return array.astype(dtype)
     return dataclasses.replace(quantize_weight(array, contract_axes=axes, config=config), dtype=dtype)
+
+
+def _stack(pieces: list[Any]) -> Any:
+    """Arrays or `QTensor`s `[n, k]`, one above the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *pieces)
+    if isinstance(stacked, QTensor):  # outlier columns are those of the common input
+        stacked = dataclasses.replace(stacked, outlier_index=pieces[0].outlier_index)
+    return stacked
 
 
 def _check_names(checkpoint: Checkpoint, names: dict[str, tuple[str, ...]], config: ModelConfig) -> None:

@@ -70,7 +70,13 @@ def matmul(
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
     y = product_2d(
         x.reshape(math.prod(x.shape[:-1]), k),
-        _xla.Weight(w.q, w.scale.reshape(-1), None if w.zero is None else w.zero.reshape(-1)),
+        _xla.Weight(
+            w.q,
+            w.scale.reshape(-1),
+            None if w.zero is None else w.zero.reshape(-1),
+            w.outlier_rows,
+            None if w.outlier_index is None else w.outlier_index.reshape(-1),
+        ),
         k_last=axis == 1,
         config=w.config if config is None else config,
         implementation=implementation,

@@ -33,6 +33,7 @@ def quantize_params(
     skip: Patterns = (),
     include: Patterns = (),
     keep_order: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
 ) -> Any:
     """Turns the projection weights in a tree of Flax parameters into `QTensor`s; leaves the rest untouched.
 
@@ -50,6 +51,8 @@ def quantize_params(
         that it skips only because they are looked up as well (`Plan.tied`).
       keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
         axes last: those of linen modules that declare their parameters in `setup()`, where linen compares shapes.
+      outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns: those
+        rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't matter.
 
     Returns:
       A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of the
@@ -57,8 +60,8 @@ def quantize_params(
 
     Raises:
       TypeError: `config` isn't a `Config`.
-      ValueError: a path in `plan` that isn't in `params`, axes that a leaf hasn't, or NaN or infinity in a weight; the
-        message names the leaf.
+      ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
+        fit it, or NaN or infinity in a weight; the message names the leaf.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -72,8 +75,9 @@ def quantize_params(
     if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
         importlib.import_module("jint8._flax_state")
     leaves = leaf_paths(params, is_leaf=is_qtensor)
-    if plan is not None and (unknown := sorted(set(plan) - {path for path, _ in leaves})):
-        raise ValueError(f"Expected the plan's paths to be in the parameters, got {', '.join(unknown)}.")
+    for what, named in (("plan", plan), ("outliers", outliers)):
+        if unknown := sorted(set(named or ()) - {path for path, _ in leaves}):
+            raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
     stacked = getattr(plan, "stacked", {})
 
     def convert(key_path, leaf):
@@ -90,10 +94,11 @@ def quantize_params(
             return leaf
         try:
             axes = canonical_axes(axes, leaf.ndim)
-            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config)
+            columns = None if outliers is None else outliers.get(path)
+            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config, outliers=columns)
             return w if matches(path, keep_order) else contract_last(w, axes, stack)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
 
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
 

@@ -20,7 +20,7 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
 
     Formula: `y[i] = lhs[i] @ rhs[e(i)]`, where the first `group_sizes[0]` rows belong to expert 0, and so on; rows
     behind the last group give 0. Each expert has one scale per output channel. With `outliers="batch"` a column is an
-    outlier if any row of any group exceeds the threshold.
+    outlier if any row of any group exceeds the threshold; calibrated columns are each expert's own.
 
     Args:
       lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
@@ -79,6 +79,15 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
     def per_row(leaf):  # [experts, 1, n] -> [m, n]
         return jnp.transpose(leaf, at)[expert, 0]
 
+    y = jnp.float32(0)
+    if w.outlier_rows is not None and w.outlier_index is not None and config.outliers == "static" and config.decomposes:
+        index = jnp.transpose(w.outlier_index, at)[..., 0]  # [experts or 1, c]
+        index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
+        columns = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+        kept_rows = jnp.transpose(w.outlier_rows, at).astype(jnp.float32)
+        y = lax.ragged_dot(columns, kept_rows, group_sizes, precision=lax.Precision.HIGHEST)
+        x = jnp.put_along_axis(x, index, jnp.zeros((), x.dtype), axis=1, inplace=False, mode="drop")
+
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (at[1],)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[at[0]]
     )
@@ -88,15 +97,20 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
         acc = acc.astype(jnp.float32)
         return acc if w.zero is None else acc - _row_sum(q) * per_row(w.zero)
 
+    def of_digits(rows):  # int8 [m, k] or, for two digits, [2 m, k]
+        if len(rows) == len(x):
+            return exact(rows)
+        high, low = jnp.split(rows, 2)
+        return exact(high) * DIGIT_BASE + exact(low)
+
     parts = split_with_digits(x, config)
-    y = exact(parts.q)
+    regular = of_digits(parts.q)
     if parts.zero is not None:
-        y = y - parts.zero * exact(jnp.ones_like(parts.q))
-    y = y * parts.scale
+        regular = regular - parts.zero * exact(jnp.ones_like(parts.q))
+    y = y + regular * parts.scale
     if parts.outliers is not None:
         assert parts.outliers.digits is not None
-        high, low = jnp.split(parts.outliers.digits, 2)
-        y = y + (exact(high) * DIGIT_BASE + exact(low)) * parts.outliers.step
+        y = y + of_digits(parts.outliers.digits) * parts.outliers.step
     return jnp.where(in_group, y * per_row(w.scale), 0)
 
 

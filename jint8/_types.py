@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 OUTLIER_MODES = ("batch", "token", "static")
 
 
@@ -52,11 +53,17 @@ class Config:
         `"vector"` (without decomposition), `"none"` (no quantization), and the others in `jint8.SCHEMES`.
       threshold: a feature dimension with `abs(x) >= threshold` is an outlier. 0 turns decomposition off.
       outliers: who decides that a column is an outlier. `"batch"`: any token of the call (the paper). `"token"`:
-        each token for itself, so that a token's result doesn't depend on its neighbours in the batch.
+        each token for itself, so that a token's result doesn't depend on its neighbours in the batch. `"static"`:
+        calibrated columns, of which the weight holds the rows in 16 bits (see `jint8.calibrate`), and beside those
+        each token for itself, as in `"token"`.
+      relative: the threshold counts in mean magnitudes of the token, `mean(abs(x))` over its features: for models whose
+        activations are large throughout, where an absolute one would send most columns to 16 bits.
+      digits: int8 digits per activation. 2 writes each as two, 32512 steps to either side instead of 127, for twice the
+        rows of the same int8 product; activations then have no zero point.
 
     Raises:
-      TypeError: `threshold` isn't a real number.
-      ValueError: unknown `scheme` or `outliers`, or a negative or non-finite `threshold`.
+      TypeError: `threshold` isn't a real number, or `relative` isn't a bool.
+      ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, or `digits` other than 1 and 2.
 
     Examples:
       >>> import jint8
@@ -70,6 +77,8 @@ class Config:
     scheme: str = "llm.int8"
     threshold: float = 6.0
     outliers: str = "batch"
+    relative: bool = False
+    digits: int = 1
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -80,7 +89,12 @@ class Config:
             raise ValueError(f"Expected threshold to be finite and at least 0, got {self.threshold}.")
         if self.outliers not in OUTLIER_MODES:
             raise ValueError(f"Expected outliers to be one of {', '.join(OUTLIER_MODES)}, got {self.outliers!r}.")
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"Expected relative to be True or False, got {self.relative!r}.")
+        if self.digits not in (1, 2):
+            raise ValueError(f"Expected digits to be 1 or 2, got {self.digits!r}.")
         object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "digits", int(self.digits))
 
     @property
     def decomposes(self) -> bool:
@@ -88,7 +102,7 @@ class Config:
         return SCHEMES[self.scheme].decomposition and self.threshold > 0
 
 
-ARRAY_FIELDS = ("q", "scale", "zero")
+ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index")
 STATIC_FIELDS = ("dtype", "config", "order", "stack")
 
 
@@ -103,6 +117,10 @@ class QTensor:
       q: int8, the quantized values.
       scale: float32, of `q`'s rank, with size 1 on the contracted axes: one scale per output channel.
       zero: None, or float32 of `scale`'s shape: the integer that stands for 0 (affine schemes).
+      outlier_rows: None, or float16: the weight's rows for calibrated outlier columns, in units of `scale`. Of `q`'s
+        shape, but that the last contracted axis has size c, the number of columns, and the other contracted ones 1.
+      outlier_index: None, or int32 of `outlier_rows`' rank, with size 1 on the axes of output channels: which columns
+        (over all contracted axes, flattened). The number of columns in all marks a slot that isn't used.
       dtype: the dtype of the float weight.
       config: the `Config` that `jint8.matmul` uses unless it is given another.
       order: None, or the permutation with `q = transpose(w, order)`: `q` is stored with the contracted axes last.
@@ -116,6 +134,8 @@ class QTensor:
     q: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
+    outlier_rows: jax.Array | None = None
+    outlier_index: jax.Array | None = None
     dtype: Any = np.dtype("float32")  # noqa: RUF009
     config: Config = Config()
     order: tuple[int, ...] | None = None
@@ -149,7 +169,7 @@ class QTensor:
         return dequantize(self, dtype)
 
     def __repr__(self):
-        leaves = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:3]}
+        leaves = {name: getattr(self, name) for name in ARRAY_FIELDS}
         shown = ", ".join(
             f"{name}={getattr(v, 'dtype', type(v).__name__)}{list(getattr(v, 'shape', ()))}"
             for name, v in leaves.items()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_part, split, split_with_digits
+from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_elements, split, split_with_digits
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
@@ -31,6 +31,8 @@ class Weight(NamedTuple):
     q: jax.Array
     scale: jax.Array  # float32[n]
     zero: jax.Array | None  # float32[n]
+    outlier_rows: jax.Array | None = None  # float16 [n, c] or [c, n]: of calibrated columns, in units of scale
+    outlier_index: jax.Array | None = None  # int32[c]: which columns; k where a slot isn't used
 
 
 # jit, because outside of one the gather's loop would be compiled at every call
@@ -39,6 +41,17 @@ def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementa
     """`x[m, k]` times an int8 weight -> float32 `[m, n]`."""
     if implementation == "dequantize":
         return float_product(x.astype(jnp.float32), w, k_last=k_last)
+    if w.outlier_index is not None:
+        if config.outliers == "static" and config.decomposes:
+            rest = product(
+                without_columns(x, w.outlier_index),
+                w._replace(outlier_rows=None, outlier_index=None),
+                config,
+                k_last=k_last,
+                implementation=implementation,
+            )
+            return rest + column_product(x, w, k_last=k_last)
+        w = w._replace(outlier_rows=None, outlier_index=None)
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
     total = jnp.float32(0)
@@ -52,7 +65,7 @@ def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
     outliers = parts.outliers
     if outliers is not None:
         rows = None if outliers.digits is None else outliers.digits[:, start:end]
-        outliers = Outliers(outliers.columns[start:end], outliers.step, rows)
+        outliers = outliers._replace(columns=outliers.columns[start:end], digits=rows)
     q = lax.slice_in_dim(w.q, start, end, axis=1 if k_last else 0)
     return x[:, start:end], parts._replace(q=parts.q[:, start:end], outliers=outliers), w._replace(q=q)
 
@@ -63,30 +76,52 @@ def float_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     per_channel = (slice(None), None) if k_last else (None, slice(None))
     if w.zero is not None:
         q = q - w.zero[per_channel]
-    return _dot(x, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
+    rest = x if w.outlier_index is None else without_columns(x, w.outlier_index)
+    y = _dot(rest, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
+    return y if w.outlier_index is None else y + column_product(x, w, k_last=k_last).astype(x.dtype)
+
+
+def without_columns(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[m, k]` with 0 in the columns `index`."""
+    taken = jnp.zeros(x.shape[1], bool).at[index].set(True, mode="drop")
+    return jnp.where(taken, 0, x)
+
+
+def column_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
+    """The calibrated outlier columns of `x[m, k]` times the weight's 16-bit rows, float32 `[m, n]`."""
+    assert w.outlier_index is not None
+    assert w.outlier_rows is not None
+    columns = jnp.take(x, w.outlier_index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+    # at full precision, because outliers are large: GPUs and TPUs would round them to 8 or 11 bits
+    y = _dot(columns, w.outlier_rows.astype(jnp.float32), k_last, jnp.float32, lax.Precision.HIGHEST)
+    return y * w.scale
 
 
 def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: bool) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
     if parts.outliers is None:
         return _dequantize_sum(int8_dot(parts.q, w.q, k_last), parts.q, parts.scale, parts.zero, w, k_last)
-    m = x.shape[0]
-    _, step, rows = parts.outliers
+    rows, step = parts.outliers.digits, parts.outliers.step
     if rows is not None:
         sums = int8_dot(jnp.concatenate([parts.q, rows]), w.q, k_last)
-        regular, outlier, row_sum = sums[:m], sums[m:], _row_sum(rows)
+        regular, outlier, row_sum = sums[: len(parts.q)], sums[len(parts.q) :], _row_sum(rows)
     else:
         regular = int8_dot(parts.q, w.q, k_last)
-        outlier, row_sum = gathered_product(x, parts.outliers, w.q, config, k_last)
+        outlier, row_sum = gathered_product(x, parts.outliers, w.q, k_last)
     out = _dequantize_sum(regular, parts.q, parts.scale, parts.zero, w, k_last)
     outlier = outlier.astype(jnp.float32)
     if w.zero is not None:
         outlier = outlier - row_sum.astype(jnp.float32) * w.zero
-    return out + (outlier[:m] * DIGIT_BASE + outlier[m:]) * step
+    return out + _join_digits(outlier, len(x)) * step
 
 
 def _row_sum(q):
     return jnp.sum(q, axis=1, keepdims=True, dtype=jnp.int32)
+
+
+def _join_digits(sums, m: int):
+    """float32 sums of `m` rows, of which each has one digit or two, to sums of what the rows stand for."""
+    return sums if len(sums) == m else sums[:m] * DIGIT_BASE + sums[m:]
 
 
 def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
@@ -100,15 +135,15 @@ def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
         if w.zero is not None:
             weight_sum = weight_sum - q.shape[1] * w.zero
         out = out - zero * weight_sum
-    return out * scale
+    return _join_digits(out, len(scale)) * scale
 
 
-def gathered_product(x, outliers: Outliers, q, config: Config, k_last: bool):
+def gathered_product(x, outliers: Outliers, q, k_last: bool):
     """The two digits of the outliers in `x[m, k]` times the weights -> int32 `[2 m, n]`, and the digits' row sums.
 
     Reads the columns that hold outliers only, `BLOCK` at a time.
     """
-    columns, step, _ = outliers
+    columns, step, limit, _ = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
     count = jnp.sum(columns, dtype=jnp.int32)
@@ -121,7 +156,7 @@ def gathered_product(x, outliers: Outliers, q, config: Config, k_last: bool):
         block, acc, row_sum = carry
         idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
         x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
-        rows = digits(outlier_part(x_block, jnp.ones(BLOCK, bool), config), step)
+        rows = digits(x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0), step)
         w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0)
         return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
 
@@ -138,6 +173,6 @@ def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:
     return _dot(x, q, k_last, jnp.int32)
 
 
-def _dot(x, w, k_last, dtype):
+def _dot(x, w, k_last, dtype, precision=None):
     contract = (((1,), (1 if k_last else 0,)), ((), ()))
-    return lax.dot_general(x, w, contract, preferred_element_type=dtype)
+    return lax.dot_general(x, w, contract, precision, preferred_element_type=dtype)

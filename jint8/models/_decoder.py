@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jint8._layers import lookup
 from jint8._matmul import matmul
 from jint8._types import is_qtensor
 from jint8.models._config import ModelConfig
@@ -174,10 +175,7 @@ class Decoder(nn.Module):
 
 def embed(embedding, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding; of an int8 one, only those rows are dequantized."""
-    if not is_qtensor(embedding):
-        return jnp.take(embedding, tokens, axis=0)
-    rows = jax.tree.map(lambda leaf: jnp.take(leaf, tokens.reshape(-1), axis=0), embedding)
-    return rows.dequantize().reshape(*tokens.shape, -1)
+    return lookup(embedding, tokens) if is_qtensor(embedding) else jnp.take(embedding, tokens, axis=0)
 
 
 def _mask(x: jax.Array, at: Context) -> jax.Array:

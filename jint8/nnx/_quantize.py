@@ -21,6 +21,7 @@ def quantize(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
 ) -> Any:
     """A copy of an nnx model that multiplies in int8.
 
@@ -38,13 +39,15 @@ def quantize(
         state. Only these weights become int8.
       skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
       include: patterns or a predicate that win over `skip` and over the default.
+      outliers: from path to outlier feature dimensions, as `jint8.nnx.calibrate` returns.
 
     Returns:
       A model of the same structure.
 
     Raises:
       TypeError: `model` isn't an nnx module.
-      ValueError: a path in `plan` that isn't the weight of a layer that jint8 knows, or NaN or infinity in a weight.
+      ValueError: a path in `plan` or `outliers` that isn't the weight of a layer that jint8 knows, or NaN or infinity
+        in a weight.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -78,12 +81,15 @@ def quantize(
                 plan=Plan({leaf_path: contracted}, {leaf_path: stacked}),
                 skip=skip,
                 include=include,
+                outliers={leaf_path: outliers[leaf_path]} if outliers and leaf_path in outliers else None,
             )[leaf_path]
             return result if is_qtensor(result) else None
 
         return converter(layer, weight)
 
     result = _replace(copy, "", convert, {})
+    if unknown := sorted(set(outliers or ()) - seen):
+        raise ValueError(f"Expected outliers for weights of layers that jint8 knows, got {', '.join(unknown)}.")
     wanted = (path for path in plan or () if matches(path, include) or not matches(path, [*OUTPUT_HEADS]))
     if unknown := sorted(path for path in wanted if path not in seen and not _skipped(path, skip, include)):
         raise ValueError(
