@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
+from jint8._calibrate import calibrate as calibrate
 from jint8._contract import dot_general as dot_general
 from jint8._contract import einsum as einsum
 from jint8._matmul import IMPLEMENTATIONS as IMPLEMENTATIONS

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jint8 import _xla
+from jint8._observe import Observed, watch
 from jint8._types import SCHEMES, Config, QTensor, check_config, contracted_axes, is_qtensor
 
 IMPLEMENTATIONS = ("xla", "xla_digits", "xla_gather", "dequantize")
@@ -68,8 +69,11 @@ def matmul(
         raise ValueError(f"Expected w to be quantized over one axis, got scales {w.scale.shape} for {w.q.shape}.")
     if x.shape[-1:] != (k,):
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
+    rows = x.reshape(math.prod(x.shape[:-1]), k)
+    if isinstance(w, Observed):
+        rows = watch(w.counted, rows, w.tap.reshape(-1))
     y = product_2d(
-        x.reshape(math.prod(x.shape[:-1]), k),
+        rows,
         _xla.Weight(
             w.q,
             w.scale.reshape(-1),

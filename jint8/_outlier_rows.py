@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._types import SCHEMES, SMALLEST_NORMAL, Config, QTensor, contracted_axes
+from jint8._types import SCHEMES, SMALLEST_NORMAL, Config, QTensor, column_axis, contracted_axes
 
 
 def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -> tuple[Config, Any]:
@@ -50,8 +50,7 @@ def keep_rows(w, scale, outliers, contract_axes, stack_axes) -> tuple[jax.Array 
     scale = _flatten(scale, contract_axes)
     rows = jnp.where(scale < SMALLEST_NORMAL, 0.0, rows / scale).astype(jnp.float16)
 
-    # back to w's rank, with the columns on the last contracted axis that has more than one entry
-    at = max((a for a in contract_axes if w.shape[a] != 1), default=max(contract_axes))
+    at = column_axis(w.shape, contract_axes)
     others = [a for a in contract_axes if a != at]
     return _unflatten(rows, at, others), _unflatten(index, at, others)
 

@@ -140,7 +140,9 @@ def quantize(
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
     rows, index = keep_rows(w, scale, outliers, contract_axes, stack_axes)
-    return QTensor(q, scale, zero, rows, index, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
+    order = tuple(range(w.ndim - len(stack_axes))) if stack_axes else None
+    dtype = jax.dtypes.canonicalize_dtype(w.dtype)
+    return QTensor(q, scale, zero, rows, index, dtype=dtype, config=config, order=order, stack=stack_axes)
 
 
 def dequantize(w: QTensor, dtype=None) -> jax.Array:
@@ -183,7 +185,7 @@ def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence
     order = tuple(i for i, a in enumerate(own) if a not in contract) + tuple(
         i for i, a in enumerate(own) if a in contract
     )
-    if order == tuple(range(len(own))):
+    if order == tuple(range(len(own))) and stack == w.stack:
         return w
     permutation = list(range(ndim))
     for stored, original in enumerate(order):

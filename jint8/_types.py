@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -198,6 +199,11 @@ def contracted_axes(w: QTensor) -> tuple[int, ...]:
     """The contracted axes of `w.q`: where `scale` has size 1 (of two such, those where `q` hasn't)."""
     ones = [axis for axis, size in enumerate(w.scale.shape) if size == 1]
     return tuple(axis for axis in ones if w.q.shape[axis] != 1) or tuple(ones)
+
+
+def column_axis(shape: tuple[int, ...], contracted: Sequence[int]) -> int:
+    """On which of the contracted axes a list of columns lies: the last that has more than one entry."""
+    return max((a for a in contracted if shape[a] != 1), default=max(contracted))
 
 
 def check_config(config: Any) -> None:

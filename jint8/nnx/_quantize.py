@@ -57,6 +57,36 @@ def quantize(
       >>> type(int8.layers[0]).__name__, int8(jnp.ones((2, 8))).shape
       ('Int8Linear', (2, 16))
     """
+
+    def make(path: str, value: Any, contracted: Sequence[int], stacked: Sequence[int]) -> QTensor | None:
+        result = quantize_params(
+            {path: value},
+            config=config,
+            plan=Plan({path: tuple(contracted)}, {path: tuple(stacked)}),
+            include="*",
+            outliers={path: outliers[path]} if outliers and path in outliers else None,
+        )[path]
+        return result if is_qtensor(result) else None
+
+    result, seen = replace_layers(model, make, plan=plan, skip=skip, include=include)
+    if unknown := sorted(set(outliers or ()) - seen):
+        raise ValueError(f"Expected outliers for weights of layers that jint8 knows, got {', '.join(unknown)}.")
+    return result
+
+
+def replace_layers(
+    model: nnx.Module,
+    make: Callable[[str, Any, Sequence[int], Sequence[int]], QTensor | None],
+    *,
+    plan: Mapping[str, Sequence[int]] | None,
+    skip: Patterns,
+    include: Patterns,
+) -> tuple[Any, set[str]]:
+    """A copy of `model` with int8 layers, of which `make` makes the weights, and the paths of all weights seen.
+
+    `make` is called with the path, the float weight, and its contracted and stacked axes, for the weights that
+    `quantize` is to turn into int8.
+    """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"Expected model to be an nnx module, got {type(model).__name__}.")
     copy = nnx.merge(*nnx.split(model))
@@ -75,28 +105,20 @@ def quantize(
             included = matches(leaf_path, include) or (plan is not None and leaf_path in plan)
             if contracted is None or (isinstance(layer, nnx.Embed) and not included):
                 return None
-            result = quantize_params(
-                {leaf_path: value},
-                config=config,
-                plan=Plan({leaf_path: contracted}, {leaf_path: stacked}),
-                skip=skip,
-                include=include,
-                outliers={leaf_path: outliers[leaf_path]} if outliers and leaf_path in outliers else None,
-            )[leaf_path]
-            return result if is_qtensor(result) else None
+            if not matches(leaf_path, include) and (matches(leaf_path, OUTPUT_HEADS) or matches(leaf_path, skip)):
+                return None
+            return make(leaf_path, value, contracted, stacked)
 
         return converter(layer, weight)
 
     result = _replace(copy, "", convert, {})
-    if unknown := sorted(set(outliers or ()) - seen):
-        raise ValueError(f"Expected outliers for weights of layers that jint8 knows, got {', '.join(unknown)}.")
     wanted = (path for path in plan or () if matches(path, include) or not matches(path, [*OUTPUT_HEADS]))
     if unknown := sorted(path for path in wanted if path not in seen and not _skipped(path, skip, include)):
         raise ValueError(
             f"Expected the plan to name weights of layers that jint8 knows, got {', '.join(unknown)}. Teach it those "
             "layers with jint8.nnx.register, or leave them out of the plan or with skip=."
         )
-    return result
+    return result, seen
 
 
 def _skipped(path: str, skip: Patterns, include: Patterns) -> bool:

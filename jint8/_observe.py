@@ -1,0 +1,109 @@
+"""Statistics of the activations that meet each projection, out of any model and any transformation around it.
+
+An observed weight carries a *tap*: an array of zeros that the product's activations pass by unchanged, and whose
+"gradient" is the statistics of those activations. So they come out of `scan` stacked by layer, out of `vmap` by expert,
+and through `remat` and `jit`, without a change to the model and without the host. What a tap sees in several products
+adds up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._outliers import limits, outlier_elements
+from jint8._types import ARRAY_FIELDS, STATIC_FIELDS, Config, QTensor, column_axis, contracted_axes
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[*ARRAY_FIELDS, "tap"], meta_fields=[*STATIC_FIELDS, "counted"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observed(QTensor):
+    """A weight whose activations are watched; `q` may be the float weight itself, with scales of 1.
+
+    Attributes:
+      tap: float32 of `q`'s rank: for each field of `Seen` and each column a value, on the last contracted axis; size 1
+        on the other contracted axes and on those of output channels.
+      counted: what counts as an outlier: the threshold of a `Config`, absolute or relative.
+    """
+
+    tap: Any = None
+    counted: Config = Config()
+
+
+class Seen(NamedTuple):
+    """Statistics of activations, each `[..., k]`: by stacked layer and by feature dimension."""
+
+    positions: Any  # how many positions there were
+    outliers: Any  # how many had an outlier in this dimension
+    outlier_sum: Any  # sum of the outliers' magnitudes
+    square_sum: Any  # sum of squares
+    largest: Any  # largest magnitude; in a weight that a call uses several times, the sum of those of each use
+
+
+def observe(weight: Any, contract_axes: Sequence[int], counted: Config, stack_axes: Sequence[int] = ()) -> Observed:
+    """A `QTensor`, or a float weight that is contracted over `contract_axes`, to be watched."""
+    if isinstance(weight, QTensor):
+        fields = {name: getattr(weight, name) for name in (*ARRAY_FIELDS, *STATIC_FIELDS)}
+        return Observed(**fields, counted=counted)
+    scale = jnp.ones([1 if a in contract_axes else size for a, size in enumerate(weight.shape)], jnp.float32)
+    order, config = tuple(range(weight.ndim - len(stack_axes))), Config(scheme="none")
+    stack = tuple(sorted(stack_axes))
+    return Observed(weight, scale, dtype=weight.dtype, config=config, order=order, stack=stack, counted=counted)
+
+
+def stacked_axes(w: QTensor) -> tuple[int, ...]:
+    """The axes of `w.q` that count independent weights, as far as `w` knows."""
+    return w.stack if w.order is not None and len(w.order) + len(w.stack) == w.q.ndim else ()
+
+
+def empty_tap(w: QTensor) -> jax.Array:
+    """The tap of a weight."""
+    axes, stack = contracted_axes(w), stacked_axes(w)
+    shape = [size if a in stack else 1 for a, size in enumerate(w.q.shape)]
+    shape[column_axis(w.q.shape, axes)] = len(Seen._fields) * math.prod(w.q.shape[a] for a in axes)
+    return jnp.zeros(shape, jnp.float32)
+
+
+def read_tap(w: QTensor, tap: Any) -> Seen:
+    """What the tap of `w` has seen, in float64 `[*stack, k]`."""
+    values = np.moveaxis(np.asarray(tap, np.float64), column_axis(w.q.shape, contracted_axes(w)), -1)
+    values = values.reshape(*(w.q.shape[a] for a in stacked_axes(w)), len(Seen._fields), -1)
+    return Seen(*np.moveaxis(values, -2, 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def watch(counted: Config, x: jax.Array, tap: jax.Array) -> jax.Array:
+    """`x[*batch, m, k]` as it is; the "gradient" of `tap[*batch, fields * k]` is the statistics of `x`."""
+    del counted, tap
+    return x
+
+
+def _watch_fwd(counted, x, tap):
+    del tap
+    magnitude = jnp.abs(x.astype(jnp.float32))
+    over = outlier_elements(x, limits(x, counted))
+    seen = Seen(
+        positions=jnp.full_like(magnitude[..., 0, :], x.shape[-2]),
+        outliers=jnp.sum(over, axis=-2, dtype=jnp.float32),
+        outlier_sum=jnp.sum(jnp.where(over, magnitude, 0), axis=-2),
+        square_sum=jnp.sum(jnp.square(magnitude), axis=-2),
+        largest=jnp.max(magnitude, axis=-2),
+    )
+    return x, jnp.concatenate(seen, axis=-1)
+
+
+def _watch_bwd(counted, seen, gradient):
+    del counted
+    return gradient, seen
+
+
+watch.defvjp(_watch_fwd, _watch_bwd)
