@@ -7,6 +7,7 @@ from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
 from jint8._calibrate import calibrate as calibrate
 from jint8._contract import dot_general as dot_general
 from jint8._contract import einsum as einsum
+from jint8._export import export as export
 from jint8._matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jint8._matmul import matmul as matmul
 from jint8._outliers import find_outliers as find_outliers

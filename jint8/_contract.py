@@ -65,16 +65,18 @@ def dot_general(
         )
     check_activations(x, "activations")
     config = w.config if config is None else config
-    y = _contract(x, w, x_contract, w_contract, x_batch, w_batch, config, implementation)
+    dtype = x.dtype if preferred_element_type is None else preferred_element_type
+    y = contract(x, w, (x_contract, w_contract), (x_batch, w_batch), config, implementation, dtype)
     if w is lhs:  # batch, free of x, free of w -> batch, free of w, free of x
         batch, free_w = len(x_batch), len(w.shape) - len(w_batch) - len(w_contract)
         axes = range(y.ndim)
         y = jnp.transpose(y, (*axes[:batch], *axes[y.ndim - free_w :], *axes[batch : y.ndim - free_w]))
-    return y.astype(x.dtype if preferred_element_type is None else preferred_element_type)
+    return y
 
 
-def _contract(x, w, x_contract, w_contract, x_batch, w_batch, config, implementation):
-    """float32, batch axes, then free axes of x, then free axes of w."""
+def contract(x, w, contracted, batched, config, implementation, dtype, bias=None):
+    """`dtype`, batch axes, then free axes of x, then free axes of w. `bias` has the free axes of w: no batch axes."""
+    (x_contract, w_contract), (x_batch, w_batch) = contracted, batched
     _check_axes(x, w, x_contract, w_contract, x_batch, w_batch)
     at = storage_axes(w)
     # contracted axes in the order in which the weight stores them: permuting x is cheap, permuting the weight isn't
@@ -101,9 +103,12 @@ def _contract(x, w, x_contract, w_contract, x_batch, w_batch, config, implementa
         tap = _columns(w.tap, order, stored_batch, stored_free, batch_shape)
         x_rows = watch(w.counted, x_rows, tap)
     rows, index = _outlier_columns(w, order, stored_batch, stored_free, batch_shape, (n, -1) if k_last else (-1, n))
+    flat_bias = None if bias is None else bias.reshape(n)
 
     def product(x, weight):
-        return product_2d(x, weight, k_last=k_last, config=config, implementation=implementation)
+        return product_2d(
+            x, weight, flat_bias, k_last=k_last, config=config, implementation=implementation, dtype=dtype
+        )
 
     for _ in batch_shape:
         product = jax.vmap(product)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._contract import _parse, dot_general
+from jint8._contract import _parse, contract, dot_general
+from jint8._matmul import check_activations
 from jint8._quantize import quantize
 from jint8._types import SCHEMES, Config, QTensor, storage_axes
 
@@ -29,10 +30,30 @@ def compute_dtype(dtype: Any, *arrays: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(jnp.float32, dtype)
 
 
-def product(x: jax.Array, w: Weight, numbers: Any, config: Config | None = None) -> jax.Array:
-    """`lax.dot_general(x, w, numbers)` in float32 with `w` in int8; `config` quantizes a float `w`."""
+def product(
+    x: jax.Array,
+    w: Weight,
+    numbers: Any,
+    config: Config | None = None,
+    *,
+    bias: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """`lax.dot_general(x, w, numbers)` with `w` in int8, plus `bias` of the free axes of `w`, rounded once to `dtype`.
+
+    `config` quantizes a float `w`.
+    """
     if isinstance(w, QTensor):
-        return dot_general(x, w, numbers, preferred_element_type=jnp.float32)
+        check_activations(x, "activations")
+        contracted, batched = numbers
+        return contract(x, w, contracted, batched, w.config, None, dtype, bias)
+    y = _float_weight_product(x, w, numbers, config)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(dtype)
+
+
+def _float_weight_product(x, w, numbers, config):
     config = config or Config()
     if SCHEMES[config.scheme].weights is None:
         return lax.dot_general(x, w.astype(x.dtype), numbers, preferred_element_type=jnp.float32)
@@ -71,11 +92,13 @@ def dense_general(
     axis, batch_dims = tuple(a % x.ndim for a in axis), tuple(a % x.ndim for a in batch_dims)
     batch, contracted = len(batch_dims), len(axis)
     numbers = ((axis, tuple(range(batch, batch + contracted))), (batch_dims, tuple(range(batch))))
+    out_dtype = out_dtype or dtype
+    if bias is None or not batch:
+        bias = None if bias is None else bias.reshape(w.shape[contracted:])
+        return product(x.astype(dtype), w, numbers, config, bias=bias, dtype=out_dtype)
     y = product(x.astype(dtype), w, numbers, config)
-    if bias is not None:
-        shape = [x.shape[a] if a in batch_dims else 1 for a in range(x.ndim) if a not in axis]
-        y = y + bias.reshape(*shape, *w.shape[batch + contracted :]).astype(jnp.float32)
-    return y.astype(out_dtype or dtype)
+    shape = [x.shape[a] if a in batch_dims else 1 for a in range(x.ndim) if a not in axis]
+    return (y + bias.reshape(*shape, *w.shape[batch + contracted :]).astype(jnp.float32)).astype(out_dtype)
 
 
 def einsum(
@@ -100,13 +123,14 @@ def einsum(
         tuple(tuple(labels.index(label) for label in shared) for labels in (x_labels, w_labels))
         for shared in (contract, batch)
     )
-    y = product(x, w, numbers, config)
+    out_dtype = out_dtype or dtype
+    y = product(x, w, numbers, config, dtype=out_dtype if bias is None else jnp.float32)
     got = batch + [a for a in x_labels if a not in w_labels] + [a for a in w_labels if a not in x_labels]
     y = jnp.transpose(y, [got.index(label) for label in output])
     if bias is not None:
         shape = [w.shape[w_labels.index(label)] if label in w_labels else 1 for label in output]
         y = y + bias.reshape(shape).astype(jnp.float32)
-    return y.astype(out_dtype or dtype)
+    return y.astype(out_dtype)
 
 
 def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
@@ -134,4 +158,4 @@ def attend(x: jax.Array, w: QTensor, *, dtype: Any = None) -> jax.Array:
     """`x[..., k] @ w[vocabulary, k].T`: a tied output head."""
     dtype = compute_dtype(dtype, x, w)
     numbers = (((x.ndim - 1,), (1,)), ((), ()))
-    return product(x.astype(dtype), w, numbers).astype(dtype)
+    return product(x.astype(dtype), w, numbers, dtype=dtype)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jint8 import _xla
+from jint8 import _kernels, _xla
 from jint8._observe import Observed, watch
 from jint8._types import SCHEMES, Config, QTensor, check_config, contracted_axes, is_qtensor
 
-IMPLEMENTATIONS = ("xla", "xla_digits", "xla_gather", "dequantize")
+IMPLEMENTATIONS = ("xla", "xla_digits", "xla_gather", "dequantize", *_kernels.BACKENDS)
+KERNELS_ON_GPU = "kernels_on_gpu"  # the Pallas kernels in programs for CUDA, XLA in others
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -38,9 +40,11 @@ def matmul(
       w: a two-dimensional `QTensor` of which one axis, of size k, is contracted.
       bias: None or float `[n]`.
       config: None means the one stored in `w`.
-      implementation: None picks by static shapes and platform. `"xla"` picks among the XLA paths: `"xla_digits"` (few
-        rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier columns).
-        `"dequantize"` keeps activations in floating point (int8 weights only).
+      implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, XLA elsewhere. `"xla"` picks
+        among the XLA paths: `"xla_digits"` (few rows: outliers as extra rows of one int8 product) and `"xla_gather"`
+        (many rows: gathered outlier columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels;
+        off the GPU they are interpreted, which is for tests. `"dequantize"` keeps activations in floating point (int8
+        weights only).
 
     Returns:
       `[..., n]` in `x.dtype`. A row of `x` with NaN or infinity comes out non-finite.
@@ -48,6 +52,7 @@ def matmul(
     Raises:
       TypeError: `x` or `bias` isn't of a supported float dtype, or `w` isn't a `QTensor`.
       ValueError: shapes that don't fit, or an unknown implementation.
+      NotImplementedError: `"triton"` or `"mosaic"` for a scheme or a size that the kernels don't compute.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -69,6 +74,8 @@ def matmul(
         raise ValueError(f"Expected w to be quantized over one axis, got scales {w.scale.shape} for {w.q.shape}.")
     if x.shape[-1:] != (k,):
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
+    if bias is not None:
+        check_bias(bias, n)
     rows = x.reshape(math.prod(x.shape[:-1]), k)
     if isinstance(w, Observed):
         rows = watch(w.counted, rows, w.tap.reshape(-1))
@@ -81,14 +88,13 @@ def matmul(
             w.outlier_rows,
             None if w.outlier_index is None else w.outlier_index.reshape(-1),
         ),
+        bias,
         k_last=axis == 1,
         config=w.config if config is None else config,
         implementation=implementation,
+        dtype=x.dtype,
     )
-    if bias is not None:
-        check_bias(bias, n)
-        y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], n)
+    return y.reshape(*x.shape[:-1], n)
 
 
 def check_activations(x, name: str = "x") -> None:
@@ -106,35 +112,70 @@ def check_bias(bias, n: int) -> None:
         raise ValueError(f"Expected bias of shape ({n},), got {bias.shape}.")
 
 
-def choose(m: int, config: Config, implementation: str | None) -> str:
-    """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`."""
+def choose(m: int, w: _xla.Weight, config: Config, implementation: str | None, *, k_last: bool) -> str:
+    """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or `KERNELS_ON_GPU`."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if SCHEMES[config.scheme].activations is None:
         return "dequantize"
+    reason = _kernels.unsupported(m, w, config, k_last=k_last)
+    if implementation in _kernels.BACKENDS and reason:
+        raise NotImplementedError(f"Expected what the GPU kernels can compute, got {reason}.")
     if implementation not in (None, "xla"):
         return implementation
-    return "xla_digits" if m <= _xla.FEW_ROWS else "xla_gather"
+    # a transpose of the weights at each call costs more than the kernels gain
+    if implementation is None and not reason and k_last and _kernels.gpu_in_sight():
+        return KERNELS_ON_GPU
+    return _xla.choose(m)
 
 
-def product_2d(x, w: _xla.Weight, *, k_last: bool, config: Config, implementation: str | None) -> jax.Array:
-    """`x[m, k]` times `w` -> float32 `[m, n]`, differentiable in `x`."""
+def product_2d(
+    x, w: _xla.Weight, bias=None, *, k_last: bool, config: Config, implementation: str | None, dtype: Any
+) -> jax.Array:
+    """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, rounded once; differentiable in `x` and `bias`."""
     check_config(config)
-    path = choose(x.shape[0], config, implementation)
-    if 0 in x.shape:
-        return jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
-    return _product((config, k_last, path), x, w)
+    path = choose(x.shape[0], w, config, implementation, k_last=k_last)
+    if 0 in x.shape or 0 in w.q.shape:
+        y = jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
+        return (y if bias is None else y + bias).astype(dtype)
+    return _product(Static(config, k_last, path, jnp.dtype(dtype)), x, w, bias)
+
+
+class Static(NamedTuple):
+    """What is static about a product."""
+
+    config: Config
+    k_last: bool
+    path: str
+    dtype: Any  # of the result
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(static, x, w):
-    config, k_last, path = static
-    return _xla.product(x, w, config, k_last=k_last, implementation=path)
+def _product(static, x, w, bias):
+    if w.outlier_index is None or static.path == "dequantize":
+        return _compute(static, x, w, bias)
+    int8 = w._replace(outlier_rows=None, outlier_index=None)
+    if static.config.outliers != "static" or not static.config.decomposes:
+        return _compute(static, x, int8, bias)
+    # the calibrated columns in 16 bits, and the rest as if they were zeros
+    rest = _xla.without_columns(x, w.outlier_index)
+    y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), rest, int8, bias)
+    return (y + _xla.column_product(x, w, k_last=static.k_last)).astype(static.dtype)
+
+
+def _compute(static, x, w, bias):
+    config, k_last, path, dtype = static
+    if path == KERNELS_ON_GPU or path in _kernels.BACKENDS:
+        backend = None if path == KERNELS_ON_GPU else path
+        return _kernels.product(_kernels.Call(config, k_last, dtype, backend), x, w, bias)
+    return _xla.product(x, w, bias, config, k_last=k_last, implementation=path, dtype=dtype)
 
 
 @_product.defjvp
 def _product_jvp(static, primals, tangents):
-    x, w = primals
-    x_dot, _ = tangents  # weights aren't differentiated
-    y_dot = _xla.float_product(x_dot, w, k_last=static[1])
-    return _product(static, x, w), y_dot.astype(jnp.float32)
+    x, w, bias = primals
+    x_dot, _, bias_dot = tangents  # weights aren't differentiated
+    y_dot = _xla.float_product(x_dot, w, k_last=static.k_last).astype(jnp.float32)
+    if bias is not None:
+        y_dot = y_dot + bias_dot.astype(jnp.float32)
+    return _product(static, x, w, bias), y_dot.astype(static.dtype)

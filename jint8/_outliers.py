@@ -11,10 +11,10 @@ import numpy as np
 from jint8._quantize import absmax, affine, divide_by, round_to_int8, symmetric
 from jint8._types import SCHEMES, SMALLEST_NORMAL, Config
 
-# An outlier is written as 255 * high + low with both digits in [-127, 127]: 32512 steps up to its row's largest,
-# so that the error is at most 2**-15.9 of it.
+# A value is written in digits of this base, each in [-127, 127].
 DIGIT_BASE = 255
-LARGEST_TWO_DIGITS = 127 * DIGIT_BASE + 127
+# Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
+OUTLIER_DIGITS = 3
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -52,13 +52,18 @@ def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
     return jnp.any(over, axis=tuple(range(x.ndim - 1)))
 
 
+def largest_in(count: int) -> int:
+    """The largest value that `count` digits can write."""
+    return 127 * sum(DIGIT_BASE**place for place in range(count))
+
+
 class Outliers(NamedTuple):
     """Where the outliers of `x[m, k]` are, and the unit that they are written in."""
 
     columns: jax.Array  # bool[k]: columns that hold any
     step: jax.Array  # float32[m, 1]: what one unit of the low digit is worth
     limit: jax.Array | None  # magnitude from which on an element is an outlier; None where whole columns are
-    digits: jax.Array | None = None  # int8[2 m, k], of all columns; None where only columns that hold any are read
+    digits: jax.Array | None = None  # int8[3 m, k], of all columns; None where only columns that hold any are read
 
 
 class Split(NamedTuple):
@@ -75,7 +80,7 @@ def split(x: jax.Array, config: Config) -> Split:
     outliers = None
     if config.decomposes:
         outlier, columns, limit = detect(x, config)
-        outliers = Outliers(columns, divide_by(absmax(jnp.where(outlier, x, 0), 1), LARGEST_TWO_DIGITS), limit)
+        outliers = Outliers(columns, digit_step(jnp.where(outlier, x, 0), 1, OUTLIER_DIGITS), limit)
         x = jnp.where(outlier, 0, x)
     return Split(*_quantize(x, config), outliers)
 
@@ -91,14 +96,14 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
     outlier, columns, limit = detect(x, config)
     parts = jnp.where(jnp.stack([~outlier, outlier]), x, 0).astype(jnp.float32)  # (2, m, k)
     if affine_activations(config) or scheme.activations == "tensor":
-        step = divide_by(absmax(parts[1], 1), LARGEST_TWO_DIGITS)
-        return Split(*_quantize(parts[0], config), Outliers(columns, step, limit, digits(parts[1], step)))
-    regular = 127 if config.digits == 1 else LARGEST_TWO_DIGITS
-    largest = jnp.array([regular, LARGEST_TWO_DIGITS], jnp.float32)[:, None, None]
+        step = digit_step(parts[1], 1, OUTLIER_DIGITS)
+        rows = digits(parts[1], step, OUTLIER_DIGITS)
+        return Split(*_quantize(parts[0], config), Outliers(columns, step, limit, rows))
+    largest = jnp.array([largest_in(config.digits), largest_in(OUTLIER_DIGITS)], jnp.float32)[:, None, None]
     scale = divide_by(absmax(parts, 2), largest)
     steps = round_to_int8(parts, scale, largest)
-    q = steps[0].astype(jnp.int8) if config.digits == 1 else _digit_rows(steps[0])
-    return Split(q, scale[0], None, Outliers(columns, scale[1], limit, _digit_rows(steps[1])))
+    q, rows = _digit_rows(steps[0], config.digits), _digit_rows(steps[1], OUTLIER_DIGITS)
+    return Split(q, scale[0], None, Outliers(columns, scale[1], limit, rows))
 
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -106,8 +111,8 @@ def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.A
     axis = 1 if SCHEMES[config.scheme].activations == "token" else None
     zero: list[jax.Array] = []
     if config.digits == 2:
-        scale = divide_by(absmax(x, axis), LARGEST_TWO_DIGITS)
-        q = digits(x, scale)
+        scale = digit_step(x, axis, 2)
+        q = digits(x, scale, 2)
     else:
         q, scale, *zero = (affine if affine_activations(config) else symmetric)(x, axis)
     scale, *zero = (jnp.broadcast_to(leaf, (x.shape[0], 1)) for leaf in (scale, *zero))
@@ -142,11 +147,21 @@ def outlier_elements(x: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.abs(x.astype(jnp.float32)) >= limit
 
 
-def digits(outliers: jax.Array, step: jax.Array) -> jax.Array:
-    """`outliers[m, k]` in units of `step` as two int8 digits, `[2 m, k]`: the high ones, then the low ones."""
-    return _digit_rows(round_to_int8(outliers, step, LARGEST_TWO_DIGITS))
+def digit_step(x: jax.Array, axis, count: int) -> jax.Array:
+    """What a unit of the last of `count` digits is worth, so that the largest of `x` over `axis` can be written."""
+    return divide_by(absmax(x, axis), largest_in(count))
 
 
-def _digit_rows(value: jax.Array) -> jax.Array:
-    high = jnp.round(value / DIGIT_BASE)
-    return jnp.concatenate([high, value - DIGIT_BASE * high]).astype(jnp.int8)
+def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
+    """`x[m, k]` in units of `step` as int8 digits, `[count m, k]`: the highest of all rows first."""
+    return _digit_rows(round_to_int8(x, step, largest_in(count)), count)
+
+
+def _digit_rows(value: jax.Array, count: int) -> jax.Array:
+    rows = []
+    for place in range(count - 1, 0, -1):
+        unit = float(DIGIT_BASE**place)
+        digit = jnp.round(divide_by(value, unit))  # exactly: half a unit in the last place would be one too many
+        value = value - unit * digit
+        rows.append(digit)
+    return jnp.concatenate([*rows, value]).astype(jnp.int8)

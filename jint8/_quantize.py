@@ -30,7 +30,7 @@ def absmax(x: jax.Array, axis) -> jax.Array:
 
 def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
     """`x / divisor`, correctly rounded: XLA would turn a constant divisor into a product with its reciprocal."""
-    return x / jnp.where(x >= 0, jnp.float32(divisor), jnp.float32(1.0))
+    return x / jnp.where(x > -jnp.inf, jnp.float32(divisor), jnp.float32(1.0))
 
 
 def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 127.0) -> jax.Array:

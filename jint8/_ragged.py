@@ -10,7 +10,7 @@ from jax import lax
 
 from jint8 import _xla
 from jint8._matmul import check_activations
-from jint8._outliers import DIGIT_BASE, split_with_digits
+from jint8._outliers import OUTLIER_DIGITS, split_with_digits
 from jint8._quantize import dequantize
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
 
@@ -97,20 +97,18 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
         acc = acc.astype(jnp.float32)
         return acc if w.zero is None else acc - _row_sum(q) * per_row(w.zero)
 
-    def of_digits(rows):  # int8 [m, k] or, for two digits, [2 m, k]
-        if len(rows) == len(x):
-            return exact(rows)
-        high, low = jnp.split(rows, 2)
-        return exact(high) * DIGIT_BASE + exact(low)
+    def of_digits(rows, count):  # int8 [count m, k] -> float32 [m, n]
+        sums = [exact(digit) for digit in jnp.split(rows, count)]
+        return _xla.join_digits(jnp.concatenate(sums), len(x))
 
     parts = split_with_digits(x, config)
-    regular = of_digits(parts.q)
+    regular = of_digits(parts.q, config.digits)
     if parts.zero is not None:
         regular = regular - parts.zero * exact(jnp.ones_like(parts.q))
     y = y + regular * parts.scale
     if parts.outliers is not None:
         assert parts.outliers.digits is not None
-        y = y + of_digits(parts.outliers.digits) * parts.outliers.step
+        y = y + of_digits(parts.outliers.digits, OUTLIER_DIGITS) * parts.outliers.step
     return jnp.where(in_group, y * per_row(w.scale), 0)
 
 

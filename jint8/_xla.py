@@ -1,7 +1,7 @@
 """The LLM.int8() product in plain XLA: one way for few rows, one for many.
 
 Both multiply the same int8 values and digits (see `jint8._outliers`), so both give the same integers. What differs is
-how the outliers' two digits meet the weights:
+how the outliers' digits meet the weights:
 
 - few rows: stacked under the regular rows, in ONE product that reads the weights once. On a CPU that product is bound
   by reading the weights, and more rows are nearly free.
@@ -11,13 +11,22 @@ how the outliers' two digits meet the weights:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_elements, split, split_with_digits
+from jint8._outliers import (
+    DIGIT_BASE,
+    OUTLIER_DIGITS,
+    Outliers,
+    Split,
+    digits,
+    outlier_elements,
+    split,
+    split_with_digits,
+)
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
@@ -35,23 +44,25 @@ class Weight(NamedTuple):
     outlier_index: jax.Array | None = None  # int32[c]: which columns; k where a slot isn't used
 
 
+def choose(m: int) -> str:
+    """The path for `m` rows."""
+    return "xla_digits" if m <= FEW_ROWS else "xla_gather"
+
+
 # jit, because outside of one the gather's loop would be compiled at every call
-@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation"))
-def product(x: jax.Array, w: Weight, config: Config, *, k_last: bool, implementation: str) -> jax.Array:
-    """`x[m, k]` times an int8 weight -> float32 `[m, n]`."""
+@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation", "dtype"))
+def product(
+    x: jax.Array, w: Weight, bias: jax.Array | None, config: Config, *, k_last: bool, implementation: str, dtype: Any
+) -> jax.Array:
+    """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     if implementation == "dequantize":
-        return float_product(x.astype(jnp.float32), w, k_last=k_last)
-    if w.outlier_index is not None:
-        if config.outliers == "static" and config.decomposes:
-            rest = product(
-                without_columns(x, w.outlier_index),
-                w._replace(outlier_rows=None, outlier_index=None),
-                config,
-                k_last=k_last,
-                implementation=implementation,
-            )
-            return rest + column_product(x, w, k_last=k_last)
-        w = w._replace(outlier_rows=None, outlier_index=None)
+        y = float_product(x.astype(jnp.float32), w, k_last=k_last)
+    else:
+        y = _int8_product(x, w, config, k_last, implementation)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+
+
+def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str):
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
     total = jnp.float32(0)
@@ -112,16 +123,19 @@ def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: boo
     outlier = outlier.astype(jnp.float32)
     if w.zero is not None:
         outlier = outlier - row_sum.astype(jnp.float32) * w.zero
-    return out + _join_digits(outlier, len(x)) * step
+    return out + join_digits(outlier, len(x)) * step
 
 
 def _row_sum(q):
     return jnp.sum(q, axis=1, keepdims=True, dtype=jnp.int32)
 
 
-def _join_digits(sums, m: int):
-    """float32 sums of `m` rows, of which each has one digit or two, to sums of what the rows stand for."""
-    return sums if len(sums) == m else sums[:m] * DIGIT_BASE + sums[m:]
+def join_digits(sums, m: int):
+    """float32 sums of the digits of `m` rows, `[digits m, n]`, to sums of what the rows stand for, `[m, n]`."""
+    total = sums[:m]
+    for start in range(m, len(sums), m):
+        total = total * DIGIT_BASE + sums[start : start + m]
+    return total
 
 
 def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
@@ -135,11 +149,11 @@ def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
         if w.zero is not None:
             weight_sum = weight_sum - q.shape[1] * w.zero
         out = out - zero * weight_sum
-    return _join_digits(out, len(scale)) * scale
+    return join_digits(out, len(scale)) * scale
 
 
 def gathered_product(x, outliers: Outliers, q, k_last: bool):
-    """The two digits of the outliers in `x[m, k]` times the weights -> int32 `[2 m, n]`, and the digits' row sums.
+    """The digits of the outliers in `x[m, k]` times the weights -> int32 `[3 m, n]`, and the digits' row sums.
 
     Reads the columns that hold outliers only, `BLOCK` at a time.
     """
@@ -156,11 +170,13 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool):
         block, acc, row_sum = carry
         idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
         x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
-        rows = digits(x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0), step)
+        values = x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0)
+        rows = digits(values, step, OUTLIER_DIGITS)
         w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0)
         return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
 
-    init = (jnp.int32(0), jnp.zeros((2 * m, n), jnp.int32), jnp.zeros((2 * m, 1), jnp.int32))
+    rows = OUTLIER_DIGITS * m
+    init = (jnp.int32(0), jnp.zeros((rows, n), jnp.int32), jnp.zeros((rows, 1), jnp.int32))
     _, acc, row_sum = lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)
     return acc, row_sum
 

@@ -172,14 +172,15 @@ def llm_int8_matmul(
     bias: jax.Array | None = None,
     threshold: float = 6.0,
     mode: str = "batch",
+    dtype=None,
     backend: str | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """x @ (w * w_scale).T + bias with int8 tensor cores: kept values in int8, outliers with 22 bits.
 
-    Exact for any number of outlier columns, with static shapes and without waiting for the device. One rounding, to
-    x.dtype.
+    Exact for any number of outlier columns, with static shapes and without waiting for the device. One rounding, at the
+    end.
 
     Args:
       x: bfloat16, float16 or float32[m, k].
@@ -189,13 +190,14 @@ def llm_int8_matmul(
       threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
       mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
         so that a row's result is bit for bit independent of the others.
+      dtype: of the result; None is x.dtype.
       backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as
         no measurement says that the other is faster.
       config: a tile instead of the table's; `FewRowsConfig` takes the path for few rows.
       interpret: run in Pallas's interpret mode.
 
     Returns:
-      x.dtype[m, n]. Rows that hold NaN or infinity are not finite, others are unaffected.
+      dtype[m, n]. Rows that hold NaN or infinity are not finite, others are unaffected.
 
     Raises:
       TypeError: for dtypes.
@@ -213,20 +215,23 @@ def llm_int8_matmul(
     """
     _check(x, w, w_scale, bias, threshold, mode, backend)
     (m, k), n = x.shape, w.shape[0]
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    if dtype not in _FLOATS:
+        raise TypeError(f"Expected dtype to be bfloat16, float16 or float32, got {dtype}")
     if 0 in (m, n, k):
         y = jnp.zeros((m, n), jnp.float32)
-        return (y if bias is None else y + bias).astype(x.dtype)
+        return (y if bias is None else y + bias).astype(dtype)
     _check_size(m, n, k)
     if k % _ALIGN:
         # Rows that start at odd addresses are read byte by byte, which costs far more than this copy of the weights.
         pad = ((0, 0), (0, -k % _ALIGN))
         x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
     if config is None:
-        config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=x.dtype)
+        config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=dtype)
 
     if isinstance(config, FewRowsConfig):
         planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)
-        return int8_matmul_few_rows(planes, w, w_scale, bias=bias, dtype=x.dtype, config=config, interpret=interpret)
+        return int8_matmul_few_rows(planes, w, w_scale, bias=bias, dtype=dtype, config=config, interpret=interpret)
 
     outliers = outlier_w = None
     if threshold:
@@ -241,7 +246,7 @@ def llm_int8_matmul(
         outlier_w=outlier_w,
         number=number,
         bias=bias,
-        dtype=x.dtype,
+        dtype=dtype,
         config=config,
         interpret=interpret,
     )

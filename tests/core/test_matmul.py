@@ -13,12 +13,20 @@ import jint8
 from jint8._quantize import contract_last
 
 # name for `implementation=`, and whether it quantizes activations
-IMPLEMENTATIONS = {"xla_digits": True, "xla_gather": True, "dequantize": False}
+IMPLEMENTATIONS = {"xla_digits": True, "xla_gather": True, "triton": True, "dequantize": False}
 INT8 = [name for name, quantizes in IMPLEMENTATIONS.items() if quantizes]
+XLA = ["xla_digits", "xla_gather"]
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 int8_implementations = pytest.mark.parametrize("implementation", INT8)
-matmul = jax.jit(jint8.matmul, static_argnames=("config", "implementation"))
+jitted = functools.partial(jax.jit, jint8.matmul, static_argnames=("config", "implementation"))
+optimized = jitted()
+# an interpreted kernel is a large program that runs once
+quick = jitted(compiler_options={"xla_backend_optimization_level": 0})
+
+
+def matmul(*args, implementation=None, **kwargs):
+    return (quick if implementation == "triton" else optimized)(*args, implementation=implementation, **kwargs)
 
 
 @functools.cache
@@ -69,8 +77,10 @@ def test_integers_are_exact(name, n_k, implementation):
     case = CASES[name]
     w = quantized(name, jint8.Config(threshold=case.threshold), n_k)
     assert (np.asarray(w.scale) == 1).all()
-    got = matmul(case.x, w, implementation=implementation)
-    np.testing.assert_array_equal(np.asarray(got, np.float64), case.x.astype(np.float64) @ case.w.astype(np.float64))
+    got = np.asarray(matmul(case.x, w, implementation=implementation), np.float64)
+    # the kernels' outliers have steps of 1 here; those of three digits are below 1 and rounded at the end
+    rtol = 4 * oracle.ROUNDING if "outliers" in name and implementation in XLA else 0
+    np.testing.assert_allclose(got, case.x.astype(np.float64) @ case.w.astype(np.float64), rtol=rtol)
 
 
 @int8_implementations
@@ -78,6 +88,10 @@ def test_integers_are_exact(name, n_k, implementation):
 def test_sums_beyond_int32(name, implementation):
     case = CASES[name]
     w = quantized(name, jint8.Config(threshold=case.threshold), True)
+    if implementation == "triton":
+        with pytest.raises(NotImplementedError, match="exceed int32"):
+            matmul(case.x, w, implementation=implementation)
+        return
     got = np.asarray(matmul(case.x, w, implementation=implementation), np.float64)
     np.testing.assert_allclose(got, case.x.astype(np.float64) @ case.w.astype(np.float64), rtol=4 * oracle.ROUNDING)
 
@@ -100,7 +114,7 @@ def test_bias_is_added_before_the_one_rounding():
 @pytest.mark.parametrize("scheme", [s for s in oracle.SCHEMES if s != "none"])
 def test_schemes(scheme):
     decomposes = oracle.SCHEMES[scheme][3]
-    for implementation in INT8 if decomposes else [None]:
+    for implementation in XLA if decomposes else [None]:
         for mode in ("batch", "token") if decomposes else ("batch",):
             config = jint8.Config(scheme=scheme, outliers=mode)
             check("few_outliers", implementation, config=config, shift=1.5)  # off centre: zero points matter
@@ -116,11 +130,12 @@ def test_config_of_the_call_wins(w_scheme, x_scheme):
 
 
 @int8_implementations
-def test_an_outlier_is_off_by_2_to_minus_15_of_the_largest(implementation):
+def test_an_outlier_is_off_by_little_of_the_largest(implementation):
     x = np.random.default_rng(0).uniform(6, 3000, (512, 8)).astype(np.float32)
     w = jint8.quantize(np.eye(8, dtype=np.float32) * 127)  # scale 1, each outlier comes out alone
     error = abs(np.asarray(matmul(x, w, implementation=implementation), np.float64) / 127 - x)
-    assert (error <= oracle.OUTLIER_ERROR * x.max(1, keepdims=True)).all()
+    allowed = 2.0**-22 if implementation in XLA else oracle.OUTLIER_ERROR  # three digits, or 16 bits
+    assert (error <= allowed * x.max(1, keepdims=True)).all()
 
 
 @int8_implementations
@@ -134,6 +149,6 @@ def test_outlier_columns_take_no_part_in_the_scale(implementation):
 
 def test_the_paths_agree_and_none_is_one_of_them():
     case, w = VALUES["few_outliers"], quantized("few_outliers", jint8.Config(), True)
-    digits, gather, none, xla = (matmul(case.x, w, implementation=name) for name in [*INT8, None, "xla"])
+    digits, gather, none, xla = (matmul(case.x, w, implementation=name) for name in [*XLA, None, "xla"])
     for other in (gather, none, xla):
         np.testing.assert_array_equal(digits, other)

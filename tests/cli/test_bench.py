@@ -1,0 +1,42 @@
+import pytest
+
+SMALL = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1)
+
+
+def test_json(llama, model, float_model, run_json):
+    import jint8
+
+    got = run_json("bench", llama, *SMALL, "--batch-size", 1, "--batch-size", 2)
+    assert got["weight_bytes"] == {
+        "int8": jint8.memory_report(model.params).bytes,
+        "float": jint8.memory_report(float_model.params).bytes,
+    }
+    assert list(got["batches"]) == ["1", "2"]
+    for batch in got["batches"].values():
+        for kind in ("int8", "float"):
+            assert batch["prefill_tokens_per_s"][kind] > 0
+            assert batch["decode_tokens_per_s"][kind] > 0
+            # what compiled took longer than what didn't
+            assert batch["first_token_s"][kind] > 8 / batch["prefill_tokens_per_s"][kind]
+            assert batch["decode_roofline"][kind] > 0
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        assert got[name] == got["batches"]["1"][name]
+    assert (got["prompt_tokens"], got["new_tokens"]) == (8, 3)
+
+
+def test_table(llama, run):
+    status, out, _ = run("bench", llama, *SMALL, "--batch-size", 2)
+    assert status == 0
+    prefill, decode, weights = out.splitlines()
+    assert prefill.startswith("batch   2  prefill")
+    assert "% of the roofline" in decode
+    assert weights.startswith("weights: ")
+
+
+@pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens", "--repeats", "--batch-size"])
+def test_counts_are_at_least_one(llama, run_error, option):
+    assert f"Expected {option} to be at least 1, got 0" in run_error("bench", llama, option, 0)
+
+
+def test_longer_than_the_model_is_made_for(llama, run_error):
+    assert "Expected at most" in run_error("bench", llama, "--prompt-tokens", 10**6)
