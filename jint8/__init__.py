@@ -41,7 +41,7 @@ _LAZY = {
     "load": "jint8._load",
     "save": "jint8._save",
 }
-_LAZY_MODULES = ("checkpoints", "linen", "models", "nnx")
+_LAZY_MODULES = ("analysis", "checkpoints", "linen", "models", "nnx")
 
 
 def __getattr__(name: str) -> Any:

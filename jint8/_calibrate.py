@@ -44,7 +44,7 @@ def calibrate(
     Runs each batch forward, under `jit`; statistics add up over batches, so that data may be of any size.
 
     Args:
-      apply_fn: `module.apply` of a linen module, or any function that multiplies by `params`.
+      apply_fn: `module.apply` of a linen module, or any function that multiplies by `jint8.matmul` and its like.
       params: a tree of float parameters, or one with `QTensor`s: then only those are looked at.
       batches: for each call, a tuple of the arguments after the parameters, or the only one. Leave padding out.
       threshold: magnitude from which on a value is an outlier.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ def load(
     quantize: bool = True,
     skip: Patterns = (),
     include: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
+    calibrate: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -54,6 +56,9 @@ def load(
         against our paths (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`
         and `"lm_head"`). Where q, k and v or gate and up share a product, naming one keeps all of them.
       include: patterns or a predicate that win over `skip` and over the default.
+      outliers: outlier feature dimensions by path, as `jint8.calibrate` returns; the config then has
+        `outliers="static"`. None, with such a config: they are found on a text, which reads the checkpoint twice.
+      calibrate: that text. None is a short one that comes with the package.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
@@ -75,7 +80,7 @@ def load(
         verify_files(Path(path))
     with open_checkpoint(path) as checkpoint:
         if isinstance(checkpoint, Jint8Checkpoint):
-            if not quantize or skip or include:
+            if not quantize or skip or include or outliers is not None or calibrate is not None:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
@@ -83,15 +88,26 @@ def load(
         else:
             quant = (config or Config()) if quantize else Config(scheme="none")
             model = decoder(checkpoint, default_dtype() if dtype is None else dtype)
-            params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
-        return LanguageModel(
-            model=model,
-            params=params,
-            tokenizer=checkpoint.tokenizer(),
-            config=model.config,
-            quant=quant,
-            hf_config=checkpoint.config,
-        )
+            read = functools.partial(read_params, checkpoint, model, skip=skip, include=include, progress=progress)
+            if outliers is not None:
+                quant = dataclasses.replace(quant, outliers="static")
+            elif quant.outliers == "static" and quant.decomposes:
+                params = read(config=dataclasses.replace(quant, outliers="token"))
+                outliers = _language_model(checkpoint, model, params, quant).calibrate(calibrate)
+                del params
+            params = read(config=quant, outliers=outliers)
+        return _language_model(checkpoint, model, params, quant)
+
+
+def _language_model(checkpoint: Checkpoint, model: Decoder, params: Any, quant: Config) -> LanguageModel:
+    return LanguageModel(
+        model=model,
+        params=params,
+        tokenizer=checkpoint.tokenizer(),
+        config=model.config,
+        quant=quant,
+        hf_config=checkpoint.config,
+    )
 
 
 def decoder(checkpoint: Checkpoint, dtype: Any) -> Decoder:
@@ -114,10 +130,13 @@ def read_params(
     config: Config,
     skip: Patterns = (),
     include: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of `model` out of `checkpoint`; see `load`."""
     names = sources(model.config)
+    if unknown := sorted(set(outliers or ()) - set(names)):
+        raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
     expected = abstract_params(model)
     _check_names(checkpoint, names, model.config)
     total = sum(checkpoint.tensors[name].nbytes for parts in names.values() for name in parts)
@@ -129,7 +148,7 @@ def read_params(
         pieces = []
         for name in parts:
             try:
-                pieces.append(_convert(checkpoint.read(name), axes, config, model.dtype))
+                pieces.append(_convert(checkpoint.read(name), axes, config, model.dtype, (outliers or {}).get(path)))
             except ValueError as error:
                 raise ValueError(f"{checkpoint.tensors[name].file}: tensor {name!r}: {error}") from None
             done += checkpoint.tensors[name].nbytes
@@ -180,14 +199,18 @@ def _quantized_axes(path, parts, ndim, config, skip, include) -> tuple[int, ...]
     return None if skipped and not included else axes
 
 
-def _convert(value: np.ndarray, axes: tuple[int, ...] | None, config: Config, dtype) -> jax.Array | QTensor:
+def _convert(
+    value: np.ndarray, axes: tuple[int, ...] | None, config: Config, dtype, outliers=None
+) -> jax.Array | QTensor:
     """A tensor of the checkpoint as a piece of a parameter."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"Expected floating point values, got {array.dtype}.")
     if axes is None:
         return array.astype(dtype)
-    return dataclasses.replace(quantize_weight(array, contract_axes=axes, config=config), dtype=dtype)
+    return dataclasses.replace(
+        quantize_weight(array, contract_axes=axes, config=config, outliers=outliers), dtype=dtype
+    )
 
 
 def _stack(pieces: list[Any]) -> Any:

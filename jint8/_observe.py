@@ -30,8 +30,8 @@ class Observed(QTensor):
     """A weight whose activations are watched; `q` may be the float weight itself, with scales of 1.
 
     Attributes:
-      tap: float32 of `q`'s rank: for each field of `Seen` and each column a value, on the last contracted axis; size 1
-        on the other contracted axes and on those of output channels.
+      tap: float32 of `q`'s rank: `_VALUES` for each column, on the last contracted axis; size 1 on the other contracted
+        axes and on those of output channels.
       counted: what counts as an outlier: the threshold of a `Config`, absolute or relative.
     """
 
@@ -46,7 +46,10 @@ class Seen(NamedTuple):
     outliers: Any  # how many had an outlier in this dimension
     outlier_sum: Any  # sum of the outliers' magnitudes
     square_sum: Any  # sum of squares
-    largest: Any  # largest magnitude; in a weight that a call uses several times, the sum of those of each use
+    largest: Any  # largest magnitude; where a call uses a weight several times (or maps over x), the mean of theirs
+
+
+_VALUES = len(Seen._fields) + 1  # in a tap, per column: those of `Seen` and the number of uses
 
 
 def observe(weight: Any, contract_axes: Sequence[int], counted: Config, stack_axes: Sequence[int] = ()) -> Observed:
@@ -69,15 +72,17 @@ def empty_tap(w: QTensor) -> jax.Array:
     """The tap of a weight."""
     axes, stack = contracted_axes(w), stacked_axes(w)
     shape = [size if a in stack else 1 for a, size in enumerate(w.q.shape)]
-    shape[column_axis(w.q.shape, axes)] = len(Seen._fields) * math.prod(w.q.shape[a] for a in axes)
+    shape[column_axis(w.q.shape, axes)] = _VALUES * math.prod(w.q.shape[a] for a in axes)
     return jnp.zeros(shape, jnp.float32)
 
 
 def read_tap(w: QTensor, tap: Any) -> Seen:
     """What the tap of `w` has seen, in float64 `[*stack, k]`."""
     values = np.moveaxis(np.asarray(tap, np.float64), column_axis(w.q.shape, contracted_axes(w)), -1)
-    values = values.reshape(*(w.q.shape[a] for a in stacked_axes(w)), len(Seen._fields), -1)
-    return Seen(*np.moveaxis(values, -2, 0))
+    values = values.reshape(*(w.q.shape[a] for a in stacked_axes(w)), _VALUES, -1)
+    values = np.moveaxis(values, -2, 0)
+    seen = Seen(*values[:-1])
+    return seen._replace(largest=seen.largest / np.maximum(values[-1], 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,7 +103,7 @@ def _watch_fwd(counted, x, tap):
         square_sum=jnp.sum(jnp.square(magnitude), axis=-2),
         largest=jnp.max(magnitude, axis=-2),
     )
-    return x, jnp.concatenate(seen, axis=-1)
+    return x, jnp.concatenate([*seen, jnp.ones_like(seen.largest)], axis=-1)
 
 
 def _watch_bwd(counted, seen, gradient):

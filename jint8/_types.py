@@ -97,11 +97,42 @@ class Config:
         object.__setattr__(self, "threshold", float(self.threshold))
         object.__setattr__(self, "digits", int(self.digits))
 
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """A choice that was measured; docs/quality.md has the numbers.
+
+        Args:
+          name: `"paper"`: LLM.int8() as published, `Config()`. `"static"`: calibrated outlier columns and zero points.
+            `"best"`: those, and two digits per activation: the quality of int8 weights with float activations.
+            `"fast"`: zero points and no decomposition.
+
+        Returns:
+          The config.
+
+        Raises:
+          ValueError: unknown name.
+
+        Examples:
+          >>> import jint8
+          >>> jint8.Config.preset("paper") == jint8.Config()
+          True
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Expected a preset among {', '.join(PRESETS)}, got {name!r}.")
+        return cls(**PRESETS[name])
+
     @property
     def decomposes(self) -> bool:
         """Whether outlier dimensions are split off: the scheme says so and the threshold isn't 0."""
         return SCHEMES[self.scheme].decomposition and self.threshold > 0
 
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "static": {"scheme": "llm.int8-zp", "outliers": "static"},
+    "best": {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2},
+    "fast": {"scheme": "vector-zp"},
+}
 
 ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index")
 STATIC_FIELDS = ("dtype", "config", "order", "stack")
