@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,9 @@ def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -
     return dataclasses.replace(config, outliers="static"), outliers
 
 
-def keep_rows(w, scale, outliers, contract_axes, stack_axes) -> tuple[jax.Array | None, jax.Array | None]:
+# jit, because outside of one every operation would be a program of its own
+@functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes"))
+def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Array | None, jax.Array | None]:
     """`QTensor.outlier_rows` and `QTensor.outlier_index`."""
     if outliers is None or outliers.shape[-1] == 0:
         return None, None
@@ -69,6 +72,7 @@ def _flatten(array: jax.Array, contract_axes: Sequence[int]) -> jax.Array:
     return moved.reshape(*(array.shape[a] for a in own), math.prod(array.shape[a] for a in contract_axes))
 
 
+@jax.jit
 def put_rows(values: jax.Array, w: QTensor) -> jax.Array:
     """`values`, as stored, with the calibrated outlier columns out of their 16-bit rows."""
     assert w.outlier_rows is not None

@@ -139,7 +139,7 @@ def quantize(
     q, scale, zero = _quantize(w, contract_axes=contract_axes, config=config, channel_axes=channel_axes)
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
-    rows, index = keep_rows(w, scale, outliers, contract_axes, stack_axes)
+    rows, index = keep_rows(w, scale, outliers, contract_axes=contract_axes, stack_axes=stack_axes)
     order = tuple(range(w.ndim - len(stack_axes))) if stack_axes else None
     dtype = jax.dtypes.canonicalize_dtype(w.dtype)
     return QTensor(q, scale, zero, rows, index, dtype=dtype, config=config, order=order, stack=stack_axes)
