@@ -22,6 +22,7 @@ from jint8._plan import plan as plan
 from jint8._quantize import dequantize as dequantize
 from jint8._quantize import quantize as quantize
 from jint8._ragged import ragged_dot as ragged_dot
+from jint8._sharding import shardings as shardings
 from jint8._types import SCHEMES as SCHEMES
 from jint8._types import Config as Config
 from jint8._types import QTensor as QTensor

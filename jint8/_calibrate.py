@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._observe import Observed, Seen, empty_tap, observe, read_tap
-from jint8._params import projections
+from jint8._params import dequantize_params, projections
 from jint8._paths import Patterns, leaf_paths, path_group, path_string
 from jint8._plan import plan as find_plan
 from jint8._types import Config, is_qtensor
@@ -52,7 +52,7 @@ def calibrate(
       layer_share: share of layers; 0 asks for one layer at least.
       position_share: share of positions, over the layers in which there are any.
       budget: None, or how many columns per layer (a share of them if below 1), whatever the threshold and the shares.
-      plan: for float parameters, which leaves are projections; None finds out by `jint8.plan`.
+      plan: which leaves are projections, and which of their axes are stacked; None finds out by `jint8.plan`.
       skip: patterns or a predicate of leaves that aren't looked at, besides the output head.
       include: patterns or a predicate that win over `skip`.
 
@@ -103,11 +103,13 @@ def statistics(
     first = next(batches, None)
     if first is None:
         raise ValueError("Expected at least one batch, got none.")
-    floats: dict[str, Any] = {}
-    if not any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
-        plan = find_plan(apply_fn, params, *arguments(first)) if plan is None else plan
-        floats = projections(params, plan=plan, skip=skip, include=include)
-    return collect(apply(apply_fn), params, itertools.chain([first], batches), floats=floats, counted=counted)
+    weights = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
+    if plan is None and (not weights or any(w.ndim > 2 for w in weights)):  # of others, no axis is stacked
+        floats = jax.eval_shape(dequantize_params, params) if weights else params
+        plan = find_plan(apply_fn, floats, *arguments(first))
+    axes = {} if weights else projections(params, plan=plan, skip=skip, include=include)
+    axes = axes or {path: ((), stack) for path, stack in getattr(plan, "stacked", {}).items()}
+    return collect(apply(apply_fn), params, itertools.chain([first], batches), axes=axes, counted=counted)
 
 
 def collect(
@@ -115,17 +117,21 @@ def collect(
     params: Any,
     batches: Iterable[Any],
     *,
-    floats: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    axes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     counted: Config,
 ) -> dict[str, Seen]:
-    """Statistics of every `QTensor` in `params`, and of the float leaves that `floats` gives the axes of."""
+    """Statistics of every `QTensor` in `params`, or of the float leaves that `axes` names.
+
+    `axes` has the contracted axes of these, and the stacked ones of either.
+    """
+    leaves = leaf_paths(params, is_leaf=is_qtensor)
+    has_int8 = any(is_qtensor(leaf) for _, leaf in leaves)
 
     def watch(path: str, leaf: Any) -> Observed:
-        axes, stack = ((), ()) if is_qtensor(leaf) else floats[path]
-        return observe(leaf, [a % leaf.ndim for a in axes], counted, stack)
+        contracted, stacked = axes.get(path, ((), ()))
+        return observe(leaf, [a % leaf.ndim for a in contracted], counted, stacked)
 
-    leaves = leaf_paths(params, is_leaf=is_qtensor)
-    watched = {path: watch(path, leaf) for path, leaf in leaves if is_qtensor(leaf) or path in floats}
+    watched = {path: watch(path, leaf) for path, leaf in leaves if (is_qtensor(leaf) if has_int8 else path in axes)}
     if not watched:
         raise ValueError("Expected parameters with projections, got none.")
     taps = {path: empty_tap(w) for path, w in watched.items()}

@@ -55,7 +55,7 @@ class LanguageModel:
 
         Raises:
           TypeError: tokens that aren't integers.
-          ValueError: not two-dimensional, or ids outside of the vocabulary.
+          ValueError: not two-dimensional, ids outside of the vocabulary, or more tokens than a table of positions has.
         """
         tokens = np.asarray(tokens)
         if not np.issubdtype(tokens.dtype, np.integer):
@@ -63,6 +63,7 @@ class LanguageModel:
         if tokens.ndim != 2:
             raise ValueError(f"Expected tokens of shape (b, s), got {tokens.shape}.")
         self._check_ids(tokens)
+        self._check_length(tokens.shape[1])
         return _logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32))
 
     def calibrate(self, text: str | None = None, **criteria: Any) -> dict[str, np.ndarray]:
@@ -185,6 +186,7 @@ class LanguageModel:
             raise ValueError(f"Expected every to be at least 1, got {every}.")
         for ids in prompts:
             self._check_ids(np.asarray(ids, np.int64))
+            self._check_length(len(ids) + max_tokens)
         if config is None and len(prompts) > 1 and self.quant.decomposes and self.quant.outliers == "batch":
             config = dataclasses.replace(self.quant, outliers="token")
         params = {"params": self.params if config is None else with_config(self.params, config)}
@@ -218,6 +220,12 @@ class LanguageModel:
             raise ValueError(
                 f"Expected token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}."
             )
+
+    def _check_length(self, length: int) -> None:
+        """A table of positions ends somewhere; rotary positions and ALiBi go on, with falling quality."""
+        longest = self.config.max_positions
+        if self.config.learned_positions is not None and length > longest:
+            raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

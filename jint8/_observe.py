@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._outliers import limits, outlier_elements
-from jint8._types import ARRAY_FIELDS, STATIC_FIELDS, Config, QTensor, column_axis, contracted_axes
+from jint8._types import ARRAY_FIELDS, STATIC_FIELDS, Config, QTensor, column_axis, contracted_axes, storage_axes
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=[*ARRAY_FIELDS, "tap"], meta_fields=[*STATIC_FIELDS, "counted"]
+    jax.tree_util.register_dataclass,
+    data_fields=[*ARRAY_FIELDS, "tap"],
+    meta_fields=[*STATIC_FIELDS, "counted", "stacked"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observed(QTensor):
@@ -33,10 +35,16 @@ class Observed(QTensor):
       tap: float32 of `q`'s rank: `_VALUES` for each column, on the last contracted axis; size 1 on the other contracted
         axes and on those of output channels.
       counted: what counts as an outlier: the threshold of a `Config`, absolute or relative.
+      stacked: the axes of `q` that count independent weights. They hold for the whole weight, not for slices of it.
     """
 
     tap: Any = None
     counted: Config = Config()
+    stacked: tuple[int, ...] = ()
+
+    def unobserved(self) -> QTensor:
+        """The weight itself."""
+        return QTensor(**{name: getattr(self, name) for name in (*ARRAY_FIELDS, *STATIC_FIELDS)})
 
 
 class Seen(NamedTuple):
@@ -53,33 +61,34 @@ _VALUES = len(Seen._fields) + 1  # in a tap, per column: those of `Seen` and the
 
 
 def observe(weight: Any, contract_axes: Sequence[int], counted: Config, stack_axes: Sequence[int] = ()) -> Observed:
-    """A `QTensor`, or a float weight that is contracted over `contract_axes`, to be watched."""
+    """A `QTensor`, or a float weight that is contracted over `contract_axes`, to be watched.
+
+    `stack_axes`, of the float weight, count independent weights: each has statistics of its own.
+    """
+    if isinstance(weight, Observed):
+        return weight
     if isinstance(weight, QTensor):
         fields = {name: getattr(weight, name) for name in (*ARRAY_FIELDS, *STATIC_FIELDS)}
-        return Observed(**fields, counted=counted)
+        at = storage_axes(weight)
+        return Observed(**fields, counted=counted, stacked=tuple(sorted(at[a] for a in stack_axes)))
     scale = jnp.ones([1 if a in contract_axes else size for a, size in enumerate(weight.shape)], jnp.float32)
-    order, config = tuple(range(weight.ndim - len(stack_axes))), Config(scheme="none")
-    stack = tuple(sorted(stack_axes))
-    return Observed(weight, scale, dtype=weight.dtype, config=config, order=order, stack=stack, counted=counted)
+    stacked = tuple(sorted(stack_axes))
+    none = Config(scheme="none")
+    return Observed(weight, scale, dtype=weight.dtype, config=none, counted=counted, stacked=stacked)
 
 
-def stacked_axes(w: QTensor) -> tuple[int, ...]:
-    """The axes of `w.q` that count independent weights, as far as `w` knows."""
-    return w.stack if w.order is not None and len(w.order) + len(w.stack) == w.q.ndim else ()
-
-
-def empty_tap(w: QTensor) -> jax.Array:
+def empty_tap(w: Observed) -> jax.Array:
     """The tap of a weight."""
-    axes, stack = contracted_axes(w), stacked_axes(w)
-    shape = [size if a in stack else 1 for a, size in enumerate(w.q.shape)]
+    axes = contracted_axes(w)
+    shape = [size if a in w.stacked else 1 for a, size in enumerate(w.q.shape)]
     shape[column_axis(w.q.shape, axes)] = _VALUES * math.prod(w.q.shape[a] for a in axes)
     return jnp.zeros(shape, jnp.float32)
 
 
-def read_tap(w: QTensor, tap: Any) -> Seen:
+def read_tap(w: Observed, tap: Any) -> Seen:
     """What the tap of `w` has seen, in float64 `[*stack, k]`."""
     values = np.moveaxis(np.asarray(tap, np.float64), column_axis(w.q.shape, contracted_axes(w)), -1)
-    values = values.reshape(*(w.q.shape[a] for a in stacked_axes(w)), _VALUES, -1)
+    values = values.reshape(*(w.q.shape[a] for a in w.stacked), _VALUES, -1)
     values = np.moveaxis(values, -2, 0)
     seen = Seen(*values[:-1])
     return seen._replace(largest=seen.largest / np.maximum(values[-1], 1))

@@ -50,12 +50,16 @@ def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Arr
     values = _flatten(w, contract_axes)
     everywhere = jnp.broadcast_to(index, (*values.shape[:-1], index.shape[-1]))
     rows = jnp.take_along_axis(values, everywhere, axis=-1, mode="fill", fill_value=0).astype(jnp.float32)
-    scale = _flatten(scale, contract_axes)
-    rows = jnp.where(scale < SMALLEST_NORMAL, 0.0, rows / scale).astype(jnp.float16)
+    rows = scaled(rows, _flatten(scale, contract_axes))
 
     at = column_axis(w.shape, contract_axes)
     others = [a for a in contract_axes if a != at]
     return _unflatten(rows, at, others), _unflatten(index, at, others)
+
+
+def scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 rows in units of `scale`, in float16: up to 255, whatever the weight's magnitude."""
+    return jnp.where(scale < SMALLEST_NORMAL, 0.0, rows / scale).astype(jnp.float16)
 
 
 def _unflatten(array: jax.Array, at: int, others: Sequence[int]) -> jax.Array:

@@ -49,7 +49,7 @@ def quantize_params(
       include: patterns or a predicate that win over `skip` and over the default. With a plan they also name weights
         that it skips only because they are looked up as well (`Plan.tied`).
       keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
-        axes last: those of linen modules that declare their parameters in `setup()`, where linen compares shapes.
+        axes last, such as those that are sharded by the names of their axes. Products with them may be slower.
       outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns: those
         rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't matter.
 

@@ -140,9 +140,7 @@ def quantize(
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
     rows, index = keep_rows(w, scale, outliers, contract_axes=contract_axes, stack_axes=stack_axes)
-    order = tuple(range(w.ndim - len(stack_axes))) if stack_axes else None
-    dtype = jax.dtypes.canonicalize_dtype(w.dtype)
-    return QTensor(q, scale, zero, rows, index, dtype=dtype, config=config, order=order, stack=stack_axes)
+    return QTensor(q, scale, zero, rows, index, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
 
 
 def dequantize(w: QTensor, dtype=None) -> jax.Array:
@@ -181,14 +179,16 @@ def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence
     """
     ndim = w.q.ndim
     contract, stack = canonical_axes(contract_axes, ndim), canonical_axes(stack_axes, ndim, "stack_axes")
-    own = [a for a in range(ndim) if a not in stack]
+    # axes in front of all contracted ones don't move either: a layer axis may be among them
+    fixed = sorted({*stack, *range(min(contract, default=0))})
+    own = [a for a in range(ndim) if a not in fixed]
     order = tuple(i for i, a in enumerate(own) if a not in contract) + tuple(
         i for i, a in enumerate(own) if a in contract
     )
-    if order == tuple(range(len(own))) and stack == w.stack:
+    if order == tuple(range(len(own))):
         return w
     permutation = list(range(ndim))
     for stored, original in enumerate(order):
         permutation[own[stored]] = own[original]
     moved = jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)
-    return dataclasses.replace(moved, order=order, stack=stack)
+    return dataclasses.replace(moved, order=order, stack=tuple(sum(a < axis for a in own) for axis in fixed))

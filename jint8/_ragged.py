@@ -10,6 +10,7 @@ from jax import lax
 
 from jint8 import _xla
 from jint8._matmul import check_activations
+from jint8._observe import Observed, watch
 from jint8._outliers import OUTLIER_DIGITS, split_with_digits
 from jint8._quantize import dequantize
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
@@ -61,20 +62,25 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
     if k > _xla.MAX_K:
         raise ValueError(f"Expected k of at most {_xla.MAX_K}, got {k}.")
     config = rhs.config if config is None else config
+    if isinstance(rhs, Observed):
+        taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
+        taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
+        taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
+        lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
+        rhs = rhs.unobserved()
     return _ragged(config, lhs, rhs, group_sizes).astype(lhs.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _ragged(config: Config, x, w: QTensor, group_sizes):
-    ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(x.shape[0])
-    in_group = (rows < ends[-1])[:, None]
+    in_group = (rows < jnp.sum(group_sizes))[:, None]
     x = jnp.where(in_group, x, 0)
     if SCHEMES[config.scheme].activations is None:
         return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes)
 
     at = storage_axes(w)
-    expert = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), w.shape[0] - 1)
+    expert = jnp.minimum(_experts(group_sizes, x.shape[0]), w.shape[0] - 1)
 
     def per_row(leaf):  # [experts, 1, n] -> [m, n]
         return jnp.transpose(leaf, at)[expert, 0]
@@ -118,6 +124,11 @@ def _ragged_jvp(config, primals, tangents):
     x_dot = tangents[0]
     y_dot = lax.ragged_dot(x_dot, dequantize(w, x_dot.dtype), group_sizes)
     return _ragged(config, x, w, group_sizes), y_dot.astype(jnp.float32)
+
+
+def _experts(group_sizes, m: int):
+    """The expert of each of `m` rows; their number for rows behind the last group."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
 
 
 def _row_sum(q):

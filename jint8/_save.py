@@ -15,35 +15,53 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jint8._bitsandbytes import to_tensors
 from jint8._language_model import LanguageModel
 from jint8._params import with_config
 from jint8._paths import leaf_paths
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor
+from jint8.checkpoints._huggingface import write_huggingface
 from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint, write_checkpoint
 
 SHARD_BYTES = 4 * 2**30
+FORMATS = ("jint8", "bitsandbytes")
 
 
-def save(path: str | os.PathLike[str], loaded: LanguageModel, *, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    path: str | os.PathLike[str], loaded: LanguageModel, *, format: str = "jint8", shard_bytes: int = SHARD_BYTES
+) -> None:
     """Saves a model so that `jint8.load` gives back the same bits, on any device.
 
     The directory holds `model.safetensors` (or several), `config.json`, `tokenizer.json`, `jint8.json` with how the
     weights were quantized, and `SHA256SUMS`. It is written beside `path` and renamed when it is complete.
 
+    With `format="bitsandbytes"` the directory is what PyTorch's transformers writes of a model that it loaded with
+    `load_in_8bit`, and reads: `weight` int8, `SCB` (127 times the scales) and a `quantization_config`.
+
     Args:
       path: the directory to make; nothing or an empty directory may be there.
       loaded: what `jint8.load` returned.
+      format: `"jint8"`, or `"bitsandbytes"`.
       shard_bytes: the weights are split into files of at most this size.
 
     Raises:
       FileExistsError: there is something at `path`.
       OSError: it can't be written.
-      ValueError: `loaded` doesn't know its Hugging Face configuration, or `shard_bytes` isn't positive.
+      ValueError: `loaded` doesn't know its Hugging Face configuration, `shard_bytes` isn't positive, an unknown
+        `format`, or int8 weights that bitsandbytes can't have (affine, of embeddings or of experts).
     """
     if loaded.hf_config is None:
         raise ValueError("Expected a model with its Hugging Face configuration in hf_config, got None.")
     if shard_bytes < 1:
         raise ValueError(f"Expected shard_bytes to be at least 1, got {shard_bytes}.")
+    if format not in FORMATS:
+        raise ValueError(f"Expected format to be one of {', '.join(FORMATS)}, got {format!r}.")
+    if format == "bitsandbytes":
+        tensors, asked = to_tensors(loaded.params, loaded.config)
+        config = {k: v for k, v in loaded.hf_config.items() if k != "torch_dtype"}
+        config |= {"dtype": jnp.dtype(loaded.model.dtype).name, "quantization_config": asked}
+        write_huggingface(Path(path), tensors, config=config, tokenizer=loaded.tokenizer, shard_bytes=shard_bytes)
+        return
     leaves = leaf_paths(loaded.params, is_leaf=is_qtensor)
     metadata = {
         "dtype": jnp.dtype(loaded.model.dtype).name,

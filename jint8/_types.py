@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -156,8 +157,9 @@ class QTensor:
       dtype: the dtype of the float weight.
       config: the `Config` that `jint8.matmul` uses unless it is given another.
       order: None, or the permutation with `q = transpose(w, order)`: `q` is stored with the contracted axes last.
-      stack: positions of the axes in front of or between the weight's own, such as a scanned layer axis. They hold
-        only while the rank is `len(order) + len(stack)`: a slice of one layer has lost them, and `order` stays right.
+      stack: the axes that `order` leaves out because they keep their place, such as a scanned layer axis: for each, how
+        many of those in `order` lie in front of it. A slice of one layer has lost its entry and keeps the metadata, so
+        `storage_axes` finds out which are left.
 
     Invariants: every leaf has `q`'s rank, so that scanned, sliced and vmapped axes sit at the same place in all; no
     static field names an axis that a scanned axis shifts.
@@ -218,12 +220,32 @@ def storage_axes(w: QTensor) -> tuple[int, ...]:
     extra = ndim - len(w.order)
     if extra < 0:
         raise ValueError(f"Expected a weight of at least {len(w.order)} dimensions, got {w.q.shape}.")
-    stack = w.stack if extra == len(w.stack) else tuple(range(extra))
+    stack = _stack_axes(w, extra)
     own = [axis for axis in range(ndim) if axis not in stack]
     positions = list(range(ndim))
     for stored, original in enumerate(w.order):
         positions[own[original]] = own[stored]
     return tuple(positions)
+
+
+def _stack_axes(w: QTensor, count: int) -> tuple[int, ...]:
+    """Positions of the `count` stacked axes that are left: slices take some away, `jnp.stack` puts more in front.
+
+    Where several choices are left, contracted axes must come last, as they are stored: `scale` shows those. Where that
+    leaves a choice too, it is the axes in front that are gone, as after a scan over layers.
+    """
+    before = (0,) * (count - len(w.stack)) + w.stack
+    choices = [
+        tuple(own + i for i, own in enumerate(chosen))
+        for chosen in sorted({*itertools.combinations(before, count)}, reverse=True)
+    ]
+
+    def contracted_last(stack: tuple[int, ...]) -> bool:
+        contracted = [size != scale for size, scale in zip(w.q.shape, w.scale.shape, strict=True)]
+        own = [contracted[axis] for axis in range(len(contracted)) if axis not in stack]
+        return own == sorted(own) and not any(contracted[axis] for axis in stack)
+
+    return choices[0] if len(choices) == 1 else next(filter(contracted_last, choices), choices[0])
 
 
 def contracted_axes(w: QTensor) -> tuple[int, ...]:

@@ -1,60 +1,30 @@
-"""Docstrings: their examples run, and no public symbol is without its sections."""
+"""The Python examples of README.md and docs/ run, in a folder in which `path/to/checkpoint` is a small model."""
 
-import doctest
-import importlib
-import inspect
-import pkgutil
-import subprocess
-import sys
+import re
+from pathlib import Path
 
 import pytest
+from tiny_model import make_llama_directory
 
-import jint8
-
-MODULES = [
-    "jint8",
-    *(
-        module.name
-        for module in pkgutil.walk_packages(jint8.__path__, "jint8.")
-        if not module.name.endswith("__main__")
-    ),
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
 ]
-PUBLIC = {name: getattr(jint8, name) for name in dir(jint8) if not name.startswith("_")}
-OURS = {name: value for name, value in PUBLIC.items() if getattr(value, "__module__", "").startswith("jint8")}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("docs")
+    checkpoint = path / "path" / "to" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    make_llama_directory(checkpoint, seed=0)
+    return path
 
 
-def test_there_are_examples_to_run():
-    finder = doctest.DocTestFinder()
-    found = {test.name for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples}
-    assert {"jint8._quantize.quantize", "jint8._matmul.matmul", "jint8._contract.einsum"} <= found
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_sections(name):
-    symbol = OURS[name]
-    doc = inspect.getdoc(symbol) or ""
-    assert doc, f"{name} has no docstring"
-    sections = {line[:-1] for line in doc.splitlines() if line in ("Args:", "Attributes:", "Returns:", "Raises:")}
-    if inspect.isclass(symbol):
-        assert sections & {"Args", "Attributes"}
-        methods = [m for m, value in vars(symbol).items() if not m.startswith("_") and callable(value)]
-        assert all(inspect.getdoc(getattr(symbol, m)) for m in methods)
-        return
-    parameters = inspect.signature(symbol).parameters
-    returns = inspect.signature(symbol).return_annotation not in (None, "None")
-    assert ({"Args", "Returns"} if returns else {"Args"}) <= sections
-    assert all(f"{parameter}:" in doc for parameter in parameters), "a parameter isn't described"
-    if "raise " in inspect.getsource(symbol):
-        assert "Raises" in sections
-    if name not in ("load", "save"):  # they need a checkpoint
-        assert "Examples:" in doc
-
-
-def test_the_core_does_not_import_flax():
-    code = "import sys, jint8; jint8.matmul, jint8.quantize_params; sys.exit('flax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("block", BLOCKS)
+def test_example(block, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    exec(compile(block, "example", "exec"), {"__name__": "example"})

@@ -78,22 +78,17 @@ def write_checkpoint(
     Raises:
         OSError: If there is something at `path`, or it can't be written.
     """
-    shards = _shards(arrays, shard_bytes)
     special = None
     with new_directory(path) as directory:
-        for i, names in enumerate(shards, 1):
-            single = len(shards) == 1
-            file = "model.safetensors" if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            _save_arrays({name: np.asarray(arrays[name], order="C") for name in names}, directory / file)
+        write_arrays(directory, arrays, shard_bytes)
         if tokenizer is not None:
             special = {"bos_id": tokenizer.bos_id, "eos_ids": list(tokenizer.eos_ids), "pad_id": tokenizer.pad_id}
             tokenizer.backend.save(str(directory / TOKENIZER))
             if tokenizer.chat_template is not None:
                 (directory / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8", newline="")
-        _write_json(directory / "config.json", config)
-        _write_json(directory / METADATA, {"version": VERSION, **metadata, "tokenizer": special})
-        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
-        (directory / MANIFEST).write_text("".join(sums), encoding="utf-8")
+        write_json(directory / "config.json", config)
+        write_json(directory / METADATA, {"version": VERSION, **metadata, "tokenizer": special})
+        write_manifest(directory)
 
 
 @contextlib.contextmanager
@@ -163,6 +158,36 @@ def verify_files(path: Path) -> None:
             raise ValueError(f"{path / name}: Expected SHA-256 {digest}, got {got}")
 
 
+def write_arrays(directory: Path, arrays: Mapping[str, Any], shard_bytes: int) -> dict[str, str]:
+    """Write arrays to one or more safetensors files; they come to the host one file at a time.
+
+    Args:
+        directory: Where.
+        arrays: The arrays by name, on any device.
+        shard_bytes: Size that a file may have (a larger array has a file of its own).
+
+    Returns:
+        The name of the file that each array is in.
+
+    Raises:
+        OSError: If they can't be written.
+    """
+    shards = _shards(arrays, shard_bytes)
+    files: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _save_arrays({name: np.asarray(arrays[name], order="C") for name in names}, directory / file)
+        files |= dict.fromkeys(names, file)
+    return files
+
+
+def write_manifest(directory: Path) -> None:
+    """Write the SHA-256 of every file that is there."""
+    sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
+    (directory / MANIFEST).write_text("".join(sums), encoding="utf-8")
+
+
 def _shards(arrays: Mapping[str, Any], shard_bytes: int) -> list[list[str]]:
     """Names by file, in order, each file as full as it may be."""
     shards: list[list[str]] = [[]]
@@ -178,12 +203,12 @@ def _shards(arrays: Mapping[str, Any], shard_bytes: int) -> list[list[str]]:
 
 def _save_arrays(arrays: Mapping[str, np.ndarray], file: Path) -> None:
     try:
-        require("safetensors.numpy").save_file(arrays, file)
+        require("safetensors.numpy").save_file(arrays, file, metadata={"format": "pt"})
     except require("safetensors").SafetensorError as e:  # its own kind, also for a full disk
         raise OSError(f"{file.name}: {e}") from e
 
 
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         help="weights to quantize after all: 'embedding', 'lm_head', ...",
     )
+    parser.add_argument(
+        "--format",
+        choices=("jint8", "bitsandbytes"),
+        default="jint8",
+        help="bitsandbytes: as PyTorch's transformers saves a model that it loaded with load_in_8bit",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print what would become of which weights")
     _common.add_model_arguments(parser)
     _common.add_output_arguments(parser)
@@ -40,12 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from jint8 import Config, memory_report, save
-    from jint8._load import decoder, default_dtype, planned_params
+    from jint8 import memory_report, save
+    from jint8._load import decoder, default_dtype
+    from jint8._read import planned_params, settings
     from jint8.checkpoints import open_checkpoint
     from jint8.checkpoints._jint8 import check_destination
 
-    config = _common.quant_config(args) or Config()
+    config = _common.quant_config(args)
     source, destination = _common.find_source(args, args.source), Path(args.destination)
     check_destination(destination)
     options: dict[str, Any] = {"config": config, "skip": args.skip, "include": args.include}
@@ -53,11 +60,13 @@ def run(args: argparse.Namespace) -> None:
         if checkpoint.format == "jint8":
             raise ValueError(f"{source}: Expected a checkpoint to quantize, got one that jint8 wrote")
         bytes_in = checkpoint.file_bytes
-        planned = planned_params(checkpoint, decoder(checkpoint, args.dtype or default_dtype()), **options)
+        config, skip = settings(checkpoint, quantize=True, **options)
+        model = decoder(checkpoint, args.dtype or default_dtype())
+        planned = planned_params(checkpoint, model, config=config, skip=skip, include=args.include)
     plan = memory_report(planned)
     result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
     if not args.dry_run:
-        save(destination, _common.load(args, source, dtype=args.dtype, **options))
+        save(destination, _common.load(args, source, dtype=args.dtype, **options), format=args.format)
         sizes = [file.stat().st_size for file in destination.iterdir()]
         result |= {"files": len(sizes), "bytes_out": sum(sizes)}
     if args.json:

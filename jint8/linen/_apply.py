@@ -17,9 +17,11 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
     """Makes a linen model run on a parameter tree with `QTensor`s, without changing it.
 
     `Dense`, `DenseGeneral`, `Einsum`, the projections of attention and `Embed` (both ways) multiply in int8 where their
-    weight is a `QTensor`; everything else runs as it is. Under `jit`, `vmap`, `grad` (with respect to anything in
-    floating point) and `jax.checkpoint`, and inside the module under `nn.scan`, `nn.remat`, `nn.vmap`, `nn.jit`. Layers
-    of your own: `jint8.linen.register`. A layer's custom `dot_general` and `precision` don't apply to int8 products.
+    weight is a `QTensor`. So do all other layers with a `QTensor`: their own code runs, with its products in int8, as
+    long as it only multiplies by the weight, rearranges it or looks rows up (`jint8.linen.register` is for others).
+    Everything else runs as it is, and nothing but looked-up rows is dequantized. Under `jit`, `vmap`, `grad` (with
+    respect to anything in floating point) and `jax.checkpoint`, and inside the module under `nn.scan`, `nn.remat`,
+    `nn.vmap`, `nn.jit`. A layer's custom `dot_general` and `precision` don't apply to int8 products.
 
     Args:
       apply_fn: `module.apply`, or any function that calls linen modules.
@@ -31,7 +33,7 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
 
     Raises:
       TypeError: `apply_fn` isn't a function (a module itself isn't: give its `apply`). The returned function raises it
-        for a layer that has int8 weights and that no handler knows, naming the layer's path.
+        for a layer that needs the float values of an int8 weight, naming the layer's path.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jint8

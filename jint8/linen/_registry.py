@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from flax import linen as nn
-from flax.errors import FlaxError, ScopeParamShapeError
-from flax.linen import meta
 
-from jint8._types import Config, is_qtensor
+from jint8._types import Config
+from jint8.linen._own_code import has_int8, note_where, own_params, run_own_code, run_setup, unbox
 
 Handler = Callable[..., Any]
 
 _HANDLERS: dict[tuple[type, str], Handler] = {}
-_NOTE = "jint8: in "
 # Set where standard layers quantize float kernels at each call (`Int8TransformerBlock`).
 _float_config: contextvars.ContextVar[Config | None] = contextvars.ContextVar("float_config", default=None)
 
@@ -25,14 +23,13 @@ _float_config: contextvars.ContextVar[Config | None] = contextvars.ContextVar("f
 def register(layer_type: type[nn.Module], handler: Handler | None = None, *, method: str = "__call__") -> Any:
     """Teaches `jint8.apply` a layer: `handler` runs instead of a method of it wherever the layer has int8 weights.
 
+    Few layers need one: without a handler a layer's own code runs, with its products in int8. It is for those that do
+    more with a weight than multiply by it, rearrange it or look rows up, and for computing something else than they do.
+
     The handler is called as `handler(module, *args, **kwargs)`, with the arguments of the method, and computes its
     result with `jint8.matmul`, `jint8.einsum` or `jint8.dot_general` from `jint8.linen.param(module, name)`. It may
     return `NotImplemented` to run the layer's own code. Subclasses inherit a handler until they override the method;
     one that calls `super()` still reaches it.
-
-    Weights of registered layers may be stored in another order than the layer declares, with the contracted axes last.
-    Where a layer declares its parameters in `setup()` instead of a compact method, linen refuses that:
-    give `jint8.quantize_params` their paths as `keep_order`.
 
     Args:
       layer_type: a linen module class.
@@ -54,7 +51,7 @@ def register(layer_type: type[nn.Module], handler: Handler | None = None, *, met
       ...         return x @ self.param("weight", nn.initializers.normal(), (3, 4)).T
       >>> @jint8.linen.register(Mine)
       ... def mine(module, x):
-      ...     return jint8.matmul(x, jint8.linen.param(module, "weight"))
+      ...     return jint8.matmul(x, jint8.linen.param(module, "weight"), implementation="dequantize")
       >>> x = jnp.ones((1, 4))
       >>> params = jint8.quantize_params(Mine().init(jax.random.key(0), x))
       >>> jint8.apply(Mine().apply)(params, x).shape
@@ -89,13 +86,6 @@ def param(module: nn.Module, name: str) -> Any:
     return unbox(module.get_variable("params", name))
 
 
-def unbox(value: Any) -> Any:
-    """The content of a box. Not `.unbox()`, which may constrain shardings by the names of the float weight's axes."""
-    while isinstance(value, meta.AxisMetadata):
-        value = value.value if hasattr(value, "value") else value.unbox()
-    return value
-
-
 def float_config(module: nn.Module) -> Config | None:
     """How a handler quantizes a float kernel of `module` at this call; None: it doesn't."""
     config = getattr(module, "config", None)
@@ -115,44 +105,20 @@ def int8_layers(config: Config | None = None) -> Iterator[None]:
 
 def _intercept(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
+    if method.startswith("__") and method != "__call__":  # a module's own __getattr__ is called by what follows
+        return next_fun(*args, **kwargs)
     if method == "setup":
-        return _setup(next_fun, args, kwargs, module)
+        return run_setup(module, functools.partial(next_fun, *args, **kwargs))
     if _float_config.get() is None and not has_int8(own_params(module)):
         return next_fun(*args, **kwargs)
     handler = _find(type(module), method, context.orig_method)
-    if handler is not None:
-        try:
-            result = handler(module, *args, **kwargs)
-        except Exception as error:
-            error.add_note(f"{_NOTE}{_where(module)}")
-            raise
-        if result is not NotImplemented:
+    try:
+        if handler is not None and (result := handler(module, *args, **kwargs)) is not NotImplemented:
             return result
-    try:
-        return next_fun(*args, **kwargs)
-    except (TypeError, AttributeError, FlaxError) as error:
-        names = _int8_names(module)
-        if not names or any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
-            raise
-        raise TypeError(
-            f"Expected a layer that jint8 knows, got {_where(module)} with int8 weights ({', '.join(names)}) and no "
-            f"handler for {method}: it failed with {type(error).__name__}. Teach it with jint8.linen.register, or "
-            "leave it in floating point with skip= in jint8.quantize_params."
-        ) from error
-
-
-def _setup(next_fun, args, kwargs, module):
-    try:
-        return next_fun(*args, **kwargs)
-    except ScopeParamShapeError as error:
-        names = _int8_names(module)
-        if not names:
-            raise
-        path = "/".join((*module.path, names[0]))
-        raise ValueError(
-            f"Expected the weights of {_where(module)} in their own order, because it declares them in setup(), got "
-            f"contracted axes last. Quantize them with keep_order={path!r}."
-        ) from error
+    except Exception as error:
+        note_where(error, module)
+        raise
+    return run_own_code(module, functools.partial(next_fun, *args, **kwargs), method)
 
 
 def _find(layer_type: type, method: str, orig_method: Any) -> Handler | None:
@@ -170,23 +136,3 @@ def _unwrapped(method: Any) -> Any:
     while (inner := getattr(method, "func", None) or getattr(method, "__wrapped__", None)) is not None:
         method = inner
     return method
-
-
-def _int8_names(module: nn.Module) -> list[str]:
-    """Names of the int8 weights that lie directly in the module's scope (shared scopes: also those of others)."""
-    return [name for name, value in own_params(module).items() if is_qtensor(unbox(value))]
-
-
-def own_params(module: nn.Module) -> Any:
-    """The parameters in a module's scope; for a wrapper such as `nn.WeightNorm`, those of the layer that it wraps."""
-    module = getattr(module, "layer_instance", module)
-    return {} if module.scope is None else module.variables.get("params", {})
-
-
-def _where(module: nn.Module) -> str:
-    return f"{'/'.join(module.path) or 'the outermost module'} ({type(module).__name__})"
-
-
-def has_int8(tree: Any) -> bool:
-    """Whether any leaf is a `QTensor`."""
-    return any(is_qtensor(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_qtensor))

@@ -1,10 +1,28 @@
-"""What a decoder looks like: one frozen dataclass, made from a Hugging Face `config.json`."""
+"""What a decoder looks like: a frozen dataclass of sizes and choices."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions.
+
+    Attributes:
+      frequencies: radians per position, one for each rotated pair of a head's dimensions; where these are fewer than
+        half of the head's, the dimensions behind them aren't rotated.
+      scale: factor of sines and cosines.
+      trained: the longest sequence that `frequencies` hold for, where longer ones have others.
+      long: the frequencies of longer sequences (LongRoPE); empty where there are none.
+      ntk: how strongly longer sequences stretch the base of the frequencies (dynamic NTK scaling); 0 means not at all.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+    trained: int = 0
+    long: tuple[float, ...] = ()
+    ntk: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,11 +33,34 @@ class ModelConfig:
       family: the `model_type` of the checkpoint's configuration.
       vocab_size, hidden_size, intermediate_size, num_layers: sizes.
       num_heads, num_kv_heads, head_dim: of attention; fewer key-value heads than heads is grouped-query attention.
-      norm_eps: added to the mean square before the root.
-      rope_theta: base of the rotary positions.
-      max_positions: longest sequence that the model was trained for.
+      max_positions: longest sequence that the model was trained for; with learned positions, the longest possible.
+      norm: `"rms"` or `"layer"`.
+      norm_eps: added to the mean square (or the variance) before the root.
+      norm_offset: added to the norms' gains, which Gemma stores as their difference from 1.
+      norm_bias: whether layer norms have biases.
+      norm_place: `"before"` attention and feed-forward, `"after"` the residual is added, or `"around"`: before, and on
+        what comes out, before the residual is added.
+      final_norm: whether there is a norm before the output head.
+      qk_norm: whether each head's queries and keys are normalized.
+      parallel: attention and feed-forward read the same input and are added together.
+      activation: of the feed-forward network.
+      gated: `down(activation(gate(x)) * up(x))` rather than `down(activation(up(x)))`.
+      experts, experts_per_token: how many feed-forward networks there are, and how many each token goes through; 0
+        where there is one for all.
+      qkv_bias, out_bias, mlp_bias: whether those projections have biases.
+      rope: rotary positions; None where there are none.
+      local_rope: those of the layers with a window; None where they are the same.
+      alibi: scores fall linearly with the distance between query and key, by a slope of each head.
+      learned_positions: rows in front of the first position in the table of learned positions; None where there is no
+        table.
+      windows: for each layer, how many of the latest keys a query sees; 0 means all.
+      attention_scale: factor of the scores; None means `head_dim ** -0.5`.
+      attention_softcap, logit_softcap: `cap * tanh(x / cap)` on scores, and on logits; 0 means none.
+      embedding_scale: factor of the embeddings.
+      embedding_size: of the embeddings and of what the output head reads, where projections lie between these and
+        `hidden_size`; 0 where they are the same.
+      embedding_norm: whether embeddings are normalized.
       tie_embeddings: the output head is the embedding.
-      attention_bias, mlp_bias: whether those projections have biases.
     """
 
     family: str
@@ -30,72 +71,31 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
     max_positions: int = 2048
-    tie_embeddings: bool = False
-    attention_bias: bool = False
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    norm_bias: bool = True
+    norm_place: str = "before"
+    final_norm: bool = True
+    qk_norm: bool = False
+    parallel: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    experts: int = 0
+    experts_per_token: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
     mlp_bias: bool = False
-
-
-FAMILIES = ("llama",)
-
-
-def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face configuration.
-
-    Args:
-      config: the content of `config.json`.
-
-    Returns:
-      What `jint8.models.Decoder` takes.
-
-    Raises:
-      ValueError: an architecture or option that isn't supported, or a missing or impossible size.
-
-    Examples:
-      >>> from jint8.models import model_config
-      >>> model_config({"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 16,
-      ...               "num_hidden_layers": 1, "num_attention_heads": 2}).head_dim
-      4
-    """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"Expected a model_type among {', '.join(FAMILIES)}, got {family!r}.")
-    heads = _size(config, "num_attention_heads")
-    hidden = _size(config, "hidden_size")
-    kv_heads = _size(config, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ValueError(f"Expected num_key_value_heads to divide {heads} attention heads, got {kv_heads}.")
-    if config.get("head_dim") is None and hidden % heads:
-        raise ValueError(f"Expected num_attention_heads to divide hidden_size {hidden}, got {heads}.")
-    # transformers 5 moved rope_theta into rope_parameters
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"Expected rope_scaling of type 'default', got {kind!r}.")
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"Expected hidden_act 'silu', got {activation!r}.")
-    return ModelConfig(
-        family=family,
-        vocab_size=_size(config, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_layers=_size(config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=_size(config, "head_dim", hidden // heads),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        max_positions=_size(config, "max_position_embeddings", 2048),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
-    )
-
-
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected {key} to be a positive integer, got {value!r}.")
-    return value
+    rope: Rope | None = None
+    local_rope: Rope | None = None
+    alibi: bool = False
+    learned_positions: int | None = None
+    windows: tuple[int, ...] = ()
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    embedding_size: int = 0
+    embedding_norm: bool = False
+    tie_embeddings: bool = False

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jint8.models._decoder import Decoder, LayerCache, context, make_cache
+from jint8.models._attention import LayerCache, context, make_cache
+from jint8.models._decoder import Decoder
 
 SLOTS = 128  # the cache's length is a multiple of this, so that programs are shared by requests of similar length
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jint8._matmul import matmul
+from jint8._ragged import ragged_dot
 from jint8._types import is_qtensor
+from jint8.models._config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Linear(nn.Module):
@@ -48,38 +59,54 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + eps) * scale`, in float32, rounded to `x.dtype`."""
+class GroupedLinear(nn.Module):
+    """Rows sorted by expert, each times its expert's weight.
 
-    eps: float
+    Attributes:
+      experts: how many there are.
+      features: n.
+      dtype: of freshly made parameters.
+    """
+
+    experts: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """`x[m, k]`, of which expert e has `group_sizes[e]` rows -> `[m, features]`."""
+        init = nn.initializers.lecun_normal(in_axis=2, out_axis=1, batch_axis=0)
+        weight = self.param("weight", init, (self.experts, self.features, x.shape[-1]), self.dtype)
+        if is_qtensor(weight):  # [e, n, k] stands for [e, k, n] here
+            return ragged_dot(x, dataclasses.replace(weight, order=(1, 0), stack=(0,)), group_sizes)
+        return lax.ragged_dot(x, weight.astype(x.dtype).swapaxes(1, 2), group_sizes)
+
+
+class Norm(nn.Module):
+    """RMS or layer norm, in float32, rounded to `x.dtype`.
+
+    Formula: `y = x / sqrt(mean(x**2) + eps) * (offset + scale)`; a layer norm subtracts `mean(x)` before, and adds
+    `bias` after.
+    """
+
+    config: ModelConfig
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x[..., d]` -> the same shape and dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        c = self.config
+        scale = self.param("scale", nn.initializers.constant(1 - c.norm_offset), (x.shape[-1],), self.dtype)
         x32 = x.astype(jnp.float32)
-        x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype)
+        if c.norm == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + c.norm_eps)
+        x32 = x32 * (scale.astype(jnp.float32) + c.norm_offset)
+        if c.norm == "layer" and c.norm_bias:
+            x32 = x32 + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
+        return x32.astype(x.dtype)
 
 
-class Rotary(NamedTuple):
-    """Sines and cosines of rotary positions, float32 `[b, s, 1, d]`: the two halves of `d` are the pairs."""
-
-    sin: jax.Array  # with the sign that its half is multiplied by
-    cos: jax.Array
-
-
-def rotary(positions: jax.Array, head_dim: int, theta: float) -> Rotary:
-    """`Rotary` of `positions[b, s]`, made once for all layers."""
-    half = head_dim // 2
-    frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency.astype(np.float32)  # [b, s, 1, half]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    table = Rotary(jnp.concatenate([-sin, sin], axis=-1), jnp.concatenate([cos, cos], axis=-1))
-    return lax.optimization_barrier(table)  # or XLA computes them again in every layer
-
-
-def rotate(x: jax.Array, at: Rotary) -> jax.Array:
-    """Rotary positions on `x[b, s, heads, d]`."""
-    return (x * at.cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * at.sin).astype(x.dtype)
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(x / cap)`; `x` where there is no cap."""
+    return cap * jnp.tanh(x / cap) if cap else x

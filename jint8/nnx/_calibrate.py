@@ -42,7 +42,7 @@ def calibrate(
       layer_share: share of layers, for each dimension.
       position_share: share of positions, over the layers in which there are any.
       budget: None, or how many columns per layer (a share of them if below 1).
-      plan: as in `jint8.nnx.quantize`.
+      plan: as in `jint8.nnx.quantize`; stacked weights that are int8 already need one.
       skip: likewise.
       include: likewise.
 
@@ -92,4 +92,5 @@ def statistics(
         merged = nnx.merge(graphdef, state)
         return merged(*arguments) if call is None else call(merged, *arguments)
 
-    return collect(run, state, batches, floats={}, counted=counted)
+    axes = {path: ((), stack) for path, stack in getattr(plan, "stacked", {}).items()}  # of weights that were int8
+    return collect(run, state, batches, axes=axes, counted=counted)

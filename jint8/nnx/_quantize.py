@@ -11,6 +11,7 @@ from jint8._params import OUTPUT_HEADS, quantize_params
 from jint8._paths import Patterns, matches
 from jint8._plan import Plan
 from jint8._types import Config, QTensor, is_qtensor
+from jint8.nnx._own_code import with_weights
 from jint8.nnx._registry import find_converter
 
 
@@ -27,8 +28,10 @@ def quantize(
 
     `nnx.Linear`, `LinearGeneral`, `Einsum`, `LoRALinear` and the projections of `MultiHeadAttention` are replaced by
     int8 layers; `nnx.Embed` where `include` (or the plan) names it. All else is kept and shares its arrays with
-    `model`, which stays as it was. Works inside `nnx.eval_shape` and `nnx.jit`. Layers of your own:
-    `jint8.nnx.register`.
+    `model`, which stays as it was. Works inside `nnx.eval_shape` and `nnx.jit`.
+
+    With a plan, weights of any other layer become int8 too: the layer's own code runs, with its products in int8.
+    `jint8.nnx.register` is for layers whose code does more with a weight than multiply, rearrange or look it up.
 
     Kernels of stacked layers (made with `nnx.vmap`) may have the stacked axes in front; for others give a plan.
 
@@ -36,7 +39,7 @@ def quantize(
       model: any nnx module.
       config: how to quantize.
       plan: from path (such as `"layers/0/up/kernel"`) to contracted axes, as `jint8.plan` returns for the model's
-        state. Only these weights become int8.
+        state. Only these weights become int8, and no `nnx.LoRAParam`.
       skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
       include: patterns or a predicate that win over `skip` and over the default.
       outliers: from path to outlier feature dimensions, as `jint8.nnx.calibrate` returns.
@@ -46,8 +49,7 @@ def quantize(
 
     Raises:
       TypeError: `model` isn't an nnx module.
-      ValueError: a path in `plan` or `outliers` that isn't the weight of a layer that jint8 knows, or NaN or infinity
-        in a weight.
+      ValueError: a path in `plan` or `outliers` that isn't an attribute of a module, or NaN or infinity in a weight.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -70,7 +72,7 @@ def quantize(
 
     result, seen = replace_layers(model, make, plan=plan, skip=skip, include=include)
     if unknown := sorted(set(outliers or ()) - seen):
-        raise ValueError(f"Expected outliers for weights of layers that jint8 knows, got {', '.join(unknown)}.")
+        raise ValueError(f"Expected outliers for attributes of modules, got {', '.join(unknown)}.")
     return result
 
 
@@ -89,36 +91,62 @@ def replace_layers(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"Expected model to be an nnx module, got {type(model).__name__}.")
-    copy = nnx.merge(*nnx.split(model))
+    copy = nnx.merge(*nnx.split(model), copy=True)  # its own Variables, around the same arrays
     seen: set[str] = set()
+
+    def made(path: str, value: Any, contracted: Sequence[int], stacked: Sequence[int]) -> QTensor | None:
+        if not matches(path, include) and (matches(path, OUTPUT_HEADS) or matches(path, skip)):
+            return None
+        return make(path, value, contracted, stacked)
 
     def convert(layer: Any, path: str) -> Any:
         converter = find_converter(type(layer))
         if converter is None:
-            return layer
+            return layer if plan is None else convert_unknown(layer, path, plan)
 
         def weight(name: str, contract_axes: tuple[int, ...], shape: tuple[int, ...] | None = None) -> QTensor | None:
-            leaf_path = f"{path}/{name}".lstrip("/")
+            leaf_path = _join(path, name)
             seen.add(leaf_path)
             value = getattr(layer, name).get_value()
             contracted, stacked = _axes(leaf_path, value.shape, contract_axes, shape, plan)
             included = matches(leaf_path, include) or (plan is not None and leaf_path in plan)
             if contracted is None or (isinstance(layer, nnx.Embed) and not included):
                 return None
-            if not matches(leaf_path, include) and (matches(leaf_path, OUTPUT_HEADS) or matches(leaf_path, skip)):
-                return None
-            return make(leaf_path, value, contracted, stacked)
+            return made(leaf_path, value, contracted, stacked)
 
         return converter(layer, weight)
+
+    def convert_unknown(layer: Any, path: str, plan: Mapping[str, Sequence[int]]) -> Any:
+        weights = {}
+        for name, variable in vars(layer).items():
+            leaf_path = _join(path, name)
+            tied = getattr(plan, "tied", {}).get(leaf_path) if matches(leaf_path, include) else None
+            contracted = plan.get(leaf_path, tied)
+            if contracted is None or not isinstance(variable, nnx.Variable):
+                continue
+            seen.add(leaf_path)
+            stacked = tuple(getattr(plan, "stacked", {}).get(leaf_path, ()))
+            w = (
+                None
+                if isinstance(variable, nnx.LoRAParam)
+                else made(leaf_path, variable.get_value(), tuple(contracted), stacked)
+            )
+            if w is not None:
+                weights[name] = w
+        return with_weights(layer, weights) if weights else layer
 
     result = _replace(copy, "", convert, {})
     wanted = (path for path in plan or () if matches(path, include) or not matches(path, [*OUTPUT_HEADS]))
     if unknown := sorted(path for path in wanted if path not in seen and not _skipped(path, skip, include)):
         raise ValueError(
-            f"Expected the plan to name weights of layers that jint8 knows, got {', '.join(unknown)}. Teach it those "
-            "layers with jint8.nnx.register, or leave them out of the plan or with skip=."
+            f"Expected the plan to name Variables that are attributes of modules, got {', '.join(unknown)}. Teach "
+            "jint8 their layers with jint8.nnx.register, or leave them out of the plan or with skip=."
         )
     return result, seen
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}/{key}".lstrip("/")
 
 
 def _skipped(path: str, skip: Patterns, include: Patterns) -> bool:
@@ -142,7 +170,7 @@ def _replace(node: Any, path: str, convert: Callable[[Any, str], Any], done: dic
     """`convert` on every module below `node` (inner ones first), in place; a module that is shared stays shared."""
     if id(node) in done:
         return done[id(node)][1]
-    at = lambda key: f"{path}/{key}".lstrip("/")
+    at = lambda key: _join(path, key)
     result = node
     if isinstance(node, tuple):
         items = [_replace(value, at(i), convert, done) for i, value in enumerate(node)]

@@ -65,6 +65,16 @@ def test_patterns(argv, quantized, source, tmp_path, run_json):
     assert sum(name.endswith("#q") for name in tensors) == quantized
 
 
+def test_bitsandbytes(source, tmp_path, run_json, run_error):
+    run_json("quantize", source, tmp_path / "dst", "--format", "bitsandbytes")
+    assert DOWN.replace("weight", "SCB") in safetensors.numpy.load_file(tmp_path / "dst" / "model.safetensors")
+    got, expected = jint8.load(tmp_path / "dst"), jint8.load(source)
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+    error = run_error("quantize", source, tmp_path / "no", "--format", "bitsandbytes", "--include", "embedding")
+    assert "no int8 embeddings" in error
+    assert not (tmp_path / "no").exists()
+
+
 def test_table(source, tmp_path, run):
     status, out, _ = run("quantize", source, tmp_path / "dst")
     assert status == 0
@@ -157,7 +167,7 @@ def test_int8_is_not_quantized_again(source, tmp_path, run, run_error):
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("disk full"), 2)], ids=["^C", "disk"])
-@pytest.mark.parametrize("function", ["_save_arrays", "_write_json", "_sha256", "_sync"])
+@pytest.mark.parametrize("function", ["_save_arrays", "write_json", "_sha256", "_sync"])
 def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_path, monkeypatch, run):
     def fail(*args):
         raise error

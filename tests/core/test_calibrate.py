@@ -80,6 +80,18 @@ def test_experts(subscripts):
     assert_seen(got, *map(expected, by_expert))
 
 
+def test_sorted_experts():
+    experts = jint8.quantize(STACK, contract_axes=(1,), stack_axes=(0,))
+    sizes = jnp.array([3, 0, 6])  # and a row behind the last group
+    run = lambda params, x: jint8.ragged_dot(x, params["w"], sizes)
+    plan = jint8.Plan({"w": (1,)}, {"w": (0,)})
+    got = statistics(run, {"w": experts}, [X], counted=COUNTED, plan=plan)["w"]
+    for e, rows in enumerate([X[:3], X[:0], X[3:9]]):
+        np.testing.assert_array_equal(got.positions[e], len(rows))
+        np.testing.assert_array_equal(got.outliers[e], (abs(rows) >= 2).sum(0))
+        np.testing.assert_allclose(got.square_sum[e], (rows**2).sum(0), rtol=1e-5)
+
+
 def test_heads_and_vmap():
     w = jint8.quantize(normal(2, 3, 4), contract_axes=(0, 1))
     x = 2 * normal(5, M, 2, 3)

@@ -9,6 +9,7 @@ from matmul_cases import VALUES
 
 import jint8
 from jint8._quantize import contract_last
+from jint8._substitute import with_int8
 
 IMPLEMENTATIONS = ("xla_digits", "xla_gather")
 quick = {"xla_backend_optimization_level": 0}  # small programs that run once
@@ -260,3 +261,24 @@ def test_relative_threshold_is_of_the_token():
     case, config = VALUES["few_outliers"], jint8.Config(relative=True, threshold=3.0, outliers="token")
     w = jint8.quantize(case.w, config=config)
     np.testing.assert_allclose(matmul(64 * case.x, w), 64 * matmul(case.x, w), rtol=1e-5)
+
+
+REARRANGED = {
+    "transpose": lambda x, w: x @ jnp.transpose(w.T),
+    "heads": lambda x, w: jnp.einsum("bd,dnh->bnh", x, w.reshape(6, 4, 2)).reshape(3, 8),
+    "split_contraction": lambda x, w: jnp.einsum("bch,chn->bn", x.reshape(3, 2, 3), w.reshape(2, 3, 8)),
+    "slices": lambda x, w: jnp.concatenate([x @ w[:, :3], x @ w[:, 3:]], axis=1),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGED)
+def test_columns_follow_a_weight_that_is_rearranged(name):
+    x, w = 9 * normal(3, 6), contract_last(jint8.quantize(normal(6, 8, seed=1), outliers=[4, 1]), (0,))
+    got = with_int8(lambda floats: REARRANGED[name](x, floats["w"]), {"w": w})
+    np.testing.assert_allclose(got, matmul(x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_no_slice_of_the_contracted_axis():
+    w = contract_last(jint8.quantize(normal(6, 8), outliers=[4]), (0,))
+    with pytest.raises(ValueError, match="Expected no slice of the contracted axes"):
+        with_int8(lambda floats: jnp.ones((1, 3)) @ floats["w"][:3], {"w": w})

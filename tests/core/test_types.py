@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import jax
@@ -144,6 +145,36 @@ def test_a_layer_that_is_sliced_out_has_its_own_shape(layer_axis):
     np.testing.assert_array_equal(of_a_layer(jax.tree.map(lambda a: jnp.take(a, 1, layer_axis), w)), expected[1])
     if layer_axis == 0:
         np.testing.assert_array_equal(jax.lax.map(of_a_layer, w), expected)
+
+
+# with stack (0, 2) nothing tells which of the two was taken: the first is
+TWO_OF_FOUR = [
+    pytest.param(stack, sliced, id=f"{stack} without {stack[sliced]}")
+    for stack in itertools.combinations(range(4), 2)
+    for sliced in (0, 1)
+    if (stack, sliced) != ((0, 2), 1)
+]
+
+
+@pytest.mark.parametrize(("stack", "sliced"), TWO_OF_FOUR)
+def test_one_of_two_stack_axes_that_is_sliced_away(stack, sliced):
+    """Wherever the two lie, contracted axis 4 and channels 5 of one scanned or vmapped weight are told apart."""
+    shape, own = [0] * 4, [axis for axis in range(4) if axis not in stack]
+    for axis, size in zip((*stack, *own), (3, 2, 4, 5), strict=True):
+        shape[axis] = size
+    w = contract_last(jint8.quantize(normal(*shape), contract_axes=own[0], stack_axes=stack), own[:1], stack)
+    assert w.shape == tuple(shape)
+    whole = np.asarray(w.dequantize())
+    once = jax.tree.map(lambda leaf: jnp.take(leaf, 1, stack[sliced]), w)
+    np.testing.assert_array_equal(once.dequantize(), np.take(whole, 1, stack[sliced]))
+    rest = stack[1 - sliced] - (sliced == 0)
+    twice = jax.tree.map(lambda leaf: jnp.take(leaf, 1, rest), once)
+    np.testing.assert_array_equal(twice.dequantize(), np.take(np.take(whole, 1, stack[sliced]), 1, rest))
+
+
+def test_leading_axes_need_not_be_named_as_stacked():
+    w = contract_last(jint8.quantize(normal(3, 4, 5), contract_axes=(1,)), (1,))
+    assert jax.tree.map(lambda leaf: leaf[0], w).shape == (4, 5)
 
 
 def test_layers_that_are_stacked_keep_their_order():

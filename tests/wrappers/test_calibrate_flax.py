@@ -113,5 +113,5 @@ def test_nnx():
     assert errors[1] < errors[0]
     again = jint8.nnx.calibrate(int8, [X, -X], call=lambda m, x: m(x))
     assert again["up/kernel"].tolist() == [3, 11]
-    with pytest.raises(ValueError, match="Expected outliers for weights of layers that jint8 knows, got nothing"):
+    with pytest.raises(ValueError, match="Expected outliers for attributes of modules, got nothing"):
         jint8.nnx.quantize(model, outliers={"nothing": [1]})

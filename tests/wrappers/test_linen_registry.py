@@ -1,4 +1,4 @@
-"""Layers of one's own: handlers, and errors where there is none."""
+"""Layers of one's own: handlers, and errors where a layer can't be run in int8."""
 
 import cases
 import jax
@@ -76,30 +76,39 @@ def test_handler_of_another_method_and_setup(registry):
     assert cases.relative_error(jint8.apply(module.apply)(int8, X, method="scaled"), 2 * want) < 0.02
 
 
-def test_setup_in_another_order_names_the_remedy():
-    _, int8 = quantized(Model(SetupHeads))
-    with pytest.raises(ValueError, match=r"inner \(SetupHeads\).*keep_order='inner/w'"):
-        jint8.apply(Model(SetupHeads).apply)(int8, X)
+class Masked(nn.Module):
+    """A layer whose product can't be an int8 one: it changes the weight first."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ (self.param("w", nn.initializers.lecun_normal(), (32, 32)) * jnp.tri(32))
 
 
-@pytest.mark.parametrize("keep_order", [(), "w"], ids=["contracted last", "order kept"])
-def test_no_handler_names_the_layer(keep_order):
-    _, int8 = quantized(Model(Heads), keep_order=keep_order)
-    with pytest.raises(TypeError, match=r"inner \(Heads\) with int8 weights \(w\).*jint8.linen.register"):
-        jint8.apply(Model(Heads).apply)(int8, X)
+def test_use_of_the_values_names_the_layer():
+    variables = Model(Masked).init(jax.random.key(0), X)
+    int8 = jint8.quantize_params(variables, plan={"inner/w": (0,)})
+    with pytest.raises(TypeError, match=r"inner \(Masked\) with int8 weights \(w\).*got mul.*jint8.linen.register"):
+        jint8.apply(Model(Masked).apply)(int8, X)
 
 
-def test_no_handler_under_scan_names_the_layer():
+def test_use_of_the_values_under_scan_names_the_layer():
     class Body(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            return Heads(name="inner")(x).reshape(x.shape), None
+            return Masked(name="inner")(x), None
 
     model = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
-    variables = model.init(jax.random.key(0), X, None)
-    int8 = jint8.quantize_params(variables, plan=jint8.plan(model.apply, variables, X, None))
-    with pytest.raises(TypeError, match=r"inner \(Heads\) with int8 weights"):
+    int8 = jint8.quantize_params(model.init(jax.random.key(0), X, None), plan={"inner/w": (1,)})
+    with pytest.raises(TypeError, match=r"inner \(Masked\) with int8 weights"):
         jax.jit(jint8.apply(model.apply))(int8, X, None)
+
+
+def test_product_over_other_axes_names_the_layer():
+    variables = Model(Heads).init(jax.random.key(0), X)
+    int8 = jint8.quantize_params(variables, plan={"inner/w": (2,)})
+    with pytest.raises(ValueError, match="quantized over the contracted axes") as error:
+        jint8.apply(Model(Heads).apply)(int8, X)
+    assert error.value.__notes__[0] == "jint8: in inner (Heads)"
 
 
 def test_int8_weights_without_apply_are_an_error():
@@ -107,18 +116,6 @@ def test_int8_weights_without_apply_are_an_error():
     _, int8 = quantized(Model(Heads))
     with pytest.raises((TypeError, ValueError, AttributeError)):
         Model(Heads).apply(int8, X)
-
-
-def test_overridden_method_is_not_replaced():
-    class Other(nn.Dense):
-        @nn.compact
-        def __call__(self, inputs):
-            return inputs @ self.param("kernel", self.kernel_init, (32, self.features))
-
-    module = Other(8)
-    _, int8 = quantized(module, keep_order="kernel")
-    with pytest.raises(TypeError, match="no handler"):
-        jint8.apply(module.apply)(int8, X)
 
 
 def test_error_in_a_handler_keeps_its_type_and_names_the_layer():

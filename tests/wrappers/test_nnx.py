@@ -249,29 +249,30 @@ def test_plan_and_layer_axis_in_the_middle():
     assert cases.relative_error(int8(X), model(X)) < 0.03
 
 
-def test_plan_of_an_unknown_layer_is_an_error():
+def test_the_model_given_shares_no_variables():
+    model, int8 = quantized("list of blocks")
+    int8.layers[0].norm.scale[...] = 2.0 * int8.layers[0].norm.scale[...]
+    int8.layers[0].up.bias[...] = 2.0 * int8.layers[0].up.bias[...]
+    for name in ("norm", "up"):
+        mine, theirs = (getattr(m.layers[0], name).bias for m in (int8, model))
+        assert mine is not theirs
+    assert jnp.array_equal(model.layers[0].norm.scale[...], jnp.ones(32))
+    assert not jnp.array_equal(model.layers[0].up.bias[...], int8.layers[0].up.bias[...])
+
+
+def test_plan_of_what_is_no_attribute_is_an_error():
     class Own(nnx.Module):
         def __init__(self):
-            self.w = nnx.Param(jnp.ones((32, 8)))
+            self.parts = nnx.List([nnx.Param(jnp.ones((32, 8)))])
 
         def __call__(self, x):
-            return x @ self.w[...]
+            return x @ self.parts[0][...]
 
     model = nnx.Sequential(Own())
-    plan = {"layers/0/w": (0,)}
-    with pytest.raises(ValueError, match=r"layers/0/w.*jint8.nnx.register"):
+    plan = {"layers/0/parts/0": (0,)}
+    with pytest.raises(ValueError, match=r"layers/0/parts/0.*jint8.nnx.register"):
         jint8.nnx.quantize(model, plan=plan)
-    assert type(jint8.nnx.quantize(model, plan=plan, skip="w").layers[0]) is Own
-    assert type(jint8.nnx.quantize(model).layers[0]) is Own
-
-
-def test_subclass_with_its_own_call_is_left_alone():
-    class Doubled(nnx.Linear):
-        def __call__(self, inputs, out_sharding=None):
-            return 2 * super().__call__(inputs)
-
-    model = Doubled(32, 8, rngs=nnx.Rngs(0))
-    assert type(jint8.nnx.quantize(model)) is Doubled
+    assert type(jint8.nnx.quantize(model, plan=plan, skip="parts").layers[0]) is Own
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

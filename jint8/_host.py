@@ -1,0 +1,55 @@
+"""Weights to int8 on the host, a few rows in float32 at a time: while a checkpoint is read, whatever device gets it.
+
+The formula is that of `jint8.quantize`. NumPy divides exactly, XLA may be off by one unit in the last place, so that a
+quotient next to a half may be rounded to the other side there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+from jint8._quantize import SMALLEST_NORMAL
+
+BLOCK = 1 << 18  # values in float32 at a time: two buffers that fit in the second-level cache
+
+
+def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
+    """Quantizes float `value[n, k]` with one scale per row into int8 `q[n, k]` and float32 `scale[n, 1]`.
+
+    Raises:
+      ValueError: NaN or infinity in `value`.
+    """
+    n, k = value.shape
+    rows = max(1, BLOCK // max(k, 1))
+    x, steps = (np.empty((rows, k), np.float32) for _ in range(2))
+    for start in range(0, n, rows):
+        at = slice(start, min(start + rows, n))
+        block, y = x[: at.stop - start], steps[: at.stop - start]
+        to_float32(value[at], block)
+        np.abs(block, out=y)
+        scale[at] = y.max(axis=1, keepdims=True, initial=0) / np.float32(127)
+        if not np.isfinite(scale[at]).all():
+            raise ValueError("Expected finite weights, got NaN or infinity.")
+        np.divide(block, np.where(scale[at] < SMALLEST_NORMAL, np.float32(np.inf), scale[at]), out=y)
+        q[at] = np.rint(y, out=y)
+
+
+def to_float32(value: np.ndarray, out: np.ndarray) -> None:
+    """Casts into `out`; bfloat16 by its bits, which NumPy does in vectors and without the interpreter's lock."""
+    if value.dtype == ml_dtypes.bfloat16:
+        bits = out.view(np.uint32)
+        np.copyto(bits, value.view(np.uint16))
+        np.left_shift(bits, 16, out=bits)
+    else:
+        out[...] = value
+
+
+def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """An empty array that JAX takes over on a CPU without copying it."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)

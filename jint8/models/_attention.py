@@ -1,0 +1,128 @@
+"""Attention with a cache, and where the tokens of a call stand in it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jint8.models._config import ModelConfig
+from jint8.models._layers import Linear, Norm, softcap
+from jint8.models._rope import Rotary, rotate
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each in the order in which attention multiplies it."""
+
+    key: jax.Array  # [b, kv_heads, head_dim, length]
+    value: jax.Array  # [b, kv_heads, length, head_dim]
+
+
+class Context(NamedTuple):
+    """Where the tokens of a call stand: slots are columns of the cache, positions count from each row's first token."""
+
+    slot: jax.Array  # int32: the slot of the call's first token
+    first: jax.Array | None  # int32[b]: the slot of each row's first real token; None where nothing is padding
+    positions: jax.Array  # int32[b, s]
+    valid: jax.Array | None  # bool[b, s, 1]: tokens that aren't padding; None where none is
+
+
+def context(tokens: jax.Array, slot: jax.Array | int = 0, first: jax.Array | None = None) -> Context:
+    """The `Context` of `tokens[b, s]` that start at `slot`, in rows whose padding ends at `first[b]`."""
+    b, s = tokens.shape
+    slots = jnp.broadcast_to(slot + jnp.arange(s, dtype=jnp.int32), (b, s))
+    if first is None:
+        return Context(jnp.int32(slot), None, slots, None)
+    positions = slots - first[:, None]
+    return Context(jnp.int32(slot), first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
+
+
+def make_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
+    """An empty cache of `length` slots."""
+    key = (batch, config.num_kv_heads, config.head_dim, length)
+    value = (batch, config.num_kv_heads, length, config.head_dim)
+    return [LayerCache(jnp.zeros(key, dtype), jnp.zeros(value, dtype)) for _ in range(config.num_layers)]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention.
+
+    Attributes:
+      config: of the model.
+      window: how many of the latest keys a query sees; 0 means all.
+      dtype: of freshly made parameters.
+    """
+
+    config: ModelConfig
+    window: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, at: Context, angles: Rotary | None, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`x[b, s, d]` -> the same shape, and the cache with this call's keys and values."""
+        c = self.config
+        b, s, _ = x.shape
+        groups = c.num_heads // c.num_kv_heads
+        qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(b, s, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        if c.qk_norm:
+            q, k = Norm(c, self.dtype, name="q_norm")(q), Norm(c, self.dtype, name="k_norm")(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q = q * (c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale)
+        q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(b, c.num_kv_heads, groups * s, c.head_dim)
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # (b, kv_heads, d, s) and (b, kv_heads, s, d)
+        if cache is not None:
+            k = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, at.slot))
+            v = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, at.slot, 0))
+            # or XLA fuses a second update into the products, and copies the cache for it
+            k, v = cache = lax.optimization_barrier(LayerCache(k, v))
+        length = k.shape[3]
+        query_slot = (at.slot if cache is not None else 0) + jnp.arange(s)[:, None]
+        key_slot = jnp.arange(length)[None, :]
+        visible = key_slot <= query_slot  # (s, length)
+        if self.window:
+            visible = visible & (key_slot > query_slot - self.window)
+        if at.first is not None:
+            visible = visible & (jnp.arange(length) >= at.first[:, None, None])  # (b, s, length)
+            visible = visible[:, None, None]
+        multiply = functools.partial(lax.dot_general, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
+        scores = multiply(q, k, preferred_element_type=jnp.float32).reshape(b, c.num_kv_heads, groups, s, length)
+        scores = softcap(scores, c.attention_softcap)
+        if c.alibi:
+            slopes = alibi_slopes(c.num_heads).reshape(c.num_kv_heads, groups, 1, 1)
+            scores = scores + slopes * (key_slot - query_slot)
+        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(*q.shape[:3], length)
+        out = multiply(weights, v).reshape(b, c.num_heads, s, c.head_dim)
+        out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
+        return Linear(c.hidden_size, c.out_bias, self.dtype, name="out")(mask(out, at)), cache
+
+
+def mask(x: jax.Array, at: Context) -> jax.Array:
+    """Zeros in place of padding, so that it can't make a column an outlier column."""
+    return x if at.valid is None else jnp.where(at.valid, x, 0)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """float32 `[heads]`: a geometric sequence from `2**(-8/n)` to `2**-8` for n heads.
+
+    Where their number isn't a power of two, the heads beyond the next smaller one get every other slope of twice as
+    many.
+
+    References:
+      Press et al., Train Short, Test Long, 2022, arXiv 2108.12409, section 3 and appendix A.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    own = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4 / power * np.arange(1, 2 * (heads - power), 2))
+    return np.concatenate([own, between]).astype(np.float32)

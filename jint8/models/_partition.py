@@ -1,0 +1,58 @@
+"""Tensor parallelism for our decoders: which axis of each parameter is divided among devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jint8._paths import path_string
+from jint8._types import is_qtensor
+
+COLUMN_PARALLEL = ("qkv", "gate_up", "up", "lm_head")
+ROW_PARALLEL = ("out", "down")
+
+
+def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
+    """`PartitionSpec`s of a decoder's parameters, for `jint8.shardings`.
+
+    The products into heads and hidden features are divided by output channels, those out of them by contracted
+    features (Shoeybi et al., 2019, arXiv 1909.08053, section 3), the embedding and the output head by vocabulary.
+    Norms and what is small stay whole; so does a vocabulary that the devices don't divide.
+
+    Args:
+      params: of a `Decoder`, float or quantized, also abstract.
+      mesh: of devices.
+      axis: of the mesh, over which the model is divided. None means `"model"`, or the mesh's only axis.
+
+    Returns:
+      A tree of `params`' structure, with a spec for each `QTensor`.
+
+    Raises:
+      ValueError: no such axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> from jint8.models import partition_specs
+      >>> params = {"layers_0": {"mlp": {"down": {"weight": jnp.ones((8, 16))}}}}
+      >>> partition_specs(params, jax.make_mesh((1,), ("model",)))["layers_0"]["mlp"]["down"]["weight"]
+      PartitionSpec(None, 'model')
+    """
+    if axis is None:
+        axis = "model" if "model" in mesh.shape or len(mesh.shape) != 1 else next(iter(mesh.shape))
+    if axis not in mesh.shape:
+        raise ValueError(f"Expected a mesh with an axis {axis!r}, got {tuple(mesh.shape)}.")
+
+    def spec(path, leaf):
+        *_, layer, name = "", *path_string(path).split("/")
+        stacked = (None,) * (len(leaf.shape) - 2)  # experts
+        if name == "embedding" or layer == "lm_head":
+            return PartitionSpec(axis) if leaf.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
+        if layer in COLUMN_PARALLEL:
+            return PartitionSpec(axis) if name == "bias" else PartitionSpec(*stacked, axis, None)
+        if layer in ROW_PARALLEL and name == "weight":
+            return PartitionSpec(*stacked, None, axis)
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, params, is_leaf=is_qtensor)

@@ -1,0 +1,110 @@
+"""From a `model_type` to its family, and from parameters to the tensors that they are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from jint8.models._config import ModelConfig
+from jint8.models.families._bloom import BLOOM
+from jint8.models.families._family import ROWS, Family
+from jint8.models.families._gemma import GEMMA2, GEMMA3
+from jint8.models.families._gpt2 import GPT2
+from jint8.models.families._llama import LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3
+from jint8.models.families._neox import GPT_NEOX
+from jint8.models.families._opt import OPT
+
+FAMILIES: Mapping[str, Family] = {
+    "bloom": BLOOM,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "opt": OPT,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
+HEAD = "lm_head"
+
+
+class Source(NamedTuple):
+    """The tensors of a checkpoint that make up a parameter, one above the other."""
+
+    tensors: tuple[str, ...]
+    layout: str = ROWS
+
+
+def model_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face configuration.
+
+    Args:
+      config: the content of `config.json`.
+
+    Returns:
+      What `jint8.models.Decoder` takes.
+
+    Raises:
+      ValueError: an architecture or option that isn't supported, or a missing or impossible size.
+
+    Examples:
+      >>> from jint8.models import model_config
+      >>> model_config({"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 16,
+      ...               "num_hidden_layers": 1, "num_attention_heads": 2}).head_dim
+      4
+    """
+    config = text_config(config)
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"Expected a model_type among {', '.join(FAMILIES)}, got {family!r}.")
+    return FAMILIES[family].config(config)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model alone, where a `config.json` describes a model that also sees images."""
+    if config.get("model_type") == "gemma3":
+        return {**(config.get("text_config") or {}), "model_type": "gemma3_text"}
+    return dict(config)
+
+
+def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str]) -> dict[str, Source]:
+    """Which tensors make up which parameter.
+
+    Args:
+      config: of the model.
+      paths: of its parameters, such as `"layers_0/attention/qkv/weight"`.
+      tensors: the names in the checkpoint, which decide among the family's prefixes.
+
+    Returns:
+      For each path, its `Source`. Its tensors needn't be in the checkpoint.
+    """
+    family = FAMILIES[config.family]
+    embedding = f"{family.modules['embedding']}.weight"
+    prefix = next((p for p in family.prefixes if p + embedding in tensors), family.prefixes[0])
+    found = {}
+    for path in paths:
+        module, _, leaf = path.rpartition("/")
+        if not module:  # a table, which has no module around it
+            module, leaf = leaf, "weight"
+        leaf = "weight" if leaf == "scale" else leaf
+        layer = re.match(r"layers_(\d+)/", module)
+        module = re.sub(r"^layers_\d+/", "layers/", module)
+        theirs = family.modules[module]
+        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        experts = range(config.experts) if "{e}" in theirs[0] else range(1)
+        start = "" if module == HEAD else prefix
+        names = tuple(f"{start}{name.format(i=layer and layer[1], e=e)}.{leaf}" for e in experts for name in theirs)
+        found[path] = Source(names, family.layouts.get(module, ROWS))
+    return found
+
+
+def ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor of a checkpoint may be left unread: buffers, and the copy of a tied head."""
+    family = FAMILIES[config.family]
+    tied = config.tie_embeddings and name == f"{family.modules[HEAD]}.weight"
+    return tied or any(fnmatchcase(name, pattern) for pattern in family.unused)

@@ -1,0 +1,78 @@
+"""Layers that no converter knows: their own code runs, with int8 products."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jint8._substitute import UnsupportedUse, with_int8
+from jint8._types import QTensor
+from jint8.nnx._modules import Quantized
+
+
+def with_weights(layer: nnx.Module, weights: Mapping[str, QTensor]) -> nnx.Module:
+    """The layer, changed in place: it holds these weights and multiplies by them in int8.
+
+    It becomes an instance of a subclass, so that its attributes, paths and `isinstance` stay as they were.
+    """
+    for name, w in weights.items():
+        setattr(layer, name, Quantized(w))
+    object.__setattr__(layer, "__class__", _int8_subclass(type(layer)))
+    return layer
+
+
+@functools.cache  # one class per layer class, because graph definitions compare by class
+def _int8_subclass(layer_type: type[nnx.Module]) -> type[nnx.Module]:
+    own = [base for base in layer_type.__mro__ if base not in nnx.Module.__mro__]
+    methods = {
+        name: _in_int8(layer_type, getattr(layer_type, name))
+        for base in own
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and (name == "__call__" or not name.startswith("__"))
+    }
+    attributes = {"__module__": layer_type.__module__, "__doc__": layer_type.__doc__}
+    return types.new_class(
+        f"Int8{layer_type.__name__}", (layer_type,), exec_body=lambda namespace: namespace.update(attributes | methods)
+    )
+
+
+def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs on a float stand-in for the layer, with its products in int8."""
+
+    @functools.wraps(method)
+    def in_int8(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        graphdef, state = nnx.split(self)
+        weights = {name: value.get_value() for name, value in vars(self).items() if isinstance(value, Quantized)}
+
+        def run(floats: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
+            layer = nnx.merge(graphdef, state, copy=True)
+            object.__setattr__(layer, "__class__", layer_type)
+            for name, value in floats.items():
+                setattr(layer, name, nnx.Param(value))
+            before = _values(layer)
+            result = method(layer, *args, **kwargs)
+            return result, {path: value for path, value in _values(layer).items() if value is not before.get(path)}
+
+        try:
+            result, changed = with_int8(run, weights)
+        except UnsupportedUse as error:
+            raise TypeError(
+                f"{layer_type.__name__} with int8 weights ({', '.join(weights)}): {error} Teach jint8 the layer with "
+                "jint8.nnx.register, or leave it in floating point with skip= in jint8.nnx.quantize."
+            ) from error
+        variables = dict(nnx.to_flat_state(nnx.state(self)))
+        for path, value in changed.items():
+            variables[path].set_value(value)
+        return result
+
+    return in_int8
+
+
+def _values(layer: nnx.Module) -> dict[Any, Any]:
+    return {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(layer))}

@@ -1,0 +1,72 @@
+"""Every family against what PyTorch's transformers computes; see tests/fixtures/make_families.py.
+
+Without `jit` where it isn't the point: most operations are then compiled once for all families.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_files import DIRECTORY, NAMES, config, expected
+
+import jint8
+from jint8.models import FAMILIES, context, make_cache
+
+# their rotary positions depend on the length of the sequence, which differs from call to call
+BY_LENGTH = ["llama_dynamic", "phi3_longrope"]
+LENGTH, SHORT, SLOTS, CHUNK = 20, 11, 32, 8
+
+
+def load(name, **options):
+    return jint8.load(DIRECTORY / name, dtype="float32", **options)
+
+
+def logits(model, tokens):
+    return np.asarray(model.model.apply({"params": model.params}, jnp.asarray(tokens))[0])
+
+
+def test_every_family_has_a_fixture():
+    kinds = {config(name)["model_type"] for name in NAMES}
+    assert kinds == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LENGTH])
+def test_float_logits(name):
+    """Two rows with different padding, through the cache in chunks; then the most likely token is greedy's next."""
+    model, want = load(name, quantize=False), expected(name)
+    lengths, new = (LENGTH, SHORT), want["greedy"].shape[1]
+    rows = [np.append(want["tokens"][0, :n], greedy[:-1]) for n, greedy in zip(lengths, want["greedy"], strict=True)]
+    tokens = jnp.asarray([np.pad(row, (SLOTS - len(row), 0)) for row in rows])
+    first = jnp.asarray([SLOTS - len(row) for row in rows])
+    cache, chunks = make_cache(model.config, 2, SLOTS), []
+    for slot in range(0, SLOTS, CHUNK):
+        chunk = tokens[:, slot : slot + CHUNK]
+        out, cache = model.model.apply({"params": model.params}, chunk, context(chunk, slot, first), cache)
+        chunks.append(out)
+    found = np.concatenate(chunks, axis=1)
+    for row, n, greedy in zip(found, lengths, want["greedy"], strict=True):
+        got = row[-(n + new - 1) :]
+        limit = 1e-4 * np.abs(want["logits"]).max()
+        np.testing.assert_allclose(got[:n], want["logits"][0, :n], rtol=0, atol=limit)
+        np.testing.assert_array_equal(got[n - 1 :].argmax(-1), greedy)
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_float_logits_by_length(name):
+    want = expected(name)
+    got = logits(load(name, quantize=False), want["tokens"])
+    np.testing.assert_allclose(got, want["logits"], rtol=0, atol=1e-4 * np.abs(want["logits"]).max())
+
+
+@pytest.mark.parametrize("name", [*BY_LENGTH, "gemma3", "bloom"])
+def test_generated_tokens(name):
+    model, (tokens,), want = load(name, quantize=False), expected(name)["tokens"].tolist(), expected(name)["greedy"]
+    chunks = model.generate_tokens([tokens, tokens[:SHORT]], max_tokens=want.shape[1], every=want.shape[1])
+    np.testing.assert_array_equal(np.concatenate(list(chunks), axis=1), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_logits(name):
+    want = expected(name)
+    got = logits(load(name), want["tokens"])
+    # with experts, a rounding may send a token to another one
+    assert np.linalg.norm(got - want["logits"]) / np.linalg.norm(want["logits"]) < (0.15 if name == "mixtral" else 0.05)
