@@ -68,7 +68,7 @@ def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: st
     total = jnp.float32(0)
     for start in range(0, k, MAX_K):
         piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
-        total = total + _product_of_split(*piece, config=config, k_last=k_last)
+        total = total + _product_of_split(*piece, k_last=k_last)
     return total * w.scale
 
 
@@ -108,22 +108,33 @@ def column_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     return y * w.scale
 
 
-def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: bool) -> jax.Array:
+def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
+    rows, m = [parts.q], len(x)
+    if parts.outliers is not None and parts.outliers.digits is not None:
+        rows.append(parts.outliers.digits)
+    if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
+        rows.append(jnp.ones_like(parts.q[:1]))
+    stacked = jnp.concatenate(rows)
+    sums = _without_zero(int8_dot(stacked, w.q, k_last), _row_sum(stacked), w)
+    regular = sums[: len(parts.q)]
+    if parts.zero is not None:  # sum_k (q - zero) w
+        regular = regular - parts.zero * sums[-1:]
+    out = join_digits(regular, m) * parts.scale
     if parts.outliers is None:
-        return _dequantize_sum(int8_dot(parts.q, w.q, k_last), parts.q, parts.scale, parts.zero, w, k_last)
-    rows, step = parts.outliers.digits, parts.outliers.step
-    if rows is not None:
-        sums = int8_dot(jnp.concatenate([parts.q, rows]), w.q, k_last)
-        regular, outlier, row_sum = sums[: len(parts.q)], sums[len(parts.q) :], _row_sum(rows)
+        return out
+    if parts.outliers.digits is not None:
+        outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
     else:
-        regular = int8_dot(parts.q, w.q, k_last)
-        outlier, row_sum = gathered_product(x, parts.outliers, w.q, k_last)
-    out = _dequantize_sum(regular, parts.q, parts.scale, parts.zero, w, k_last)
-    outlier = outlier.astype(jnp.float32)
-    if w.zero is not None:
-        outlier = outlier - row_sum.astype(jnp.float32) * w.zero
-    return out + join_digits(outlier, len(x)) * step
+        acc, row_sum = gathered_product(x, parts.outliers, w.q, k_last)
+        outlier = _without_zero(acc, row_sum, w)
+    return out + join_digits(outlier, m) * parts.outliers.step
+
+
+def _without_zero(acc, row_sum, w: Weight):
+    """int32 `sum_k q wq` to float32 `sum_k q (wq - wzero)`."""
+    out = acc.astype(jnp.float32)
+    return out if w.zero is None else out - row_sum.astype(jnp.float32) * w.zero
 
 
 def _row_sum(q):
@@ -136,20 +147,6 @@ def join_digits(sums, m: int):
     for start in range(m, len(sums), m):
         total = total * DIGIT_BASE + sums[start : start + m]
     return total
-
-
-def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
-    """int32 sums of the regular part to float32, with the corrections for zero points on either side."""
-    out = acc.astype(jnp.float32)
-    # sum_k (q - zero) (wq - wzero), of which acc is sum_k q wq
-    if w.zero is not None:
-        out = out - _row_sum(q).astype(jnp.float32) * w.zero
-    if zero is not None:
-        weight_sum = jnp.sum(w.q, axis=1 if k_last else 0, dtype=jnp.int32).astype(jnp.float32)
-        if w.zero is not None:
-            weight_sum = weight_sum - q.shape[1] * w.zero
-        out = out - zero * weight_sum
-    return join_digits(out, len(scale)) * scale
 
 
 def gathered_product(x, outliers: Outliers, q, k_last: bool):

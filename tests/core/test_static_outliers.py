@@ -69,6 +69,17 @@ def test_configs(name):
     check("few_outliers", config, columns, n_k="[k,n]" not in name, implementation=implementation)
 
 
+def test_kernels():
+    check("few_outliers", STATIC, implementation="triton")  # interpreted
+
+
+def test_what_kernels_cannot_compute():
+    w = jint8.quantize(normal(32, 16))
+    for config, what in ((jint8.Config(digits=2), "2 digits"), (jint8.Config(relative=True), "relative to the token")):
+        with pytest.raises(NotImplementedError, match=f"Expected what the GPU kernels can compute, got .*{what}"):
+            jint8.matmul(normal(4, 32), w, config=config, implementation="triton")
+
+
 def test_a_calibrated_row_carries_16_bits_where_int8_has_8():
     case = VALUES["few_outliers"]
     w = jint8.quantize(case.w, outliers=COLUMNS)
