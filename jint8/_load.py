@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ def load(
     skip: Patterns = (),
     include: Patterns = (),
     adapter: str | os.PathLike[str] | None = None,
+    outliers: Mapping[str, Any] | None = None,
+    calibrate: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -60,6 +65,9 @@ def load(
         q, k and v or gate and up share a product, naming one keeps all of them.
       include: patterns or a predicate that win over `skip` and over the default.
       adapter: a directory in which PEFT saved a LoRA adapter; its factors are added in floating point.
+      outliers: outlier feature dimensions by path, as `jint8.calibrate` returns; the config then has
+        `outliers="static"`. None, with such a config: they are found on a text, which reads the checkpoint twice.
+      calibrate: that text. None is a short one that comes with the package.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
@@ -82,7 +90,7 @@ def load(
         verify_files(Path(path))
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
-            if not quantize or skip or include:
+            if not quantize or skip or include or outliers is not None or calibrate is not None:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
@@ -92,19 +100,30 @@ def load(
         else:
             quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
             model = decoder(checkpoint, default_dtype() if dtype is None else dtype)
-            params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
+            read = functools.partial(read_params, checkpoint, model, skip=skip, include=include, progress=progress)
+            if outliers is not None:
+                quant = dataclasses.replace(quant, outliers="static")
+            elif quant.outliers == "static" and quant.decomposes:
+                dynamic = read(config=dataclasses.replace(quant, outliers="token"))
+                outliers = _language_model(checkpoint, model, dynamic, quant).calibrate(calibrate)
+                del dynamic
+            params = read(config=quant, outliers=outliers)
         if adapter is not None:
             params = with_adapter(params, model, Path(adapter))
         if mesh is not None:
             params = jax.device_put(params, shardings(params, partition_specs(params, mesh), mesh=mesh))
-        return LanguageModel(
-            model=model,
-            params=params,
-            tokenizer=checkpoint.tokenizer(),
-            config=model.config,
-            quant=quant,
-            hf_config=text_config(checkpoint.config),
-        )
+        return _language_model(checkpoint, model, params, quant)
+
+
+def _language_model(checkpoint: Checkpoint, model: Decoder, params: Any, quant: Config) -> LanguageModel:
+    return LanguageModel(
+        model=model,
+        params=params,
+        tokenizer=checkpoint.tokenizer(),
+        config=model.config,
+        quant=quant,
+        hf_config=text_config(checkpoint.config),
+    )
 
 
 def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
