@@ -17,7 +17,7 @@ compiled_products = pytest.importorskip("hlo").compiled_products
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 WITHOUT = jint8.Config(threshold=0.0)
 
-# name: leaves that are multiplied and stay in floating point, besides the output head; int8 products per leaf
+# Embeddings that are also the output head: they stay in floating point unless they are asked for.
 TIED = {
     "gemma.gm.nn.Transformer": "embedder/input_embedding",
     "tunix Gemma3": "embedder/input_embedding",
@@ -79,6 +79,17 @@ def test_int8_products_in_the_compiled_program(name, model, plan):
     if name == MINILM:  # the pooler isn't used by the sentence embedding
         layers -= 1
     assert in_int8.s8 == layers
+
+
+def test_tied_embeddings_too(name, model, plan):
+    """However the model writes its head, it is one more int8 product where the plan names the embedding."""
+    if name not in TIED:
+        pytest.skip("no tied embedding")
+    counts = [
+        cases.count_int8_products(*model.quantize(model.params, chosen, WITHOUT), model.inputs)
+        for chosen in (plan, plan.with_(plan.tied))
+    ]
+    assert counts[1] == counts[0] + 1
 
 
 def test_error(name, model, plan):
