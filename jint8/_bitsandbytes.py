@@ -119,6 +119,8 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
       ValueError: int8 weights of a kind that bitsandbytes hasn't; the message names the parameter.
     """
     leaves = dict(leaf_paths(params, is_leaf=is_qtensor))
+    if any(path.endswith("/lora_a") for path in leaves):
+        raise ValueError("Expected a model without an adapter, which PEFT keeps in files of its own, got one with.")
     tensors: dict[str, np.ndarray] = {}
     # a tied head is a linear layer there, too
     skipped = [str(FAMILIES[config.family].modules[HEAD])] if config.tie_embeddings else []

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jint8._adapter import saved_factors, with_adapter
 from jint8._language_model import LanguageModel
 from jint8._paths import Patterns
 from jint8._read import Progress, abstract_params, read_params, settings
@@ -33,6 +34,7 @@ def load(
     quantize: bool = True,
     skip: Patterns = (),
     include: Patterns = (),
+    adapter: str | os.PathLike[str] | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -57,6 +59,7 @@ def load(
         (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`, `"lm_head"`). Where
         q, k and v or gate and up share a product, naming one keeps all of them.
       include: patterns or a predicate that win over `skip` and over the default.
+      adapter: a directory in which PEFT saved a LoRA adapter; its factors are added in floating point.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
@@ -64,10 +67,10 @@ def load(
       A `LanguageModel`.
 
     Raises:
-      FileNotFoundError: nothing at `path`, or a shard is missing.
+      FileNotFoundError: nothing at `path`, or a shard or a file of the adapter is missing.
       ValueError: an unsupported architecture, a truncated file, a tensor that is missing, unknown, or of a wrong shape,
-        NaN or infinity in a weight, a file that fails `verify`, a weight that `mesh` doesn't divide; the message names
-        file and tensor.
+        NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`, a weight that `mesh`
+        doesn't divide; the message names file and tensor.
       TypeError: `dtype` isn't a float type.
 
     References:
@@ -83,11 +86,15 @@ def load(
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = decoder(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
-            params = read_saved(checkpoint, abstract_params(model), config=config, dtype=dtype, progress=progress)
+            expected = abstract_params(model)
+            expected |= saved_factors(checkpoint.tensors, expected)
+            params = read_saved(checkpoint, expected, config=config, dtype=dtype, progress=progress)
         else:
             quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
             model = decoder(checkpoint, default_dtype() if dtype is None else dtype)
             params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
+        if adapter is not None:
+            params = with_adapter(params, model, Path(adapter))
         if mesh is not None:
             params = jax.device_put(params, shardings(params, partition_specs(params, mesh), mesh=mesh))
         return LanguageModel(

@@ -49,7 +49,7 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
         stacked = (None,) * (len(leaf.shape) - 2)  # experts
         if name == "embedding" or layer == "lm_head":
             return PartitionSpec(axis) if leaf.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
-        if layer in COLUMN_PARALLEL:
+        if layer in COLUMN_PARALLEL and name != "lora_a":
             return PartitionSpec(axis) if name == "bias" else PartitionSpec(*stacked, axis, None)
         if layer in ROW_PARALLEL and name == "weight":
             return PartitionSpec(*stacked, None, axis)

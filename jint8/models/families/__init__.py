@@ -6,6 +6,7 @@ from jint8.models.families._family import ROWS as ROWS
 from jint8.models.families._family import Family as Family
 from jint8.models.families._layout import from_stored as from_stored
 from jint8.models.families._layout import split as split
+from jint8.models.families._layout import split_sizes as split_sizes
 from jint8.models.families._layout import to_stored as to_stored
 from jint8.models.families._registry import FAMILIES as FAMILIES
 from jint8.models.families._registry import HEAD as HEAD

@@ -1,0 +1,26 @@
+"""A whole decoder in one program for CPU and CUDA, exported on a machine without a GPU."""
+
+import jax
+import numpy as np
+from family_files import DIRECTORY, expected
+
+import jint8
+
+TRITON = "__gpu$xla.gpu.triton"
+
+
+def test_one_program_for_cpu_and_cuda():
+    model = jint8.load(DIRECTORY / "llama", dtype="float32")
+    tokens = expected("llama")["tokens"]
+    params = {"params": model.params}
+    exported = jint8.export(lambda params, tokens: model.model.apply(params, tokens)[0])(params, tokens)
+    assert exported.platforms == ("cpu", "cuda")
+    assert TRITON in exported.mlir_module()
+    want = model.logits(tokens)
+    np.testing.assert_allclose(exported.call(params, tokens), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_without_a_gpu_in_sight_there_are_no_kernels():
+    model = jint8.load(DIRECTORY / "llama", dtype="float32")
+    lowered = jax.jit(model.model.apply).lower({"params": model.params}, expected("llama")["tokens"])
+    assert TRITON not in lowered.as_text()
