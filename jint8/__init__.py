@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
+from jint8._calibrate import calibrate as calibrate
 from jint8._contract import dot_general as dot_general
 from jint8._contract import einsum as einsum
 from jint8._export import export as export
@@ -45,7 +46,7 @@ _LAZY = {
     "load_encoder": "jint8._load",
     "save": "jint8._save",
 }
-_LAZY_MODULES = ("checkpoints", "linen", "models", "nnx")
+_LAZY_MODULES = ("analysis", "checkpoints", "linen", "models", "nnx")
 
 
 def __getattr__(name: str) -> Any:

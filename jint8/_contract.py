@@ -11,6 +11,7 @@ from jax import lax
 
 from jint8 import _xla
 from jint8._matmul import check_activations, product_2d
+from jint8._observe import Observed, watch
 from jint8._types import Config, is_qtensor, storage_axes
 
 
@@ -28,28 +29,28 @@ def dot_general(
     """`jax.lax.dot_general` where one side may be a `QTensor`: that product is LLM.int8()'s.
 
     Args:
-      lhs: array, or the `QTensor`.
-      rhs: array, or the `QTensor`. Without any, this is `jax.lax.dot_general`.
-      dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`. The contracted axes of the weight
-        must be those that it was quantized over. Outlier columns are decided within each entry of the batch axes.
-      precision: only for products without a `QTensor`.
-      preferred_element_type: dtype of the result; default: that of the activations.
-      out_sharding: only for products without a `QTensor`.
-      config: None means the one stored in the weight.
-      implementation: as in `jint8.matmul`.
+        lhs: array, or the `QTensor`.
+        rhs: array, or the `QTensor`. Without any, this is `jax.lax.dot_general`.
+        dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`. The contracted axes of the weight
+            must be those that it was quantized over. Outlier columns are decided within each entry of the batch axes.
+        precision: only for products without a `QTensor`.
+        preferred_element_type: dtype of the result; default: that of the activations.
+        out_sharding: only for products without a `QTensor`.
+        config: None means the one stored in the weight.
+        implementation: as in `jint8.matmul`.
 
     Returns:
-      Batch axes, then the free axes of `lhs`, then those of `rhs`.
+        Batch axes, then the free axes of `lhs`, then those of `rhs`.
 
     Raises:
-      TypeError: activations of an unsupported dtype, or two `QTensor`s.
-      ValueError: shapes that don't fit, or a weight quantized over other axes.
+        TypeError: activations of an unsupported dtype, or two `QTensor`s.
+        ValueError: shapes that don't fit, or a weight quantized over other axes.
 
     Examples:
-      >>> import jax.numpy as jnp, jint8
-      >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
-      >>> jint8.dot_general(jnp.ones((5, 4)), w, (((1,), (0,)), ((), ()))).shape
-      (5, 2, 3)
+        >>> import jax.numpy as jnp, jint8
+        >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
+        >>> jint8.dot_general(jnp.ones((5, 4)), w, (((1,), (0,)), ((), ()))).shape
+        (5, 2, 3)
     """
     if is_qtensor(lhs) and is_qtensor(rhs):
         raise TypeError("Expected at most one QTensor, got two.")
@@ -98,6 +99,10 @@ def contract(x, w, contracted, batched, config, implementation, dtype, bias=None
     q = jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n)))
     scale = jnp.transpose(w.scale, order).reshape(*batch_shape, n)
     zero = None if w.zero is None else jnp.transpose(w.zero, order).reshape(*batch_shape, n)
+    if isinstance(w, Observed):
+        tap = _columns(w.tap, order, stored_batch, stored_free, batch_shape)
+        x_rows = watch(w.counted, x_rows, tap)
+    rows, index = _outlier_columns(w, order, stored_batch, stored_free, batch_shape, (n, -1) if k_last else (-1, n))
     flat_bias = None if bias is None else bias.reshape(n)
 
     def product(x, weight):
@@ -107,8 +112,28 @@ def contract(x, w, contracted, batched, config, implementation, dtype, bias=None
 
     for _ in batch_shape:
         product = jax.vmap(product)
-    y = product(x_rows, _xla.Weight(q, scale, zero))
+    y = product(x_rows, _xla.Weight(q, scale, zero, rows, index))
     return y.reshape(*batch_shape, *(x.shape[a] for a in x_free), *free_shape)
+
+
+def _outlier_columns(w, order, stored_batch, stored_free, batch_shape, shape):
+    """`_xla.Weight.rows` and `index` of a weight that is transposed by `order`, for each entry of the batch."""
+    if w.outlier_index is None:
+        return None, None
+    rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *shape)
+    return rows, _columns(w.outlier_index, order, stored_batch, stored_free, batch_shape)
+
+
+def _columns(leaf, order, stored_batch, stored_free, batch_shape):
+    """A leaf with a list for each stacked weight, as a list for each entry of the batch."""
+    if any(leaf.shape[axis] != 1 for axis in stored_free):
+        raise ValueError(
+            "Expected one list of outlier columns for all output channels, got one for each entry of an axis that "
+            f"isn't a batch axis: {leaf.shape}."
+        )
+    stacked = [leaf.shape[axis] for axis in stored_batch]
+    columns = leaf.size // math.prod(stacked)
+    return jnp.broadcast_to(jnp.transpose(leaf, order).reshape(*stacked, columns), (*batch_shape, columns))
 
 
 def _check_axes(x, w, x_contract, w_contract, x_batch, w_batch):
@@ -150,27 +175,27 @@ def einsum(
     """`jax.numpy.einsum` where one of two operands may be a `QTensor`: that product is LLM.int8()'s.
 
     Args:
-      subscripts: such as `"btd,dnh->btnh"`; the activations may have an ellipsis. Labels in both operands that
-        aren't in the result are contracted, and must be those that the weight was quantized over.
-      *operands: activations and a `QTensor`, in any order. Without a `QTensor`, this is `jax.numpy.einsum`.
-      config: None means the one stored in the weight.
-      implementation: as in `jint8.matmul`.
-      precision: only for products without a `QTensor`.
-      preferred_element_type: dtype of the result; default: that of the activations.
+        subscripts: such as `"btd,dnh->btnh"`; the activations may have an ellipsis. Labels in both operands that
+            aren't in the result are contracted, and must be those that the weight was quantized over.
+        *operands: activations and a `QTensor`, in any order. Without a `QTensor`, this is `jax.numpy.einsum`.
+        config: None means the one stored in the weight.
+        implementation: as in `jint8.matmul`.
+        precision: only for products without a `QTensor`.
+        preferred_element_type: dtype of the result; default: that of the activations.
 
     Returns:
-      The axes that the subscripts name.
+        The axes that the subscripts name.
 
     Raises:
-      TypeError: as in `jint8.dot_general`.
-      ValueError: subscripts that don't fit the operands.
-      NotImplementedError: a `QTensor` with a repeated label, with an ellipsis or among more than two operands.
+        TypeError: as in `jint8.dot_general`.
+        ValueError: subscripts that don't fit the operands.
+        NotImplementedError: a `QTensor` with a repeated label, with an ellipsis or among more than two operands.
 
     Examples:
-      >>> import jax.numpy as jnp, jint8
-      >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
-      >>> jint8.einsum("...d,dnh->...nh", jnp.ones((5, 4)), w).shape
-      (5, 2, 3)
+        >>> import jax.numpy as jnp, jint8
+        >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
+        >>> jint8.einsum("...d,dnh->...nh", jnp.ones((5, 4)), w).shape
+        (5, 2, 3)
     """
     if not any(is_qtensor(operand) for operand in operands):
         return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ def load(
     skip: Patterns = (),
     include: Patterns = (),
     adapter: str | os.PathLike[str] | None = None,
+    outliers: Mapping[str, Any] | None = None,
+    calibrate: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -61,6 +66,9 @@ def load(
         q, k and v or gate and up share a product, naming one keeps all of them.
       include: patterns or a predicate that win over `skip` and over the default.
       adapter: a directory in which PEFT saved a LoRA adapter; its factors are added in floating point.
+      outliers: outlier feature dimensions by path, as `jint8.calibrate` returns; the config then has
+        `outliers="static"`. None, with such a config: they are found on a text, which reads the checkpoint twice.
+      calibrate: that text. None is a short one that comes with the package.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
@@ -77,7 +85,21 @@ def load(
     References:
       arXiv 2208.07339, abstract: "a 16/32-bit checkpoint can be loaded, converted to Int8, and used immediately".
     """
-    return _load(LanguageModel, path, config, dtype, mesh, quantize, skip, include, adapter, verify, progress)
+    return _load(
+        LanguageModel,
+        path,
+        config,
+        dtype,
+        mesh,
+        quantize,
+        skip,
+        include,
+        adapter,
+        verify,
+        progress,
+        outliers=outliers,
+        calibrate=calibrate,
+    )
 
 
 def load_encoder(
@@ -116,7 +138,22 @@ def load_encoder(
     return _load(TextEncoder, path, config, dtype, None, quantize, skip, include, adapter, verify, progress)
 
 
-def _load(kind, path, config, dtype, mesh, quantize, skip, include, adapter, verify, progress) -> Any:
+def _load(
+    kind,
+    path,
+    config,
+    dtype,
+    mesh,
+    quantize,
+    skip,
+    include,
+    adapter,
+    verify,
+    progress,
+    *,
+    outliers=None,
+    calibrate=None,
+) -> Any:
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
     if verify:
@@ -124,7 +161,7 @@ def _load(kind, path, config, dtype, mesh, quantize, skip, include, adapter, ver
     build = decoder if kind is LanguageModel else encoder
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
-            if not quantize or skip or include:
+            if not quantize or skip or include or outliers is not None or calibrate is not None:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = build(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
@@ -134,19 +171,32 @@ def _load(kind, path, config, dtype, mesh, quantize, skip, include, adapter, ver
         else:
             quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
             model = build(checkpoint, default_dtype() if dtype is None else dtype)
-            params = read_params(checkpoint, model, config=quant, skip=skip, include=include, progress=progress)
+            read = functools.partial(read_params, checkpoint, model, skip=skip, include=include, progress=progress)
+            if outliers is not None:
+                quant = dataclasses.replace(quant, outliers="static")
+            elif quant.outliers == "static" and quant.decomposes:
+                if kind is not LanguageModel:
+                    raise ValueError(f"{path}: Expected outliers by batch or by token for an encoder, got static.")
+                dynamic = read(config=dataclasses.replace(quant, outliers="token"))
+                outliers = _loaded(kind, checkpoint, model, dynamic, quant).calibrate(calibrate)
+                del dynamic
+            params = read(config=quant, outliers=outliers)
         if adapter is not None:
             params = with_adapter(params, model, Path(adapter))
         if mesh is not None:
             params = jax.device_put(params, shardings(params, partition_specs(params, mesh), mesh=mesh))
-        return kind(
-            model=model,
-            params=params,
-            tokenizer=checkpoint.tokenizer(),
-            config=model.config,
-            quant=quant,
-            hf_config=text_config(checkpoint.config),
-        )
+        return _loaded(kind, checkpoint, model, params, quant)
+
+
+def _loaded(kind, checkpoint: Checkpoint, model: Any, params: Any, quant: Config) -> Any:
+    return kind(
+        model=model,
+        params=params,
+        tokenizer=checkpoint.tokenizer(),
+        config=model.config,
+        quant=quant,
+        hf_config=text_config(checkpoint.config),
+    )
 
 
 def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from jint8 import _bitsandbytes as bitsandbytes
 from jint8._host import aligned, check_finite, quantize_rows
+from jint8._outlier_rows import check_outliers, scaled
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
@@ -68,10 +69,13 @@ def read_params(
     config: Config,
     skip: Patterns = (),
     include: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of `model` out of `checkpoint`; see `jint8.load`."""
     wanted = _wanted(checkpoint, model, config, skip, include)
+    if unknown := sorted(set(outliers or ()) - set(wanted)):
+        raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
     total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
     done, lock = 0, threading.Lock()
 
@@ -87,7 +91,13 @@ def read_params(
     def read(path: str) -> Any:
         source, expected, axes = wanted[path]
         with jax.default_device(device):
-            return Reader(checkpoint, source, config, model, tell).read(expected.shape, quantized=axes is not None)
+            reader = Reader(checkpoint, source, config, model, tell)
+            w = reader.read(expected.shape, quantized=axes is not None)
+            found = (outliers or {}).get(path)
+            try:
+                return w if found is None or not isinstance(w, QTensor) else reader.with_outliers(w, found)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from None
 
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
@@ -199,6 +209,23 @@ class Reader:
 
         return jax.tree.map(stack, *pieces)
 
+    def with_outliers(self, w: QTensor, outliers: Any) -> QTensor:
+        """`w` with calibrated outlier columns, whose values are read in floating point once more."""
+        stack = tuple(range(w.ndim - 2))
+        config, index = check_outliers(outliers, w.shape, (w.ndim - 1,), stack, self.config)
+        columns = np.asarray(index).reshape(-1, index.shape[-1])
+        columns = np.repeat(columns, math.prod(w.shape[:-1]) // len(columns), axis=0)  # of each row
+        values, start = np.zeros(columns.shape, np.float32), 0
+        for name in self.source.tensors:
+            value = self._int8(name) if bitsandbytes.is_int8_weight(self.checkpoint, name) else self._floats(name)
+            stop = start + len(value)
+            found = np.take_along_axis(value, np.minimum(columns[start:stop], value.shape[1] - 1), axis=1)
+            values[start:stop] = np.where(columns[start:stop] < value.shape[1], found.astype(np.float32), 0)
+            start = stop
+        rows = scaled(jnp.asarray(values.reshape(*w.shape[:-1], -1)), w.scale)
+        index = index.reshape(*w.shape[:-2], 1, -1)
+        return dataclasses.replace(w, outlier_rows=rows, outlier_index=index, config=config)
+
     def _int8_rows(self, shape: tuple[int, ...]) -> QTensor:
         rows, k = math.prod(shape[:-1]), shape[-1]
         q, scale, start = aligned((rows, k), np.int8), aligned((rows, 1), np.float32), 0
@@ -222,8 +249,7 @@ class Reader:
     def _convert(self, name: str, quantized: bool) -> jax.Array | QTensor:
         """A tensor as a piece of the parameter."""
         if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
-            rows, scales = self._bitsandbytes(name)
-            return jnp.asarray(rows * scales).astype(self.model.dtype)
+            return jnp.asarray(self._int8(name)).astype(self.model.dtype)
         value = self._floats(name)
         check_finite(value)
         array = jnp.array(value)  # a copy: without one the array would lie in the mapped file
@@ -237,6 +263,10 @@ class Reader:
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"Expected floating point values, got {value.dtype}.")
         return from_stored(value, self.source.layout, self.model.config)
+
+    def _int8(self, name: str) -> np.ndarray:
+        rows, scales = self._bitsandbytes(name)
+        return rows * scales
 
     def _bitsandbytes(self, name: str) -> Iterator[np.ndarray]:
         layout = bitsandbytes.int8_layout(self.source)

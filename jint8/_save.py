@@ -203,8 +203,9 @@ def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], static: 
     fields: dict[str, Any] = {name: _tuples(value) for name, value in static.items()} | arrays
     fields |= {"dtype": jnp.dtype(static["dtype"]), "config": _decode_config(checkpoint, static["config"])}
     w = QTensor(**fields)
-    if (w.q.dtype, w.scale.dtype) != (jnp.int8, jnp.float32):
-        raise TypeError("q in int8 and scale in float32")
+    for name, dtype in (("q", jnp.int8), ("scale", jnp.float32), ("outlier_rows", jnp.float16)):
+        if getattr(w, name) is not None and getattr(w, name).dtype != dtype:
+            raise TypeError(f"{name} in {jnp.dtype(dtype)}")
     if any(array.ndim != w.q.ndim for array in arrays.values()):
         raise ValueError(f"arrays of {w.q.ndim} dimensions")
     if any(size not in (1, full) for size, full in zip(w.scale.shape, w.q.shape, strict=True)):
