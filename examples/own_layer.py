@@ -1,4 +1,4 @@
-"""A layer of one's own: five lines teach jint8 to multiply its weight in int8."""
+"""A layer of one's own runs in int8 as it is; five lines teach jint8 a layer that changes its weight."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import jint8
 
 
 class Heads(nn.Module):
-    """A projection to attention heads, written with einsum on a parameter."""
+    """A projection to attention heads, written with einsum on a parameter: needs nothing."""
 
     heads: int
     size: int
@@ -19,17 +19,38 @@ class Heads(nn.Module):
         return jnp.einsum("btd,ndh->btnh", x, self.param("w", nn.initializers.lecun_normal(), shape))
 
 
-@jint8.linen.register(Heads)
-def heads(module, x):
-    """Runs instead of `Heads.__call__` where `w` is int8."""
-    return jint8.einsum("btd,ndh->btnh", x, jint8.linen.param(module, "w"))
+class Gained(nn.Module):
+    """A projection whose weight is multiplied by a gain per output: needs its float values, unless it is taught."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        gain = self.param("gain", nn.initializers.ones, (self.features,))
+        return x @ (gain * self.param("w", nn.initializers.lecun_normal(), (x.shape[-1], self.features)))
+
+
+@jint8.linen.register(Gained)
+def gained(module, x):
+    """Runs instead of `Gained.__call__` where `w` is int8."""
+    return jint8.linen.param(module, "gain") * jint8.matmul(x, jint8.linen.param(module, "w"))
+
+
+class Model(nn.Module):
+    """Both of them."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = Heads(heads=4, size=16, name="heads")(x)
+        return Gained(64, name="out")(h.reshape(*x.shape[:-1], 64))
 
 
 def main():
     """Plans, quantizes and runs it; returns the relative error of the result."""
-    model, x = Heads(heads=4, size=16), jax.random.normal(jax.random.key(0), (2, 8, 64))
+    model, x = Model(), jax.random.normal(jax.random.key(0), (2, 8, 64))
     params = model.init(jax.random.key(1), x)
-    int8 = jint8.quantize_params(params, plan=jint8.plan(model.apply, params, x))
+    plan = jint8.plan(model.apply, params, x).with_({"out/w": (0,)})  # the plan alone would leave out what is changed
+    int8 = jint8.quantize_params(params, plan=plan)
 
     y = jax.jit(jint8.apply(model.apply))(int8, x)
     exact = model.apply(params, x)

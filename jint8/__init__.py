@@ -30,7 +30,9 @@ from jint8._types import QTensor as QTensor
 if TYPE_CHECKING:
     from jint8._language_model import LanguageModel as LanguageModel
     from jint8._load import load as load
+    from jint8._load import load_encoder as load_encoder
     from jint8._save import save as save
+    from jint8._text_encoder import TextEncoder as TextEncoder
     from jint8.linen import apply as apply
 
 __version__ = "0.1.0"
@@ -38,8 +40,10 @@ __version__ = "0.1.0"
 # Imported when first used, because they import flax.
 _LAZY = {
     "LanguageModel": "jint8._language_model",
+    "TextEncoder": "jint8._text_encoder",
     "apply": "jint8.linen",
     "load": "jint8._load",
+    "load_encoder": "jint8._load",
     "save": "jint8._save",
 }
 _LAZY_MODULES = ("analysis", "checkpoints", "linen", "models", "nnx")

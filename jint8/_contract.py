@@ -29,28 +29,28 @@ def dot_general(
     """`jax.lax.dot_general` where one side may be a `QTensor`: that product is LLM.int8()'s.
 
     Args:
-      lhs: array, or the `QTensor`.
-      rhs: array, or the `QTensor`. Without any, this is `jax.lax.dot_general`.
-      dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`. The contracted axes of the weight
-        must be those that it was quantized over. Outlier columns are decided within each entry of the batch axes.
-      precision: only for products without a `QTensor`.
-      preferred_element_type: dtype of the result; default: that of the activations.
-      out_sharding: only for products without a `QTensor`.
-      config: None means the one stored in the weight.
-      implementation: as in `jint8.matmul`.
+        lhs: array, or the `QTensor`.
+        rhs: array, or the `QTensor`. Without any, this is `jax.lax.dot_general`.
+        dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`. The contracted axes of the weight
+            must be those that it was quantized over. Outlier columns are decided within each entry of the batch axes.
+        precision: only for products without a `QTensor`.
+        preferred_element_type: dtype of the result; default: that of the activations.
+        out_sharding: only for products without a `QTensor`.
+        config: None means the one stored in the weight.
+        implementation: as in `jint8.matmul`.
 
     Returns:
-      Batch axes, then the free axes of `lhs`, then those of `rhs`.
+        Batch axes, then the free axes of `lhs`, then those of `rhs`.
 
     Raises:
-      TypeError: activations of an unsupported dtype, or two `QTensor`s.
-      ValueError: shapes that don't fit, or a weight quantized over other axes.
+        TypeError: activations of an unsupported dtype, or two `QTensor`s.
+        ValueError: shapes that don't fit, or a weight quantized over other axes.
 
     Examples:
-      >>> import jax.numpy as jnp, jint8
-      >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
-      >>> jint8.dot_general(jnp.ones((5, 4)), w, (((1,), (0,)), ((), ()))).shape
-      (5, 2, 3)
+        >>> import jax.numpy as jnp, jint8
+        >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
+        >>> jint8.dot_general(jnp.ones((5, 4)), w, (((1,), (0,)), ((), ()))).shape
+        (5, 2, 3)
     """
     if is_qtensor(lhs) and is_qtensor(rhs):
         raise TypeError("Expected at most one QTensor, got two.")
@@ -175,27 +175,27 @@ def einsum(
     """`jax.numpy.einsum` where one of two operands may be a `QTensor`: that product is LLM.int8()'s.
 
     Args:
-      subscripts: such as `"btd,dnh->btnh"`; the activations may have an ellipsis. Labels in both operands that
-        aren't in the result are contracted, and must be those that the weight was quantized over.
-      *operands: activations and a `QTensor`, in any order. Without a `QTensor`, this is `jax.numpy.einsum`.
-      config: None means the one stored in the weight.
-      implementation: as in `jint8.matmul`.
-      precision: only for products without a `QTensor`.
-      preferred_element_type: dtype of the result; default: that of the activations.
+        subscripts: such as `"btd,dnh->btnh"`; the activations may have an ellipsis. Labels in both operands that
+            aren't in the result are contracted, and must be those that the weight was quantized over.
+        *operands: activations and a `QTensor`, in any order. Without a `QTensor`, this is `jax.numpy.einsum`.
+        config: None means the one stored in the weight.
+        implementation: as in `jint8.matmul`.
+        precision: only for products without a `QTensor`.
+        preferred_element_type: dtype of the result; default: that of the activations.
 
     Returns:
-      The axes that the subscripts name.
+        The axes that the subscripts name.
 
     Raises:
-      TypeError: as in `jint8.dot_general`.
-      ValueError: subscripts that don't fit the operands.
-      NotImplementedError: a `QTensor` with a repeated label, with an ellipsis or among more than two operands.
+        TypeError: as in `jint8.dot_general`.
+        ValueError: subscripts that don't fit the operands.
+        NotImplementedError: a `QTensor` with a repeated label, with an ellipsis or among more than two operands.
 
     Examples:
-      >>> import jax.numpy as jnp, jint8
-      >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
-      >>> jint8.einsum("...d,dnh->...nh", jnp.ones((5, 4)), w).shape
-      (5, 2, 3)
+        >>> import jax.numpy as jnp, jint8
+        >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
+        >>> jint8.einsum("...d,dnh->...nh", jnp.ones((5, 4)), w).shape
+        (5, 2, 3)
     """
     if not any(is_qtensor(operand) for operand in operands):
         return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)

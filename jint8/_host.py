@@ -16,6 +16,23 @@ from jint8._quantize import SMALLEST_NORMAL
 BLOCK = 1 << 18  # values in float32 at a time: two buffers that fit in the second-level cache
 
 
+NOT_FINITE = "Expected finite weights, got NaN or infinity."
+
+
+def check_finite(value: np.ndarray) -> None:
+    """Raises ValueError for NaN or infinity in a float array."""
+    rows = value if value.ndim == 2 else value.reshape(1, -1)
+    step = max(1, BLOCK // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        if value.dtype == ml_dtypes.bfloat16:  # finite means that not all bits of the exponent are set
+            finite = (block.view(np.uint16) & 0x7F80) != 0x7F80
+        else:
+            finite = np.isfinite(block)
+        if not finite.all():
+            raise ValueError(NOT_FINITE)
+
+
 def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
     """Quantizes float `value[n, k]` with one scale per row into int8 `q[n, k]` and float32 `scale[n, 1]`.
 
@@ -32,7 +49,7 @@ def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
         np.abs(block, out=y)
         scale[at] = y.max(axis=1, keepdims=True, initial=0) / np.float32(127)
         if not np.isfinite(scale[at]).all():
-            raise ValueError("Expected finite weights, got NaN or infinity.")
+            raise ValueError(NOT_FINITE)
         np.divide(block, np.where(scale[at] < SMALLEST_NORMAL, np.float32(np.inf), scale[at]), out=y)
         q[at] = np.rint(y, out=y)
 

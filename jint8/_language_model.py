@@ -17,7 +17,7 @@ from jint8._params import with_config
 from jint8._types import Config
 from jint8.checkpoints import Tokenizer
 from jint8.models import Decoder, ModelConfig
-from jint8.models._generate import Knobs, Sampling, decode, start
+from jint8.models._generate import Knobs, Sampling, decode, is_long, start
 
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
 STOP_TOKENS = 16  # and between looks for a stop string
@@ -126,8 +126,9 @@ class LanguageModel:
           seed: of the draw.
           stop: texts before which an answer ends.
           stream: yield pieces of text as they come.
-          config: how to multiply. None is the one the model was loaded with, except that several prompts decide
-            outliers per token, so that an answer doesn't depend on its neighbours.
+          config: how to multiply. None is the one the model was loaded with, except that several prompts, and long
+            ones, which run in chunks, decide outliers per token, so that an answer doesn't depend on what else is in
+            the call.
 
         Returns:
           The new text without the prompt: a str for a str, a list for a list. With `stream`, an iterator over pieces
@@ -187,7 +188,8 @@ class LanguageModel:
         for ids in prompts:
             self._check_ids(np.asarray(ids, np.int64))
             self._check_length(len(ids) + max_tokens)
-        if config is None and len(prompts) > 1 and self.quant.decomposes and self.quant.outliers == "batch":
+        several = len(prompts) > 1 or is_long(prompts)
+        if config is None and several and self.quant.decomposes and self.quant.outliers == "batch":
             config = dataclasses.replace(self.quant, outliers="token")
         params = {"params": self.params if config is None else with_config(self.params, config)}
         sampling = Sampling(greedy=temperature == 0, top_k=top_k, nucleus=top_p < 1)

@@ -136,7 +136,7 @@ def einsum(
 def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
     """Rows of an int8 embedding `[vocabulary, k]` -> `[*tokens.shape, k]`. NaN for tokens out of range."""
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError("Input type must be an integer or unsigned integer.")
+        raise TypeError(f"Expected tokens to be integers, got {tokens.dtype}.")
 
     def rows(leaf, dtype=jnp.float32):
         leaf = jnp.transpose(leaf, storage_axes(w)).astype(dtype)  # a transpose that XLA drops if it's none

@@ -25,20 +25,20 @@ class Plan(Mapping[str, Axes]):
     ``"lm_head"`` and ``"attn/q_*"`` match everything below such a folder, or a leaf of that name.
 
     Attributes:
-      contracted: the mapping itself.
-      stacked: for the same leaves, and those of `tied`, the axes that are neither contracted nor output channels:
-        scanned layers, experts, slices that are taken one at a time.
-      skipped: for every other leaf, the reason.
-      tied: the contracted axes of leaves that are skipped only because they are looked up as well, such as an embedding
-        that is also the output head.
-      shapes: the shape of every leaf.
+        contracted: the mapping itself.
+        stacked: for the same leaves, and those of `tied`, the axes that are neither contracted nor output channels:
+            scanned layers, experts, slices that are taken one at a time.
+        skipped: for every other leaf, the reason.
+        tied: the contracted axes of leaves that are skipped only because they are looked up as well, such as an
+            embedding that is also the output head.
+        shapes: the shape of every leaf.
 
     Examples:
-      >>> found = Plan({"head/kernel": (0,)}, shapes={"head/kernel": (64, 100)})
-      >>> found["head/kernel"]
-      (0,)
-      >>> found.without("head").skipped
-      {'head/kernel': 'left out'}
+        >>> found = Plan({"head/kernel": (0,)}, shapes={"head/kernel": (64, 100)})
+        >>> found["head/kernel"]
+        (0,)
+        >>> found.without("head").skipped
+        {'head/kernel': 'left out'}
     """
 
     contracted: Mapping[str, Axes]
@@ -84,14 +84,14 @@ class Plan(Mapping[str, Axes]):
         """Leaves some leaves out.
 
         Args:
-          *patterns: path patterns or predicates that take the path.
+            *patterns: path patterns or predicates that take the path.
 
         Returns:
-          A plan in which the leaves that match any of them are skipped.
+            A plan in which the leaves that match any of them are skipped.
 
         Examples:
-          >>> sorted(Plan({"a/kernel": (0,), "b/kernel": (0,)}).without("b"))
-          ['a/kernel']
+            >>> sorted(Plan({"a/kernel": (0,), "b/kernel": (0,)}).without("b"))
+            ['a/kernel']
         """
         out = [path for path in self if any(matches(path, pattern) for pattern in patterns)]
         return replace(
@@ -105,18 +105,18 @@ class Plan(Mapping[str, Axes]):
         """Adds leaves, or corrects their contracted axes.
 
         Args:
-          contracted: contracted axes by path, or by path pattern; negative ones count from the end.
+            contracted: contracted axes by path, or by path pattern; negative ones count from the end.
 
         Returns:
-          A plan in which all leaves that match are contracted over these axes.
+            A plan in which all leaves that match are contracted over these axes.
 
         Raises:
-          ValueError: if a pattern matches no leaf, or if a leaf doesn't have the axes or has no others.
+            ValueError: if a pattern matches no leaf, or if a leaf doesn't have the axes or has no others.
 
         Examples:
-          >>> found = Plan({}, skipped={"embedding": "embedding lookup"}, shapes={"embedding": (100, 64)})
-          >>> dict(found.with_({"embedding": (-1,)}))
-          {'embedding': (1,)}
+            >>> found = Plan({}, skipped={"embedding": "embedding lookup"}, shapes={"embedding": (100, 64)})
+            >>> dict(found.with_({"embedding": (-1,)}))
+            {'embedding': (1,)}
         """
         new: dict[str, Axes] = {}
         for pattern, axes in contracted.items():
@@ -147,32 +147,32 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     ``jint8.plan(lambda state, x: nnx.merge(graphdef, state)(x), state, x)``.
 
     Args:
-      apply_fn: a function of the parameters and `args`, such as `module.apply` of a linen module.
-      params: a tree of parameters: arrays or `jax.ShapeDtypeStruct`.
-      *args: further arguments; every leaf that has no shape and dtype is taken as static.
-      **kwargs: likewise.
+        apply_fn: a function of the parameters and `args`, such as `module.apply` of a linen module.
+        params: a tree of parameters: arrays or `jax.ShapeDtypeStruct`.
+        *args: further arguments; every leaf that has no shape and dtype is taken as static.
+        **kwargs: likewise.
 
     Returns:
-      The plan. Paths are relative to `params`; a leading ``params/`` is dropped.
+        The plan. Paths are relative to `params`; a leading ``params/`` is dropped.
 
     Raises:
-      TypeError: if `apply_fn` isn't callable.
-      ValueError: if `params` has no array leaves, or two of the same path.
+        TypeError: if `apply_fn` isn't callable.
+        ValueError: if `params` has no array leaves, or two of the same path.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, jint8
-      >>> params = {
-      ...     "embedding": jax.ShapeDtypeStruct((1000, 64), jnp.float32),
-      ...     "up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)},
-      ... }
-      >>> def apply(params, tokens):
-      ...     return params["embedding"][tokens] @ params["up"]["kernel"]
-      >>> print(jint8.plan(apply, params, jax.ShapeDtypeStruct((1, 8), jnp.int32)))
-      contracted  shape      axes  stacked
-      up/kernel   (64, 256)  (0,)
-      <BLANKLINE>
-      skipped    shape       reason
-      embedding  (1000, 64)  embedding lookup
+        >>> import jax, jax.numpy as jnp, jint8
+        >>> params = {
+        ...     "embedding": jax.ShapeDtypeStruct((1000, 64), jnp.float32),
+        ...     "up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)},
+        ... }
+        >>> def apply(params, tokens):
+        ...     return params["embedding"][tokens] @ params["up"]["kernel"]
+        >>> print(jint8.plan(apply, params, jax.ShapeDtypeStruct((1, 8), jnp.int32)))
+        contracted  shape      axes  stacked
+        up/kernel   (64, 256)  (0,)
+        <BLANKLINE>
+        skipped    shape       reason
+        embedding  (1000, 64)  embedding lookup
     """
     if not callable(apply_fn):
         raise TypeError(f"Expected apply_fn to be callable, got {type(apply_fn).__name__}.")

@@ -24,26 +24,26 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
     outlier if any row of any group exceeds the threshold; calibrated columns are each expert's own.
 
     Args:
-      lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
-      rhs: a `QTensor` of shape `[experts, k, n]`, quantized over axis 1.
-      group_sizes: integers `[experts]`.
-      config: None means the one stored in `rhs`.
+        lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
+        rhs: a `QTensor` of shape `[experts, k, n]`, quantized over axis 1.
+        group_sizes: integers `[experts]`.
+        config: None means the one stored in `rhs`.
 
     Returns:
-      `[m, n]` in `lhs.dtype`; differentiable in `lhs`, as if `rhs` were its dequantized value.
+        `[m, n]` in `lhs.dtype`; differentiable in `lhs`, as if `rhs` were its dequantized value.
 
     Raises:
-      TypeError: `lhs` isn't a float array, `rhs` isn't a `QTensor` or `group_sizes` isn't of integers.
-      ValueError: shapes that don't fit, or a weight quantized over other axes.
+        TypeError: `lhs` isn't a float array, `rhs` isn't a `QTensor` or `group_sizes` isn't of integers.
+        ValueError: shapes that don't fit, or a weight quantized over other axes.
 
     Examples:
-      >>> import jax.numpy as jnp, jint8
-      >>> experts = jint8.quantize(jnp.stack([jnp.eye(4), 2 * jnp.eye(4)]), contract_axes=(1,))
-      >>> jint8.ragged_dot(jnp.ones((3, 4)), experts, jnp.array([1, 2]))[:, 0].tolist()
-      [1.0, 2.0, 2.0]
+        >>> import jax.numpy as jnp, jint8
+        >>> experts = jint8.quantize(jnp.stack([jnp.eye(4), 2 * jnp.eye(4)]), contract_axes=(1,))
+        >>> jint8.ragged_dot(jnp.ones((3, 4)), experts, jnp.array([1, 2]))[:, 0].tolist()
+        [1.0, 2.0, 2.0]
 
     References:
-      arXiv 2208.07339, section 3.2.
+        arXiv 2208.07339, section 3.2.
     """
     check_activations(lhs, "lhs")
     if not is_qtensor(rhs):

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8 import _bitsandbytes as bitsandbytes
-from jint8._host import aligned, quantize_rows
+from jint8._host import aligned, check_finite, quantize_rows
 from jint8._outlier_rows import check_outliers, scaled
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
 from jint8._types import SCHEMES, Config, QTensor
 from jint8.checkpoints import Checkpoint
-from jint8.models import Decoder, ModelConfig
+from jint8.models import Decoder, Encoder, ModelConfig
 from jint8.models.families import COLUMNS, Source, from_stored, ignored, sources
 
 Progress = Callable[[int, int], None]
@@ -64,7 +64,7 @@ def settings(
 
 def read_params(
     checkpoint: Checkpoint,
-    model: Decoder,
+    model: Decoder | Encoder,
     *,
     config: Config,
     skip: Patterns = (),
@@ -116,7 +116,7 @@ def read_params(
 
 
 def planned_params(
-    checkpoint: Checkpoint, model: Decoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
+    checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
     planned: dict[str, Any] = {}
@@ -129,13 +129,13 @@ def planned_params(
     return planned
 
 
-def abstract_params(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's float parameters, by path."""
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     return dict(leaf_paths(tree))
 
 
-def _wanted(checkpoint: Checkpoint, model: Decoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
+def _wanted(checkpoint: Checkpoint, model: Decoder | Encoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
     """Source and shape of each parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
     expected = abstract_params(model)
     found = sources(model.config, expected, checkpoint.tensors.keys())
@@ -169,7 +169,7 @@ class Reader:
     checkpoint: Checkpoint
     source: Source
     config: Config
-    model: Decoder
+    model: Decoder | Encoder
     tell: Callable[[int], None]  # bytes that have been read
 
     def read(self, shape: tuple[int, ...], *, quantized: bool) -> jax.Array | QTensor:
@@ -228,7 +228,9 @@ class Reader:
         """A tensor as a piece of the parameter."""
         if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
             return jnp.asarray(self._int8(name)).astype(self.model.dtype)
-        array = jnp.array(self._floats(name))  # a copy: without one the array would lie in the mapped file
+        value = self._floats(name)
+        check_finite(value)
+        array = jnp.array(value)  # a copy: without one the array would lie in the mapped file
         if not quantized:
             return array.astype(self.model.dtype)
         w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=self.config)

@@ -83,7 +83,7 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     """`reshape(w, shape)`, where every new axis is either contracted or not.
 
     Raises:
-      ValueError: an axis of the result mixes contracted ones with others.
+        ValueError: an axis of the result mixes contracted ones with others.
     """
     order = _order(w)
     contracted = {order[stored] for stored in contracted_axes(w)}
@@ -123,7 +123,7 @@ def looked_up(
     """`lax.gather(w, indices, numbers, sizes)` of whole contracted axes: only the entries taken are dequantized.
 
     Raises:
-      ValueError: only a part of a contracted axis is taken.
+        ValueError: only a part of a contracted axis is taken.
     """
     contracted = {_order(w)[stored] for stored in contracted_axes(w)}
     if any(sizes[axis] != w.shape[axis] for axis in contracted):

@@ -19,6 +19,7 @@ from jint8._bitsandbytes import to_tensors
 from jint8._language_model import LanguageModel
 from jint8._params import with_config
 from jint8._paths import leaf_paths
+from jint8._text_encoder import TextEncoder
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor
 from jint8.checkpoints._huggingface import write_huggingface
 from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint, write_checkpoint
@@ -28,7 +29,11 @@ FORMATS = ("jint8", "bitsandbytes")
 
 
 def save(
-    path: str | os.PathLike[str], loaded: LanguageModel, *, format: str = "jint8", shard_bytes: int = SHARD_BYTES
+    path: str | os.PathLike[str],
+    loaded: LanguageModel | TextEncoder,
+    *,
+    format: str = "jint8",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Saves a model so that `jint8.load` gives back the same bits, on any device.
 
@@ -40,7 +45,7 @@ def save(
 
     Args:
       path: the directory to make; nothing or an empty directory may be there.
-      loaded: what `jint8.load` returned.
+      loaded: what `jint8.load` or `jint8.load_encoder` returned.
       format: `"jint8"`, or `"bitsandbytes"`.
       shard_bytes: the weights are split into files of at most this size.
 

@@ -41,8 +41,8 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
         >>> params = jint8.quantize_params({"up": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}})
         >>> specs = {"up": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}}
         >>> placed = jint8.shardings(params, specs, mesh=mesh)
-        >>> placed["up"]["kernel"].scale.spec
-        PartitionSpec(None, 'model')
+        >>> tuple(placed["up"]["kernel"].scale.spec)  # stored with the contracted axis last
+        ('model', None)
         >>> params = jax.device_put(params, placed)
     """
 

@@ -33,22 +33,22 @@ def with_int8(function: Callable[[dict[str, jax.Array]], Any], weights: Mapping[
     """`function(floats)` for the float weights that the `QTensor`s stand for, with its products in int8.
 
     Args:
-      function: takes a dictionary of arrays that have the weights' shapes and dtypes. It may close over any arrays,
-        and is called once, with stand-ins.
-      weights: the int8 weights by name.
+        function: takes a dictionary of arrays that have the weights' shapes and dtypes. It may close over any arrays,
+            and is called once, with stand-ins.
+        weights: the int8 weights by name.
 
     Returns:
-      What `function` returns. A weight that it hands back comes as a `QTensor`.
+        What `function` returns. A weight that it hands back comes as a `QTensor`.
 
     Raises:
-      UnsupportedUse: the function uses a weight in another way than in a product, rearranged or not, or a lookup.
-      ValueError: a product over other axes than those that the weight was quantized over.
+        UnsupportedUse: the function uses a weight in another way than in a product, rearranged or not, or a lookup.
+        ValueError: a product over other axes than those that the weight was quantized over.
 
     Examples:
-      >>> import jax.numpy as jnp, jint8
-      >>> w = jint8.quantize(jnp.ones((3, 4)), contract_axes=(1,))
-      >>> with_int8(lambda floats: jnp.ones((2, 4)) @ floats["w"].T, {"w": w}).shape
-      (2, 3)
+        >>> import jax.numpy as jnp, jint8
+        >>> w = jint8.quantize(jnp.ones((3, 4)), contract_axes=(1,))
+        >>> with_int8(lambda floats: jnp.ones((2, 4)) @ floats["w"].T, {"w": w}).shape
+        (2, 3)
     """
     shown: dict[str, Any] = {}
 

@@ -196,6 +196,13 @@ class QTensor:
         """Bytes of all leaves."""
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
+    @property
+    def T(self) -> QTensor:
+        """The transposed weight, of the same arrays: models with a tied output head write it so."""
+        from jint8._rearrange import ordered, permuted
+
+        return permuted(ordered(self), range(self.ndim)[::-1])
+
     def dequantize(self, dtype=None) -> jax.Array:
         """The float weight, in `dtype` (default: its own). See `jint8.dequantize`."""
         from jint8._quantize import dequantize

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +119,27 @@ def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tens
     for name, info in tensors.items():
         if name not in weight_map:
             raise ValueError(f"{info.file}: Expected only tensors that {INDEX} lists, got {name!r}")
+
+
+def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Read one safetensors file.
+
+    Args:
+        file: The file.
+
+    Yields:
+        Each tensor's name and its values, read-only and in the file's mapped memory.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file isn't safetensors, is truncated, or has a type that can't be read.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: Expected this file, got none")
+    header = read_header(file)
+    raw = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+    for info, begin in header:
+        yield info.name, raw[begin : begin + info.nbytes].view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def read_header(file: Path) -> list[tuple[TensorInfo, int]]:

@@ -42,6 +42,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """`--adapter`."""
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter that PEFT saved, to add to the model")
+
+
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     """`--no-compile-cache`."""
     parser.add_argument(
@@ -100,7 +105,7 @@ def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any)
     if args.calibrate is not None and options.get("quantize", True):
         options["calibrate"] = read_text(args.calibrate)
     with progress_bar(args, "loading", unit="B", unit_scale=True) as progress:
-        return jint8.load(path, progress=progress, **options)
+        return jint8.load(path, adapter=getattr(args, "adapter", None), progress=progress, **options)
 
 
 def find_source(args: argparse.Namespace, source: str) -> Path:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences per call (1)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
     _common.add_model_arguments(parser)
+    _common.add_adapter_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
 

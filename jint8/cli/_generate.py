@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="prompts are messages for the model's chat template")
     add_sampling_arguments(parser)
     _common.add_model_arguments(parser)
+    _common.add_adapter_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
 

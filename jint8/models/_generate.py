@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 from jint8.models._attention import LayerCache, context, make_cache
 from jint8.models._decoder import Decoder
 
+CHUNK = 512  # longest part of a prompt that goes through the model at once: attention's scores grow with it
 SLOTS = 128  # the cache's length is a multiple of this, so that programs are shared by requests of similar length
 
 
@@ -74,18 +76,31 @@ def prefill(
     prompt: jax.Array,
     first: jax.Array | None,
     key: jax.Array,
+    cache: list[LayerCache] | None,
     slots: int,
     sampling: Sampling,
     knobs: Knobs,
     eos: tuple[int, ...],
 ) -> State:
-    """Runs `prompt[b, s]` with a cache of `slots`, and appends the first new token."""
+    """Runs what is left of `prompt[b, s]`, and appends the first new token.
+
+    `cache` holds the beginning of the prompt, whole chunks before its last; None means that nothing has run.
+    """
     b, s = prompt.shape
-    empty = make_cache(model.config, b, slots, model.dtype)
-    logits, cache = _apply(model, params, prompt, context(prompt, 0, first), empty, last=True)
+    begin = 0 if cache is None else s - CHUNK
+    if cache is None:
+        cache = make_cache(model.config, b, slots, model.dtype)
+    rest = prompt[:, begin:]
+    logits, cache = _apply(model, params, rest, context(rest, begin, first), cache, last=True)
     tokens = jnp.zeros((b, slots), jnp.int32).at[:, :s].set(prompt)
     state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key)
     return _append(logits[:, -1], state, sampling, knobs, eos)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def extend(model: Decoder, params: Any, tokens: jax.Array, slot: jax.Array, first: jax.Array | None, cache):
+    """The cache with keys and values of `tokens[b, s]`, the first of which stands at `slot`."""
+    return _apply(model, params, tokens, context(tokens, slot, first), cache, last=True)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "eos"), donate_argnames=("state",))
@@ -138,4 +153,15 @@ def start(
         row[length - len(prompt) :] = prompt
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     first = jnp.asarray(starts) if starts.any() else None
-    return prefill(model, params, padded, first, jax.random.key(seed), slots, sampling, knobs, eos)
+    cache = None
+    if is_long(prompts):
+        cache = make_cache(model.config, b, slots, model.dtype)
+        for end in range(length % CHUNK or CHUNK, length, CHUNK):
+            begin = max(0, end - CHUNK)
+            cache = extend(model, params, padded[:, begin:end], jnp.int32(begin), first, cache)
+    return prefill(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, knobs, eos)
+
+
+def is_long(prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether the prompts go through the model in chunks."""
+    return bucket(max(map(len, prompts), default=0)) > CHUNK

@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Linear(nn.Module):
     """`x @ weight.T + bias`, in int8 where the weight is a `QTensor`.
 
+    Where an adapter has put `lora_a` and `lora_b` beside it, plus `x @ lora_a.T @ lora_b.T`.
+
     Attributes:
       features: n.
       use_bias: whether there is a bias.
@@ -45,9 +47,13 @@ class Linear(nn.Module):
         weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
         if is_qtensor(weight):
-            return matmul(x, weight, bias=bias)
-        y = project(x, weight)
-        return y if bias is None else y + bias.astype(y.dtype)
+            y = matmul(x, weight, bias=bias)
+        else:
+            y = project(x, weight)
+            y = y if bias is None else y + bias.astype(y.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + project(project(x, self.get_variable("params", "lora_a")), self.get_variable("params", "lora_b"))
+        return y
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -36,8 +36,8 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
       >>> import jax, jax.numpy as jnp, jint8
       >>> from jint8.models import partition_specs
       >>> params = {"layers_0": {"mlp": {"down": {"weight": jnp.ones((8, 16))}}}}
-      >>> partition_specs(params, jax.make_mesh((1,), ("model",)))["layers_0"]["mlp"]["down"]["weight"]
-      PartitionSpec(None, 'model')
+      >>> tuple(partition_specs(params, jax.make_mesh((1,), ("model",)))["layers_0"]["mlp"]["down"]["weight"])
+      (None, 'model')
     """
     if axis is None:
         axis = "model" if "model" in mesh.shape or len(mesh.shape) != 1 else next(iter(mesh.shape))
@@ -49,7 +49,7 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
         stacked = (None,) * (len(leaf.shape) - 2)  # experts
         if name == "embedding" or layer == "lm_head":
             return PartitionSpec(axis) if leaf.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
-        if layer in COLUMN_PARALLEL:
+        if layer in COLUMN_PARALLEL and name != "lora_a":
             return PartitionSpec(axis) if name == "bias" else PartitionSpec(*stacked, axis, None)
         if layer in ROW_PARALLEL and name == "weight":
             return PartitionSpec(*stacked, None, axis)

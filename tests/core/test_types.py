@@ -172,6 +172,18 @@ def test_one_of_two_stack_axes_that_is_sliced_away(stack, sliced):
     np.testing.assert_array_equal(twice.dequantize(), np.take(np.take(whole, 1, stack[sliced]), 1, rest))
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["contracted last", "order kept"])
+def test_transposed(last):
+    w = jint8.quantize(normal(3, 4, 5), contract_axes=(1,), config=AFFINE)
+    w = contract_last(w, (1,), (0,)) if last else w
+    assert w.T.shape == (5, 4, 3)
+    assert w.T.q is w.q
+    np.testing.assert_array_equal(w.T.dequantize(), np.asarray(w.dequantize()).T)
+    x = normal(6, 4)
+    got, want = (jint8.einsum("bk,nkl->bnl", x, v) for v in (w.T, jint8.quantize(w.dequantize().T, contract_axes=(1,))))
+    np.testing.assert_allclose(got, want, atol=0.05)
+
+
 def test_leading_axes_need_not_be_named_as_stacked():
     w = contract_last(jint8.quantize(normal(3, 4, 5), contract_axes=(1,)), (1,))
     assert jax.tree.map(lambda leaf: leaf[0], w).shape == (4, 5)

@@ -37,6 +37,18 @@ class Tied(nn.Module):
         return embed.attend(embed(tokens))
 
 
+class TiedByHand(nn.Module):
+    """A head with the transposed embedding as its kernel."""
+
+    def setup(self):
+        self.embed, self.head = nn.Embed(40, 32), nn.Dense(40, use_bias=False)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        kernel = self.embed.variables["params"]["embedding"].T
+        return self.head.apply({"params": {"kernel": kernel}}, x)
+
+
 class Shared(nn.Module):
     def setup(self):
         self.inner = nn.Dense(8)
@@ -96,6 +108,7 @@ LAYERS = {
     "attention": (nn.MultiHeadDotProductAttention(4), X, 4),
     "attention, normalized": (nn.MultiHeadDotProductAttention(4, normalize_qk=True), X, 4),
     "tied Embed": (Tied(), TOKENS, 1),
+    "tied by hand": (TiedByHand(), TOKENS, 1),
     "scan": (scanned(), X, 2),
     "scan, axis 1": (scanned(axis=1), X, 2),
     "scan, last axis": (scanned(axis=-1), X, 2),
@@ -162,6 +175,21 @@ def test_one_int8_product_per_layer(name):
     assert cases.count_int8_products(outputs(module), int8, x) == products
     in_float = cases.count_float_products(module.apply, floats, x)
     assert cases.count_float_products(outputs(module), int8, x) == in_float - products
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("attention", "tied Embed", "tied by hand", "scan, axis 1", "scan of remat", "vmap, last axis"),
+    ],
+)
+def test_int8_dots_in_the_compiled_program(name):
+    compiled_products = pytest.importorskip("hlo", reason="needs the benchmarks").compiled_products
+    module, x, products = LAYERS[name]
+    floats, int8, _ = cases.quantize_linen(module, x, config=EXACT)
+    in_int8, in_float = compiled_products(outputs(module), int8, x), compiled_products(module.apply, floats, x)
+    assert (in_int8.s8, in_float.s8) == (products, 0)
+    assert in_int8.other == in_float.other - products
 
 
 @pytest.mark.parametrize("name", ["Dense", "DenseGeneral, batch axis", "Einsum", "attention", "scan of remat"])
@@ -314,7 +342,7 @@ def test_embedding_lookup():
         got = jint8.apply(module.apply)(int8, TOKENS)
         assert jnp.array_equal(got, int8["params"]["embedding"].dequantize()[TOKENS])
     assert jnp.isnan(jint8.apply(module.apply)(int8, jnp.array([99]))).all()
-    with pytest.raises(ValueError, match="integer"):
+    with pytest.raises(TypeError, match="tokens to be integers, got float32"):
         jint8.apply(module.apply)(int8, jnp.ones(3))
 
 

@@ -159,6 +159,20 @@ def test_one_int8_product_per_layer(name):
     assert cases.count_int8_products(run, state, x) == products
 
 
+@pytest.mark.parametrize("name", ["attention", "LoRALinear", "scan", "tied Embed"])
+def test_int8_dots_in_the_compiled_program(name):
+    compiled_products = pytest.importorskip("hlo", reason="needs the benchmarks").compiled_products
+    (model, int8), (_, x, products) = quantized(name, config=EXACT), MODELS[name]
+
+    def count(model):
+        graphdef, state = nnx.split(model)
+        return compiled_products(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+
+    in_int8, in_float = count(int8), count(model)
+    assert (in_int8.s8, in_float.s8) == (products, 0)
+    assert in_int8.other == in_float.other - products
+
+
 @pytest.mark.parametrize("name", ["Linear", "LinearGeneral, batch axis", "Einsum", "attention"])
 def test_planted_outliers(name):
     x = cases.plant(X)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from jint8.models._config import ModelConfig
@@ -26,11 +28,17 @@ def to_stored(value: np.ndarray, layout: str, config: ModelConfig) -> np.ndarray
     return from_stored(value, layout, config)
 
 
+def split_sizes(shape: tuple[int, ...], path: str, count: int, config: ModelConfig) -> list[int]:
+    """Rows of each of the `count` tensors that a parameter is made of, from top to bottom."""
+    rows = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+    if count == 3 and "/qkv/" in path:
+        kv = config.num_kv_heads * config.head_dim
+        return [rows - 2 * kv, kv, kv]
+    return [rows // count] * count
+
+
 def split(parameter: np.ndarray, path: str, count: int, config: ModelConfig) -> list[np.ndarray]:
     """The `count` tensors that a parameter was made of, from top to bottom."""
     if parameter.ndim == 3:  # experts
         parameter = parameter.reshape(-1, parameter.shape[-1])
-    if count == 3 and "/qkv/" in path:
-        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        return np.split(parameter, [heads, heads + kv])
-    return np.split(parameter, count)
+    return np.split(parameter, np.cumsum(split_sizes(parameter.shape, path, count, config))[:-1])

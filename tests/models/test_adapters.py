@@ -1,0 +1,117 @@
+"""LoRA adapters against what PEFT computes; see tests/fixtures/make_adapters.py."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from family_files import DIRECTORY, expected
+
+import jint8
+
+ADAPTERS = DIRECTORY.parent / "adapters"
+NAMES = sorted(path.name for path in ADAPTERS.iterdir())
+
+
+def load(name, **options):
+    return jint8.load(DIRECTORY / name, **{"adapter": ADAPTERS / name, "dtype": "float32"} | options)
+
+
+def logits(model, name):
+    return np.asarray(model.model.apply({"params": model.params}, jnp.asarray(expected(name)["tokens"]))[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name):
+    want = np.load(ADAPTERS / name / "expected.npz")["logits"]
+    got = logits(load(name, quantize=False), name)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    without = expected(name)["logits"]
+    assert np.linalg.norm(without - want) > 0.2 * np.linalg.norm(want)
+    int8 = logits(load(name), name)
+    assert np.linalg.norm(int8 - want) < 0.06 * np.linalg.norm(want)
+
+
+def test_on_top_of_bitsandbytes():
+    want = np.load(ADAPTERS / "bloom" / "expected.npz")["logits"]
+    got = logits(jint8.load(DIRECTORY.parent / "bitsandbytes" / "bloom", adapter=ADAPTERS / "bloom"), "bloom")
+    assert np.linalg.norm(got - want) < 0.06 * np.linalg.norm(want)
+
+
+def test_saved_with_its_factors(tmp_path):
+    model = load("llama")
+    jint8.save(tmp_path / "dst", model)
+    again = jint8.load(tmp_path / "dst")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    with pytest.raises(ValueError, match="Expected a model without an adapter"):
+        jint8.save(tmp_path / "other", model, format="bitsandbytes")
+    factors = {k: v for k, v in safetensors.numpy.load_file(tmp_path / "dst" / "model.safetensors").items()}
+    factors["layers_0/mlp/down/lora_a"] = np.zeros((2, 7), np.float32)
+    safetensors.numpy.save_file(factors, tmp_path / "dst" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tensor 'layers_0/mlp/down/lora_a': Expected shape \(2, 48\)"):
+        jint8.load(tmp_path / "dst")
+
+
+def test_generates(tmp_path):
+    model, tokens = load("llama"), expected("llama")["tokens"][0].tolist()
+    chunks = model.generate_tokens([tokens], max_tokens=3)
+    got = np.concatenate(list(chunks), axis=1)[0].tolist()
+    assert got[0] == logits(model, "llama")[0, -1].argmax()
+
+
+def options(**changes):
+    def fault(path):
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return fault
+
+
+def tensors(change):
+    def fault(path):
+        file = path / "adapter_model.safetensors"
+        factors = dict(safetensors.numpy.load_file(file))
+        change(factors)
+        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in factors.items()}, file)
+
+    return fault
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+FAULTS = {
+    "no_config": (lambda path: (path / "adapter_config.json").unlink(), r"adapter_config\.json"),
+    "no_weights": (lambda path: (path / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors"),
+    "kind": (options(peft_type="IA3"), "Expected peft_type to be 'LORA', got 'IA3'"),
+    "dora": (options(use_dora=True), "Expected use_dora to be False"),
+    "alpha": (options(lora_alpha=None), "Expected lora_alpha to be a number, got None"),
+    "half_a_pair": (tensors(lambda t: t.pop(f"{Q}.lora_A.weight")), f"{Q}': Expected lora_A.weight and lora_B.weight"),
+    "wrong_shape": (
+        tensors(lambda t: t.update({f"{Q}.lora_B.weight": t[f"{Q}.lora_B.weight"][1:]})),
+        rf"{Q}': Expected factors \(r, 32\) and \(32, r\), got \(4, 32\) and \(31, 4\)",
+    ),
+    "nan": (tensors(lambda t: t.update({f"{Q}.lora_B.weight": np.full((32, 4), np.nan, np.float32)})), f"{Q}': .* NaN"),
+    "unknown": (tensors(lambda t: t.update(x=np.zeros(1, np.float32))), "tensor 'x': Expected only factors"),
+    "truncated": (
+        lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x08"), r"adapter_model\.safetensors.*truncated"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
+def test_fault(fault, message, tmp_path):
+    path = shutil.copytree(ADAPTERS / "llama", tmp_path / "adapter")
+    fault(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load("llama", adapter=path)
+
+
+def test_factors_of_experts(tmp_path):
+    path = shutil.copytree(ADAPTERS / "llama", tmp_path / "adapter")
+    name = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
+    factors = {f"{name}.lora_A.weight": np.ones((2, 32)), f"{name}.lora_B.weight": np.ones((32, 2))}
+    safetensors.numpy.save_file(factors, path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Expected no factors for experts"):
+        load("mixtral", adapter=path)
