@@ -48,7 +48,7 @@ def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
         raise ValueError(f"Expected threshold to be at least 0, got {threshold}.")
     if threshold == 0:
         return jnp.zeros(x.shape[-1], bool)
-    over = outlier_elements(x, limits(x, Config(threshold=threshold)))
+    over = outlier_elements(x, jnp.float32(min(threshold, LARGEST_FLOAT)))
     return jnp.any(over, axis=tuple(range(x.ndim - 1)))
 
 

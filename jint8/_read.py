@@ -213,6 +213,8 @@ class Reader:
         """`w` with calibrated outlier columns, whose values are read in floating point once more."""
         stack = tuple(range(w.ndim - 2))
         config, index = check_outliers(outliers, w.shape, (w.ndim - 1,), stack, self.config)
+        if index.shape[-1] == 0:
+            return dataclasses.replace(w, config=config)
         columns = np.asarray(index).reshape(-1, index.shape[-1])
         columns = np.repeat(columns, math.prod(w.shape[:-1]) // len(columns), axis=0)  # of each row
         values, start = np.zeros(columns.shape, np.float32), 0

@@ -45,7 +45,8 @@ def test_load_calibrates(static, model):
 def test_given_columns(llama, static):
     found = static.calibrate(TEXT, budget=1)
     assert all(columns.shape == (1,) for columns in found.values())
-    loaded = jint8.load(llama, outliers=found, dtype="float32")
+    loaded = jint8.load(llama, outliers=found | {"layers_1/mlp/down/weight": []}, dtype="float32")
+    assert weight(loaded, "layers_1/mlp/down/weight").outlier_rows is None
     assert loaded.quant == jint8.Config(outliers="static")
     assert weight(loaded).outlier_index.reshape(-1).tolist() == found[QKV].tolist()
     with pytest.raises(ValueError, match="Expected the outliers' paths to be parameters, got layers_9/x"):
