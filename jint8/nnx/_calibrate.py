@@ -79,7 +79,28 @@ def statistics(
     skip: Patterns = (),
     include: Patterns = (),
 ) -> dict[str, Seen]:
-    """What the activations of each projection look like, by path; see `calibrate`."""
+    """What the activations of each projection look like.
+
+    Args:
+      model: as in `calibrate`, as are batches, call, plan, skip and include.
+      batches: for each call, a tuple of the arguments, or the only one.
+      call: how to run the model; None calls it.
+      counted: its threshold, and whether that is relative, say what counts as an outlier.
+      plan: stacked weights that are int8 already need one.
+      skip: weights to leave out.
+      include: weights to watch all the same.
+
+    Returns:
+      From path to sums over all positions, for each feature dimension.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> seen = jint8.nnx.statistics(model, [jnp.ones((2, 8)).at[:, 5].set(20.0)])["layers/0/kernel"]
+      >>> seen.outliers.tolist()
+      [0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
+    """
 
     def make(path, value, contracted, stacked):
         del path
