@@ -1,54 +1,236 @@
-"""Quality of int8 on SmolLM2-135M: perplexity, KL divergence from float32 and equal top tokens, scheme by scheme.
+"""Quality of int8 on SmolLM2-135M: perplexity, KL divergence from float32, equal top tokens, bytes.
 
-    jint8 demo && python benchmarks/quality.py
+    jint8 demo && python benchmarks/quality.py              # or: quality.py SOURCE, for another model
+    python benchmarks/quality.py --sweep --sequences 8      # thresholds
+    python benchmarks/quality.py --report                   # quality.md and quality.svg from quality.json
 
 The text is the language reference that every Python carries (`pydoc_data.topics`), or any file; its SHA-256 is in the
-result, results/quality.json. 32 sequences of 512 tokens, one to a call.
+result, results/quality.json. Sequences of 512 tokens, one to a call. Static outliers are calibrated on the text that
+comes with the package. What is measured is added to the rows of the same text that are there already.
+
+Variants of the model compute the same function in floating point (`jint8.analysis.inject_outliers`): `planted` has six
+feature dimensions that are 64 times larger, `broad` half of all dimensions 8 times, as some families have.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import json
 import sys
+import tempfile
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from harness import write
+from harness import RESULTS, write
 
 import jint8
 from jint8._evaluate import evaluate
+from jint8._params import projection_bytes, with_config
+from jint8.analysis import inject_outliers, outlier_statistics
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 
-SCHEMES = ("none", "llm.int8", "llm.int8-zp", "vector", "vector-zp", "row+dec", "row", "zeropoint", "absmax")
+THRESHOLDS = (0.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0)
+PLANTED = (17, 101, 200, 333, 404, 555)
+VARIANTS = {
+    "plain": lambda params: params,
+    "planted": lambda params: inject_outliers(params, PLANTED, 64.0),
+    "broad": lambda params: inject_outliers(params, range(0, 576, 2), 8.0),
+}
+
+
+class Row(NamedTuple):
+    """How to quantize and how to multiply, and criteria of calibration (None: without)."""
+
+    config: jint8.Config
+    criteria: dict[str, Any] | None = None
+    run: jint8.Config | None = None
+
+
+def _rows() -> dict[str, Row]:
+    config = jint8.Config
+    schemes = ("llm.int8", "llm.int8-zp", "vector-zp", "vector", "row+dec", "row", "zeropoint", "absmax")
+    rows = {scheme: Row(config(scheme=scheme)) for scheme in schemes}
+    rows["weights only"] = Row(config(), run=config(scheme="none"))  # int8 weights and float activations
+    for name in ("static", "best"):
+        rows[name] = Row(config.preset(name), {})
+    rows["fast"] = Row(config.preset("fast"))
+    rows["llm.int8, token"] = Row(config(outliers="token"))
+    rows["llm.int8, static"] = Row(config(outliers="static"), {})
+    relative = {"threshold": 7.5, "relative": True}
+    rows["llm.int8, relative"] = Row(config(**relative))
+    rows["static, relative"] = Row(dataclasses.replace(config.preset("static"), **relative), relative)
+    for budget in (0.005, 0.01, 0.02):
+        rows[f"static, budget {budget:g}"] = Row(config.preset("static"), {"budget": budget})
+    rows["two digits"] = Row(config(scheme="vector", digits=2))
+    return rows
+
+
+class Reference:
+    """Logits of the float model, computed once and kept in a file."""
+
+    def __init__(self, model: jint8.LanguageModel, tokens: np.ndarray):
+        shape = (*tokens.shape, model.config.vocab_size)
+        with tempfile.NamedTemporaryFile() as file:
+            self._logits = np.memmap(file.name, np.float32, "w+", shape=shape)  # the file stays while it is mapped
+            for row, ids in enumerate(tokens):
+                self._logits[row] = np.asarray(model.logits(ids[None]))[0]
+        self._row = {ids.tobytes(): row for row, ids in enumerate(tokens)}
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.stack([self._logits[self._row[ids.tobytes()]] for ids in tokens])
+
+
+class Bench:
+    """The float model, its variants and the tokens."""
+
+    def __init__(self, source: Path, text: str, sequences: int, length: int):
+        self.model = jint8.load(source, quantize=False, dtype="float32")
+        ids = self.model.require_tokenizer().encode(text)[: sequences * length]
+        self.tokens = np.array(ids).reshape(sequences, length)
+        self.reference: Any = Reference(self.model, self.tokens)
+
+    def measure(self, variant: str, row: Row) -> dict[str, Any]:
+        floats = VARIANTS[variant](self.model.params)
+        outliers = None
+        if row.criteria is not None:
+            token = dataclasses.replace(row.config, outliers="token")
+            int8 = dataclasses.replace(self.model, params=jint8.quantize_params(floats, config=token), quant=token)
+            outliers = int8.calibrate(**row.criteria)
+        params = jint8.quantize_params(floats, config=row.config, outliers=outliers)
+        params = params if row.run is None else with_config(params, row.run)
+        model = dataclasses.replace(self.model, params=params)
+        start = time.perf_counter()
+        found = evaluate(model, self.tokens, reference=self.reference)
+        result = {
+            "perplexity": found.perplexity,
+            "over_float": found.perplexity / found.reference_perplexity - 1,
+            "kl": found.kl,
+            "top1": found.top1,
+            "projection_bytes": projection_bytes(params),
+            "seconds": time.perf_counter() - start,
+        }
+        if outliers is not None:
+            columns = sum(len(found) for found in outliers.values())
+            result["calibrated_columns"] = columns / sum(self._inputs().values())
+        return result
+
+    def share_in_16_bits(self, variant: str, threshold: float) -> dict[str, float]:
+        """Of the inputs' columns, of which any value in a call reaches the threshold, and of their values."""
+        if threshold == 0:
+            return {"columns": 0.0, "values": 0.0}
+        params = {"params": VARIANTS[variant](self.model.params)}
+        columns, values = [], []
+        for ids in self.tokens[:2]:
+            found = outlier_statistics(self.model.run, params, [ids[None]], threshold=threshold).projections.values()
+            columns.append(sum((p.outliers > 0).sum() for p in found) / sum(p.outliers.size for p in found))
+            values.append(sum(p.outliers.sum() for p in found) / sum(p.positions.sum() for p in found))
+        return {"columns": float(np.mean(columns)), "values": float(np.mean(values))}
+
+    def _inputs(self) -> dict[str, int]:
+        """Sizes of the projections' inputs, by path."""
+        abstract = jax.eval_shape(jint8.quantize_params, self.model.params)
+        leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda x: isinstance(x, jint8.QTensor))
+        return {str(path): leaf.shape[-1] for path, leaf in leaves if isinstance(leaf, jint8.QTensor)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", nargs="?", default=cache_directory() / FILE)
+    rows = _rows()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", type=Path, default=cache_directory() / FILE)
     parser.add_argument("--text", type=Path, help="another text")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
+    parser.add_argument("--rows", nargs="+", default=list(rows), choices=rows)
+    parser.add_argument("--sweep", action="store_true", help="thresholds instead of rows")
+    parser.add_argument("--report", action="store_true", help="only write quality.md and quality.svg")
+    parser.add_argument("--name", default="quality", help="of the files in results/")
     args = parser.parse_args()
+    if args.report:
+        print(*report(args.name), sep="\n")
+        return
     text = args.text.read_text() if args.text else "\n\n".join(topics[name] for name in sorted(topics))
-    reference = jint8.load(args.source, quantize=False)
-    ids = reference.require_tokenizer().encode(text)[: args.sequences * args.seq_len]
-    tokens = np.array(ids).reshape(args.sequences, args.seq_len)
-    rows = {}
-    for scheme in args.schemes:
-        config = jint8.Config(scheme=scheme)
-        model = reference if scheme == "none" else jint8.load(args.source, config=config)
-        result = evaluate(model, tokens, reference=reference)
-        rows[scheme] = {"perplexity": result.perplexity, "kl": result.kl, "top1": result.top1}
-        print(
-            f"{scheme:12} perplexity {result.perplexity:8.3f}  KL {result.kl:.4f}  top-1 {result.top1:.3f}", flush=True
-        )
-    name = str(args.text) if args.text else f"pydoc_data.topics of Python {sys.version.split()[0]}"
-    sha = hashlib.sha256(text.encode()).hexdigest()
-    print(write("quality", {"text": name, "sha256": sha, "tokens": list(tokens.shape), "schemes": rows}))
+    bench = Bench(args.source, text, args.sequences, args.seq_len)
+    about = {
+        "text": str(args.text) if args.text else f"pydoc_data.topics of Python {sys.version.split()[0]}",
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    size = f"{args.sequences}x{args.seq_len}"
+    for variant in args.variants:
+        if args.sweep:
+            for threshold in THRESHOLDS:
+                result = bench.measure(variant, Row(jint8.Config(threshold=threshold)))
+                result |= bench.share_in_16_bits(variant, threshold)
+                keep(args.name, about, size, f"{variant}, thresholds", f"{threshold:g}", result)
+        else:
+            for name in args.rows:
+                keep(args.name, about, size, variant, name, bench.measure(variant, rows[name]))
+
+
+def keep(name: str, about: dict[str, str], size: str, table: str, row: str, result: dict[str, Any]) -> None:
+    """Adds a row to the result that is on disk, unless that is of another text."""
+    print(f"{table:18} {row:20}", {k: round(v, 5) for k, v in result.items()}, flush=True)
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    tables = before.get("tables", {}) if before.get("sha256") == about["sha256"] else {}
+    tables.setdefault(table, {}).setdefault(size, {})[row] = result
+    write(name, {**about, "tables": tables})
+
+
+def report(name: str) -> tuple[Path, Path]:
+    """The tables as Markdown, and the sweep of thresholds as a plot."""
+    from matplotlib.figure import Figure
+
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [f"Text: {result['text']}, SHA-256 `{result['sha256']}`."]
+    for table, sizes in result["tables"].items():
+        for size, rows in sizes.items():
+            lines += ["", f"{table}, {size} tokens", "", *markdown(rows)]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for ax, key in zip(figure.subplots(1, 2), ("kl", "columns"), strict=True):
+        for table, sizes in result["tables"].items():
+            for rows in sizes.values() if table.endswith(", thresholds") else ():
+                found = {float(threshold): row[key] for threshold, row in rows.items() if float(threshold)}
+                ax.plot(list(found), list(found.values()), marker="o", label=table.removesuffix(", thresholds"))
+        ax.set(xlabel="threshold", yscale="log")
+        ax.legend()
+    figure.axes[0].set_ylabel("KL from float32, nats per token")
+    figure.axes[1].set_ylabel("share of columns in 16 bits")
+    files = RESULTS / f"{name}.md", RESULTS / f"{name}.svg"
+    files[0].write_text("\n".join(lines) + "\n")
+    figure.savefig(files[1], metadata={"Date": None})
+    return files
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """One table; columns that no row has are left out."""
+    columns = {
+        "perplexity": ("perplexity", "{:.3f}"),
+        "over_float": ("over float", "{:+.2%}"),
+        "kl": ("KL, nats", "{:.4f}"),
+        "top1": ("top-1 equal", "{:.3f}"),
+        "projection_bytes": ("projections, MB", "{:.2f}"),
+        "calibrated_columns": ("calibrated columns", "{:.2%}"),
+        "columns": ("columns in 16 bits", "{:.2%}"),
+        "values": ("values in 16 bits", "{:.3%}"),
+    }
+    shown = {key: value for key, value in columns.items() if any(key in row for row in rows.values())}
+
+    def cell(row: dict[str, Any], key: str) -> str:
+        if key not in row:
+            return ""
+        return shown[key][1].format(row[key] / 1e6 if key == "projection_bytes" else row[key])
+
+    header = ["", *(title for title, _ in shown.values())]
+    body = [[name, *(cell(row, key) for key in shown)] for name, row in rows.items()]
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *body)]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
+from jint8._calibrate import calibrate as calibrate
 from jint8._contract import dot_general as dot_general
 from jint8._contract import einsum as einsum
 from jint8._export import export as export
@@ -29,7 +30,9 @@ from jint8._types import QTensor as QTensor
 if TYPE_CHECKING:
     from jint8._language_model import LanguageModel as LanguageModel
     from jint8._load import load as load
+    from jint8._load import load_encoder as load_encoder
     from jint8._save import save as save
+    from jint8._text_encoder import TextEncoder as TextEncoder
     from jint8.linen import apply as apply
 
 __version__ = "0.1.0"
@@ -37,11 +40,13 @@ __version__ = "0.1.0"
 # Imported when first used, because they import flax.
 _LAZY = {
     "LanguageModel": "jint8._language_model",
+    "TextEncoder": "jint8._text_encoder",
     "apply": "jint8.linen",
     "load": "jint8._load",
+    "load_encoder": "jint8._load",
     "save": "jint8._save",
 }
-_LAZY_MODULES = ("checkpoints", "linen", "models", "nnx")
+_LAZY_MODULES = ("analysis", "checkpoints", "linen", "models", "nnx")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from jint8._paths import leaf_paths
 from jint8._types import is_qtensor
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._safetensors import read_arrays
-from jint8.models import Decoder
+from jint8.models import Decoder, Encoder
 from jint8.models.families import COLUMNS, ROWS, from_stored, sources, split_sizes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,12 +27,12 @@ PREFIX = "base_model.model."
 FACTORS = ("lora_a", "lora_b")
 
 
-def with_adapter(params: dict[str, Any], model: Decoder, path: Path) -> dict[str, Any]:
+def with_adapter(params: dict[str, Any], model: Decoder | Encoder, path: Path) -> dict[str, Any]:
     """`params` with the factors of the adapter at `path`.
 
     Args:
       params: of `model`; the arrays are shared with the result.
-      model: the decoder.
+      model: the decoder or encoder.
       path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:

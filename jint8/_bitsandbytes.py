@@ -16,7 +16,7 @@ from jint8._paths import leaf_paths
 from jint8._types import SCHEMES, QTensor, is_qtensor
 from jint8.checkpoints import Checkpoint
 from jint8.models import ModelConfig
-from jint8.models.families import FAMILIES, HEAD, HEADS, ROWS, Source, sources, split, to_stored
+from jint8.models.families import HEAD, HEADS, ROWS, Source, family, sources, split, to_stored
 
 # What transformers writes beside the options that say something.
 _OPTIONS = {
@@ -123,7 +123,7 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
         raise ValueError("Expected a model without an adapter, which PEFT keeps in files of its own, got one with.")
     tensors: dict[str, np.ndarray] = {}
     # a tied head is a linear layer there, too
-    skipped = [str(FAMILIES[config.family].modules[HEAD])] if config.tie_embeddings else []
+    skipped = [str(family(config).modules[HEAD])] if config.tie_embeddings else []
     threshold = 6.0
     for path, source in sources(config, leaves, ()).items():
         leaf, count = leaves[path], len(source.tensors)

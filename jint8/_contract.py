@@ -11,6 +11,7 @@ from jax import lax
 
 from jint8 import _xla
 from jint8._matmul import check_activations, product_2d
+from jint8._observe import Observed, watch
 from jint8._types import Config, is_qtensor, storage_axes
 
 
@@ -98,6 +99,10 @@ def contract(x, w, contracted, batched, config, implementation, dtype, bias=None
     q = jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n)))
     scale = jnp.transpose(w.scale, order).reshape(*batch_shape, n)
     zero = None if w.zero is None else jnp.transpose(w.zero, order).reshape(*batch_shape, n)
+    if isinstance(w, Observed):
+        tap = _columns(w.tap, order, stored_batch, stored_free, batch_shape)
+        x_rows = watch(w.counted, x_rows, tap)
+    rows, index = _outlier_columns(w, order, stored_batch, stored_free, batch_shape, (n, -1) if k_last else (-1, n))
     flat_bias = None if bias is None else bias.reshape(n)
 
     def product(x, weight):
@@ -107,8 +112,28 @@ def contract(x, w, contracted, batched, config, implementation, dtype, bias=None
 
     for _ in batch_shape:
         product = jax.vmap(product)
-    y = product(x_rows, _xla.Weight(q, scale, zero))
+    y = product(x_rows, _xla.Weight(q, scale, zero, rows, index))
     return y.reshape(*batch_shape, *(x.shape[a] for a in x_free), *free_shape)
+
+
+def _outlier_columns(w, order, stored_batch, stored_free, batch_shape, shape):
+    """`_xla.Weight.rows` and `index` of a weight that is transposed by `order`, for each entry of the batch."""
+    if w.outlier_index is None:
+        return None, None
+    rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *shape)
+    return rows, _columns(w.outlier_index, order, stored_batch, stored_free, batch_shape)
+
+
+def _columns(leaf, order, stored_batch, stored_free, batch_shape):
+    """A leaf with a list for each stacked weight, as a list for each entry of the batch."""
+    if any(leaf.shape[axis] != 1 for axis in stored_free):
+        raise ValueError(
+            "Expected one list of outlier columns for all output channels, got one for each entry of an axis that "
+            f"isn't a batch axis: {leaf.shape}."
+        )
+    stacked = [leaf.shape[axis] for axis in stored_batch]
+    columns = leaf.size // math.prod(stacked)
+    return jnp.broadcast_to(jnp.transpose(leaf, order).reshape(*stacked, columns), (*batch_shape, columns))
 
 
 def _check_axes(x, w, x_contract, w_contract, x_batch, w_batch):

@@ -16,6 +16,23 @@ from jint8._quantize import SMALLEST_NORMAL
 BLOCK = 1 << 18  # values in float32 at a time: two buffers that fit in the second-level cache
 
 
+NOT_FINITE = "Expected finite weights, got NaN or infinity."
+
+
+def check_finite(value: np.ndarray) -> None:
+    """Raises ValueError for NaN or infinity in a float array."""
+    rows = value if value.ndim == 2 else value.reshape(1, -1)
+    step = max(1, BLOCK // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        if value.dtype == ml_dtypes.bfloat16:  # finite means that not all bits of the exponent are set
+            finite = (block.view(np.uint16) & 0x7F80) != 0x7F80
+        else:
+            finite = np.isfinite(block)
+        if not finite.all():
+            raise ValueError(NOT_FINITE)
+
+
 def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
     """Quantizes float `value[n, k]` with one scale per row into int8 `q[n, k]` and float32 `scale[n, 1]`.
 
@@ -24,17 +41,19 @@ def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
     """
     n, k = value.shape
     rows = max(1, BLOCK // max(k, 1))
-    x, steps = (np.empty((rows, k), np.float32) for _ in range(2))
-    for start in range(0, n, rows):
-        at = slice(start, min(start + rows, n))
-        block, y = x[: at.stop - start], steps[: at.stop - start]
-        to_float32(value[at], block)
-        np.abs(block, out=y)
-        scale[at] = y.max(axis=1, keepdims=True, initial=0) / np.float32(127)
-        if not np.isfinite(scale[at]).all():
-            raise ValueError("Expected finite weights, got NaN or infinity.")
-        np.divide(block, np.where(scale[at] < SMALLEST_NORMAL, np.float32(np.inf), scale[at]), out=y)
-        q[at] = np.rint(y, out=y)
+    x, steps = (np.empty((min(rows, n), k), np.float32) for _ in range(2))
+    with np.errstate(all="ignore"):  # rows of zeros and of NaN are seen to below
+        for start in range(0, n, rows):
+            at = slice(start, min(start + rows, n))
+            block, y, s = x[: at.stop - start], steps[: at.stop - start], scale[at]
+            to_float32(value[at], block)
+            np.abs(block, out=y)
+            np.divide(y.max(axis=1, keepdims=True, initial=0), np.float32(127), out=s)
+            np.divide(block, s, out=y)
+            q[at] = np.rint(y, out=y)
+    if not np.isfinite(scale).all():
+        raise ValueError(NOT_FINITE)
+    q[scale[:, 0] < SMALLEST_NORMAL] = 0
 
 
 def to_float32(value: np.ndarray, out: np.ndarray) -> None:

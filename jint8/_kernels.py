@@ -34,6 +34,10 @@ def unsupported(m: int, w: Weight, config: Config, *, k_last: bool) -> str | Non
     n, k = w.q.shape if k_last else w.q.shape[::-1]
     if (scheme.activations, scheme.weights, scheme.affine) != ("token", "channel", False) or w.zero is not None:
         return f"scheme {config.scheme!r}, whose scales aren't one per token and output channel without zero points"
+    if config.decomposes and config.relative:
+        return "a threshold relative to the token"
+    if config.digits != 1:
+        return f"{config.digits} digits per activation"
     if k > MAX_K:
         return f"k = {k}, where sums of more than {MAX_K} products exceed int32"
     if max(n * k, 3 * m * k, m * n) >= 2**31:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jint8._calibrate import calibrate
 from jint8._params import with_config
 from jint8._types import Config
 from jint8.checkpoints import Tokenizer
@@ -19,6 +21,7 @@ from jint8.models._generate import Knobs, Sampling, decode, is_long, start
 
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
 STOP_TOKENS = 16  # and between looks for a stop string
+CALIBRATION_LENGTH = 256  # tokens of a sequence
 
 
 @dataclasses.dataclass
@@ -62,6 +65,42 @@ class LanguageModel:
         self._check_ids(tokens)
         self._check_length(tokens.shape[1])
         return _logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32))
+
+    def calibrate(self, text: str | None = None, **criteria: Any) -> dict[str, np.ndarray]:
+        """Outlier feature dimensions on a text, for `outliers=` in `jint8.load`.
+
+        Args:
+          text: None is a short one that comes with the package.
+          **criteria: as in `jint8.calibrate`; default: the paper's, relative to the token where the model's config is.
+
+        Returns:
+          From path to int32 indices.
+
+        Raises:
+          ValueError: the model has no tokenizer, or a text of less than two tokens.
+        """
+        if self.quant.relative:
+            criteria = {"threshold": self.quant.threshold, "relative": True, **criteria}
+        return calibrate(self.run, {"params": self.params}, self.batches(text), **criteria)
+
+    def run(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Logits of `tokens[b, s]` with other parameters: a function for `jint8.calibrate` and `jint8.analysis`."""
+        return _logits(self.model, params, tokens)
+
+    def batches(self, text: str | None = None, length: int = CALIBRATION_LENGTH) -> list[np.ndarray]:
+        """A text, or the short one that comes with the package, as calls of `run`: int32 `[1, length]` each.
+
+        A shorter text is one call; what remains of a longer one is dropped.
+        """
+        if length < 2:
+            raise ValueError(f"Expected sequences of at least 2 tokens, got {length}.")
+        if text is None:
+            text = resources.files("jint8").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+        ids = np.asarray(self.require_tokenizer().encode(text), np.int32)
+        if len(ids) < 2:
+            raise ValueError(f"Expected a text of at least 2 tokens, got {len(ids)}.")
+        length = min(length, len(ids))
+        return list(ids[: len(ids) // length * length].reshape(-1, 1, length))
 
     def generate(
         self,

@@ -138,8 +138,8 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"Expected tokens to be integers, got {tokens.dtype}.")
 
-    def rows(leaf):
-        leaf = jnp.transpose(leaf, storage_axes(w)).astype(jnp.float32)  # a transpose that XLA drops if it's none
+    def rows(leaf, dtype=jnp.float32):
+        leaf = jnp.transpose(leaf, storage_axes(w)).astype(dtype)  # a transpose that XLA drops if it's none
         return (
             jnp.take(leaf, tokens, axis=0)
             if leaf.shape[0] > 1
@@ -147,6 +147,10 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
         )
 
     q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
+    if w.outlier_index is not None:
+        assert w.outlier_rows is not None
+        index = rows(w.outlier_index, jnp.int32)  # of one row: all rows of an embedding have the same columns
+        q = jnp.put_along_axis(q, index, rows(w.outlier_rows), axis=-1, inplace=False, mode="drop")
     return (q * rows(w.scale)).astype(w.dtype if dtype is None else dtype)
 
 

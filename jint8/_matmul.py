@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jint8 import _kernels, _xla
+from jint8._observe import Observed, watch
 from jint8._types import SCHEMES, Config, QTensor, check_config, contracted_axes, is_qtensor
 
 IMPLEMENTATIONS = ("xla", "xla_digits", "xla_gather", "dequantize", *_kernels.BACKENDS)
@@ -75,9 +76,18 @@ def matmul(
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
     if bias is not None:
         check_bias(bias, n)
+    rows = x.reshape(math.prod(x.shape[:-1]), k)
+    if isinstance(w, Observed):
+        rows = watch(w.counted, rows, w.tap.reshape(-1))
     y = product_2d(
-        x.reshape(math.prod(x.shape[:-1]), k),
-        _xla.Weight(w.q, w.scale.reshape(-1), None if w.zero is None else w.zero.reshape(-1)),
+        rows,
+        _xla.Weight(
+            w.q,
+            w.scale.reshape(-1),
+            None if w.zero is None else w.zero.reshape(-1),
+            w.outlier_rows,
+            None if w.outlier_index is None else w.outlier_index.reshape(-1),
+        ),
         bias,
         k_last=axis == 1,
         config=w.config if config is None else config,
@@ -128,11 +138,32 @@ def product_2d(
     if 0 in x.shape or 0 in w.q.shape:
         y = jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)
-    return _product((config, k_last, path, jnp.dtype(dtype)), x, w, bias)
+    return _product(Static(config, k_last, path, jnp.dtype(dtype)), x, w, bias)
+
+
+class Static(NamedTuple):
+    """What is static about a product."""
+
+    config: Config
+    k_last: bool
+    path: str
+    dtype: Any  # of the result
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(static, x, w, bias):
+    if w.outlier_index is None or static.path == "dequantize":
+        return _compute(static, x, w, bias)
+    int8 = w._replace(outlier_rows=None, outlier_index=None)
+    if static.config.outliers != "static" or not static.config.decomposes:
+        return _compute(static, x, int8, bias)
+    # the calibrated columns in 16 bits, and the rest as if they were zeros
+    rest = _xla.without_columns(x, w.outlier_index)
+    y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), rest, int8, bias)
+    return (y + _xla.column_product(x, w, k_last=static.k_last)).astype(static.dtype)
+
+
+def _compute(static, x, w, bias):
     config, k_last, path, dtype = static
     if path == KERNELS_ON_GPU or path in _kernels.BACKENDS:
         backend = None if path == KERNELS_ON_GPU else path
@@ -144,7 +175,7 @@ def _product(static, x, w, bias):
 def _product_jvp(static, primals, tangents):
     x, w, bias = primals
     x_dot, _, bias_dot = tangents  # weights aren't differentiated
-    y_dot = _xla.float_product(x_dot, w, k_last=static[1]).astype(jnp.float32)
+    y_dot = _xla.float_product(x_dot, w, k_last=static.k_last).astype(jnp.float32)
     if bias is not None:
         y_dot = y_dot + bias_dot.astype(jnp.float32)
-    return _product(static, x, w, bias), y_dot.astype(static[3])
+    return _product(static, x, w, bias), y_dot.astype(static.dtype)

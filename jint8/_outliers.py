@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._quantize import absmax, affine, divide_by, round_to_int8, symmetric
-from jint8._types import SCHEMES, Config
+from jint8._types import SCHEMES, SMALLEST_NORMAL, Config
 
-# An outlier is written as 255 * high + low with both digits in [-127, 127]: 32512 steps up to its row's largest,
-# so that the error is at most 2**-15.9 of it.
+# A value is written in digits of this base, each in [-127, 127].
 DIGIT_BASE = 255
-LARGEST_TWO_DIGITS = 127 * DIGIT_BASE + 127
+# Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
+OUTLIER_DIGITS = 3
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -48,12 +48,13 @@ def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
         raise ValueError(f"Expected threshold to be at least 0, got {threshold}.")
     if threshold == 0:
         return jnp.zeros(x.shape[-1], bool)
-    return jnp.any(exceeds(x, threshold), axis=tuple(range(x.ndim - 1)))
+    over = outlier_elements(x, jnp.float32(min(threshold, LARGEST_FLOAT)))
+    return jnp.any(over, axis=tuple(range(x.ndim - 1)))
 
 
-def exceeds(x: jax.Array, threshold: float) -> jax.Array:
-    """Elementwise `abs(x) >= threshold`, compared in float32."""
-    return jnp.abs(x.astype(jnp.float32)) >= min(threshold, LARGEST_FLOAT)
+def largest_in(count: int) -> int:
+    """The largest value that `count` digits can write."""
+    return 127 * sum(DIGIT_BASE**place for place in range(count))
 
 
 class Outliers(NamedTuple):
@@ -61,13 +62,14 @@ class Outliers(NamedTuple):
 
     columns: jax.Array  # bool[k]: columns that hold any
     step: jax.Array  # float32[m, 1]: what one unit of the low digit is worth
-    digits: jax.Array | None = None  # int8[2 m, k], of all columns; None where only columns that hold any are read
+    limit: jax.Array | None  # magnitude from which on an element is an outlier; None where whole columns are
+    digits: jax.Array | None = None  # int8[3 m, k], of all columns; None where only columns that hold any are read
 
 
 class Split(NamedTuple):
     """Activations `[m, k]` in int8, with outliers as 0. What the outliers add comes from `digits`."""
 
-    q: jax.Array  # int8[m, k]
+    q: jax.Array  # int8[m, k]; [2 m, k] for two digits per activation, the high ones first
     scale: jax.Array  # float32[m, 1]
     zero: jax.Array | None  # float32[m, 1]: the integer in q that stands for 0 (affine schemes)
     outliers: Outliers | None  # None without decomposition
@@ -77,10 +79,9 @@ def split(x: jax.Array, config: Config) -> Split:
     """Quantizes activations `[m, k]` by `config`'s scheme, with the outliers split off."""
     outliers = None
     if config.decomposes:
-        columns = jnp.any(exceeds(x, config.threshold), axis=0)
-        step = divide_by(absmax(outlier_part(x, columns, config), 1), LARGEST_TWO_DIGITS)
-        outliers = Outliers(columns, step)
-        x = jnp.where(is_outlier(x, columns, config), 0, x)
+        outlier, columns, limit = detect(x, config)
+        outliers = Outliers(columns, digit_step(jnp.where(outlier, x, 0), 1, OUTLIER_DIGITS), limit)
+        x = jnp.where(outlier, 0, x)
     return Split(*_quantize(x, config), outliers)
 
 
@@ -92,42 +93,75 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
     if not config.decomposes:
         return split(x, config)
     scheme = SCHEMES[config.scheme]
-    columns = jnp.any(exceeds(x, config.threshold), axis=0)
-    outlier = jnp.broadcast_to(is_outlier(x, columns, config), x.shape)
+    outlier, columns, limit = detect(x, config)
     parts = jnp.where(jnp.stack([~outlier, outlier]), x, 0).astype(jnp.float32)  # (2, m, k)
-    if scheme.affine or scheme.activations == "tensor":
-        step = divide_by(absmax(parts[1], 1), LARGEST_TWO_DIGITS)
-        return Split(*_quantize(parts[0], config), Outliers(columns, step, digits(parts[1], step)))
-    largest = jnp.array([127, LARGEST_TWO_DIGITS], jnp.float32)[:, None, None]
+    if affine_activations(config) or scheme.activations == "tensor":
+        step = digit_step(parts[1], 1, OUTLIER_DIGITS)
+        rows = digits(parts[1], step, OUTLIER_DIGITS)
+        return Split(*_quantize(parts[0], config), Outliers(columns, step, limit, rows))
+    largest = jnp.array([largest_in(config.digits), largest_in(OUTLIER_DIGITS)], jnp.float32)[:, None, None]
     scale = divide_by(absmax(parts, 2), largest)
     steps = round_to_int8(parts, scale, largest)
-    return Split(steps[0].astype(jnp.int8), scale[0], None, Outliers(columns, scale[1], _digit_rows(steps[1])))
+    q, rows = _digit_rows(steps[0], config.digits), _digit_rows(steps[1], OUTLIER_DIGITS)
+    return Split(q, scale[0], None, Outliers(columns, scale[1], limit, rows))
 
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """int8 values, and scale and zero point of each row `[m, 1]`."""
-    scheme = SCHEMES[config.scheme]
-    axis = 1 if scheme.activations == "token" else None
-    q, scale, *zero = (affine if scheme.affine else symmetric)(x, axis)
+    axis = 1 if SCHEMES[config.scheme].activations == "token" else None
+    zero: list[jax.Array] = []
+    if config.digits == 2:
+        scale = digit_step(x, axis, 2)
+        q = digits(x, scale, 2)
+    else:
+        q, scale, *zero = (affine if affine_activations(config) else symmetric)(x, axis)
     scale, *zero = (jnp.broadcast_to(leaf, (x.shape[0], 1)) for leaf in (scale, *zero))
     return q, scale, zero[0] if zero else None
 
 
-def is_outlier(x: jax.Array, columns: jax.Array, config: Config) -> jax.Array:
-    """Which values of `x[m, k]` are outliers: whole columns, or the elements that exceed the threshold."""
-    return columns if config.outliers == "batch" else exceeds(x, config.threshold)
+def affine_activations(config: Config) -> bool:
+    """Whether activations have a zero point: with two digits it would gain nothing."""
+    return SCHEMES[config.scheme].affine and config.digits == 1
 
 
-def outlier_part(x: jax.Array, columns: jax.Array, config: Config) -> jax.Array:
-    """The outliers of `x[m, k]`, and 0 elsewhere."""
-    return jnp.where(is_outlier(x, columns, config), x, 0)
+def limits(x: jax.Array, config: Config) -> jax.Array:
+    """From what magnitude on a value of `x[..., k]` is an outlier, float32 `[..., 1]` or `[]`."""
+    if not config.relative:
+        return jnp.float32(min(config.threshold, LARGEST_FLOAT))
+    mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return jnp.maximum(config.threshold * mean, SMALLEST_NORMAL)  # so that 0 is never an outlier
 
 
-def digits(outliers: jax.Array, step: jax.Array) -> jax.Array:
-    """`outliers[m, k]` in units of `step` as two int8 digits, `[2 m, k]`: the high ones, then the low ones."""
-    return _digit_rows(round_to_int8(outliers, step, LARGEST_TWO_DIGITS))
+def detect(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Which values of `x[m, k]` are outliers, bool `[m, k]`; which columns hold any; `Outliers.limit`."""
+    limit = limits(x, config)
+    over = outlier_elements(x, limit)
+    columns = jnp.any(over, axis=0)
+    if config.outliers == "batch":
+        return jnp.broadcast_to(columns, x.shape), columns, None
+    return over, columns, limit
 
 
-def _digit_rows(value: jax.Array) -> jax.Array:
-    high = jnp.round(value / DIGIT_BASE)
-    return jnp.concatenate([high, value - DIGIT_BASE * high]).astype(jnp.int8)
+def outlier_elements(x: jax.Array, limit: jax.Array) -> jax.Array:
+    """Elementwise `abs(x) >= limit`, compared in float32."""
+    return jnp.abs(x.astype(jnp.float32)) >= limit
+
+
+def digit_step(x: jax.Array, axis, count: int) -> jax.Array:
+    """What a unit of the last of `count` digits is worth, so that the largest of `x` over `axis` can be written."""
+    return divide_by(absmax(x, axis), largest_in(count))
+
+
+def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
+    """`x[m, k]` in units of `step` as int8 digits, `[count m, k]`: the highest of all rows first."""
+    return _digit_rows(round_to_int8(x, step, largest_in(count)), count)
+
+
+def _digit_rows(value: jax.Array, count: int) -> jax.Array:
+    rows = []
+    for place in range(count - 1, 0, -1):
+        unit = float(DIGIT_BASE**place)
+        digit = jnp.round(divide_by(value, unit))  # exactly: half a unit in the last place would be one too many
+        value = value - unit * digit
+        rows.append(digit)
+    return jnp.concatenate([*rows, value]).astype(jnp.int8)

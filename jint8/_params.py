@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._paths import Patterns, leaf_paths, matches, path_string
+from jint8._paths import Patterns, leaf_paths, matches, path_group, path_string
 from jint8._quantize import canonical_axes, contract_last, dequantize, quantize
 from jint8._types import SCHEMES, Config, QTensor, check_config, is_qtensor
 
@@ -33,6 +32,7 @@ def quantize_params(
     skip: Patterns = (),
     include: Patterns = (),
     keep_order: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
 ) -> Any:
     """Turns the projection weights in a tree of Flax parameters into `QTensor`s; leaves the rest untouched.
 
@@ -51,6 +51,9 @@ def quantize_params(
             that it skips only because they are looked up as well (`Plan.tied`).
         keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
             axes last, such as those that are sharded by the names of their axes. Products with them may be slower.
+        outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns:
+            those rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't
+            matter.
 
     Returns:
         A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of
@@ -58,8 +61,8 @@ def quantize_params(
 
     Raises:
         TypeError: `config` isn't a `Config`.
-        ValueError: a path in `plan` that isn't in `params`, axes that a leaf hasn't, or NaN or infinity in a weight;
-            the message names the leaf.
+        ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
+            fit it, or NaN or infinity in a weight; the message names the leaf.
 
     Examples:
         >>> import jax.numpy as jnp, jint8
@@ -72,31 +75,45 @@ def quantize_params(
         return params
     if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
         importlib.import_module("jint8._flax_state")
-    leaves = leaf_paths(params, is_leaf=is_qtensor)
-    if plan is not None and (unknown := sorted(set(plan) - {path for path, _ in leaves})):
-        raise ValueError(f"Expected the plan's paths to be in the parameters, got {', '.join(unknown)}.")
-    stacked = getattr(plan, "stacked", {})
+    paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
+    for what, named in (("plan", plan), ("outliers", outliers)):
+        if unknown := sorted(set(named or ()) - paths):
+            raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
+    found = projections(params, plan=plan, skip=skip, include=include)
 
     def convert(key_path, leaf):
         path = path_string(key_path)
-        if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
+        if is_qtensor(leaf) or path not in found:
             return leaf
+        axes, stack = found[path]
+        try:
+            axes = canonical_axes(axes, leaf.ndim)
+            columns = None if outliers is None else outliers.get(path)
+            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config, outliers=columns)
+            return w if matches(path, keep_order) else contract_last(w, axes, stack)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
+
+
+def projections(
+    params: Any, *, plan: Mapping[str, Sequence[int]] | None = None, skip: Patterns = (), include: Patterns = ()
+) -> dict[str, tuple[Sequence[int], tuple[int, ...]]]:
+    """Which float leaves `quantize_params` turns into int8: their contracted and stacked axes, by path."""
+    found = {}
+    for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
+        if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
+            continue
         included = matches(path, include)
         if plan is not None:
             tied = getattr(plan, "tied", {}).get(path) if included else None
-            axes, stack = plan.get(path, tied), tuple(stacked.get(path, ()))
+            axes, stack = plan.get(path, tied), tuple(getattr(plan, "stacked", {}).get(path, ()))
         else:
             axes, stack = standard_axes(path, leaf.ndim, included)
-        if axes is None or (not included and (matches(path, OUTPUT_HEADS) or matches(path, skip))):
-            return leaf
-        try:
-            axes = canonical_axes(axes, leaf.ndim)
-            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config)
-            return w if matches(path, keep_order) else contract_last(w, axes, stack)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
+        if axes is not None and (included or not (matches(path, OUTPUT_HEADS) or matches(path, skip))):
+            found[path] = axes, stack
+    return found
 
 
 def standard_axes(path: str, ndim: int, included: bool = False) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
@@ -209,7 +226,7 @@ def memory_report(params: Any) -> MemoryReport:
     """
     groups: dict[str, tuple[int, int]] = {}
     for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
-        group = "/".join(re.sub(r"(^|_)\d+$", r"\1*", segment) for segment in path.split("/"))
+        group = path_group(path)
         if not hasattr(leaf, "dtype"):
             continue
         # random keys have a dtype that isn't NumPy's, with an itemsize too

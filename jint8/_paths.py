@@ -4,6 +4,7 @@ A leaf of a parameter tree is named by its keys joined with ``/``: ``"layers/0/a
 library that names a leaf (plans, skip lists, error messages, checkpoints) uses these names.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-__all__ = ["Patterns", "leaf_paths", "matches", "path_string"]
+__all__ = ["Patterns", "leaf_paths", "matches", "path_group", "path_string"]
 
 Patterns = str | Iterable[str] | Callable[[str], bool]
 
@@ -98,6 +99,22 @@ def matches(path: str, patterns: Patterns) -> bool:
     ends = range(len(segments) + 1)
     runs = ["/".join(segments[start:stop]) for start in ends for stop in ends[start + 1 :]]
     return any(fnmatchcase(run, pattern) for pattern in patterns for run in runs)
+
+
+def path_group(path: str) -> str:
+    """The name that leaves share which differ only in a layer's number.
+
+    Args:
+      path: the name of a leaf.
+
+    Returns:
+      The path with numbers, alone or behind an underscore, as `*`.
+
+    Examples:
+      >>> path_group("layers_10/mlp/kernel"), path_group("layers/3/up_2/kernel")
+      ('layers_*/mlp/kernel', 'layers/*/up_*/kernel')
+    """
+    return "/".join(re.sub(r"(^|_)\d+$", r"\1*", segment) for segment in path.split("/"))
 
 
 def _name(key: Any) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jint8._types import SCHEMES, Config, QTensor, check_config, storage_axes
+from jint8._outlier_rows import check_outliers, keep_rows, put_rows
+from jint8._types import SCHEMES, SMALLEST_NORMAL, Config, QTensor, check_config, storage_axes
 
 INFINITY_BITS = 0x7F800000  # as integers the bits of |x| are ordered, with infinity and then every NaN on top
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def absmax(x: jax.Array, axis) -> jax.Array:
@@ -29,7 +30,7 @@ def absmax(x: jax.Array, axis) -> jax.Array:
 
 def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
     """`x / divisor`, correctly rounded: XLA would turn a constant divisor into a product with its reciprocal."""
-    return x / jnp.where(x >= 0, jnp.float32(divisor), jnp.float32(1.0))
+    return x / jnp.where(x > -jnp.inf, jnp.float32(divisor), jnp.float32(1.0))
 
 
 def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 127.0) -> jax.Array:
@@ -88,6 +89,7 @@ def quantize(
     contract_axes: int | Sequence[int] = (0,),
     config: Config = Config(),
     stack_axes: Sequence[int] = (),
+    outliers: Any = None,
 ) -> QTensor:
     """Quantizes a weight to int8, by default with one scale per output channel ("vector-wise").
 
@@ -98,17 +100,21 @@ def quantize(
       w: float array of any shape, such as a kernel `[k, n]`.
       contract_axes: the axes that a matrix product with activations sums over.
       config: the scheme, kept in the result.
-      stack_axes: axes of independent weights (layers, experts): only per-tensor schemes need to know, to keep one
-        scale per entry.
+      stack_axes: axes of independent weights (layers, experts): per-tensor schemes need to know, to keep one scale per
+        entry, and `outliers`.
+      outliers: None, or which columns of the activations are outliers: integers `[c]`, or `[*stack, c]` for each of the
+        stacked weights, in the contracted axes flattened; k, their number, fills up a shorter list. Their rows of `w`
+        are kept in 16 bits as well, and the result's config has `outliers="static"`.
 
     Returns:
       A `QTensor` of `w`'s shape and dtype (float64 is float32 unless JAX has it enabled), stored in `w`'s order. An
       all-zero channel gets scale 0.
 
     Raises:
-      TypeError: `w` isn't a float array, or `config` isn't a `Config`.
+      TypeError: `w` isn't a float array, `config` isn't a `Config`, or `outliers` aren't integers.
       ValueError: axes that `w` hasn't, the scheme `"none"`, or NaN or infinity in `w` (not seen under `jit`, where
-        the channel's scale is NaN instead).
+        the channel's scale is NaN instead); `outliers` of another shape, out of range, named twice (neither is seen
+        under `jit`), or with a scheme that has no decomposition.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -128,14 +134,19 @@ def quantize(
     contract_axes = canonical_axes(contract_axes, w.ndim)
     stack_axes = canonical_axes(stack_axes, w.ndim, "stack_axes")
     channel_axes = tuple(a for a in range(w.ndim) if a not in contract_axes and a not in stack_axes)
+    if outliers is not None:
+        config, outliers = check_outliers(outliers, w.shape, contract_axes, stack_axes, config)
     q, scale, zero = _quantize(w, contract_axes=contract_axes, config=config, channel_axes=channel_axes)
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
-    return QTensor(q, scale, zero, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
+    rows, index = keep_rows(w, scale, outliers, contract_axes=contract_axes, stack_axes=stack_axes)
+    return QTensor(q, scale, zero, rows, index, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
 
 
 def dequantize(w: QTensor, dtype=None) -> jax.Array:
     """The float array that `w` stands for: `scale * (q - zero)`, within half a step of what was quantized.
+
+    The rows of calibrated outlier columns come out of their 16 bits.
 
     Args:
       w: the int8 weight.
@@ -157,7 +168,8 @@ def dequantize(w: QTensor, dtype=None) -> jax.Array:
     q = w.q.astype(jnp.float32)
     if w.zero is not None:
         q = q - w.zero
-    return jnp.transpose(q * w.scale, storage_axes(w)).astype(w.dtype if dtype is None else dtype)
+    values = q * w.scale if w.outlier_index is None else put_rows(q * w.scale, w)
+    return jnp.transpose(values, storage_axes(w)).astype(w.dtype if dtype is None else dtype)
 
 
 def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence[int] = ()) -> QTensor:

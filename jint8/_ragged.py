@@ -10,7 +10,8 @@ from jax import lax
 
 from jint8 import _xla
 from jint8._matmul import check_activations
-from jint8._outliers import DIGIT_BASE, split_with_digits
+from jint8._observe import Observed, watch
+from jint8._outliers import OUTLIER_DIGITS, split_with_digits
 from jint8._quantize import dequantize
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
 
@@ -20,7 +21,7 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
 
     Formula: `y[i] = lhs[i] @ rhs[e(i)]`, where the first `group_sizes[0]` rows belong to expert 0, and so on; rows
     behind the last group give 0. Each expert has one scale per output channel. With `outliers="batch"` a column is an
-    outlier if any row of any group exceeds the threshold.
+    outlier if any row of any group exceeds the threshold; calibrated columns are each expert's own.
 
     Args:
         lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
@@ -61,23 +62,37 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
     if k > _xla.MAX_K:
         raise ValueError(f"Expected k of at most {_xla.MAX_K}, got {k}.")
     config = rhs.config if config is None else config
+    if isinstance(rhs, Observed):
+        taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
+        taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
+        taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
+        lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
+        rhs = rhs.unobserved()
     return _ragged(config, lhs, rhs, group_sizes).astype(lhs.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _ragged(config: Config, x, w: QTensor, group_sizes):
-    ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(x.shape[0])
-    in_group = (rows < ends[-1])[:, None]
+    in_group = (rows < jnp.sum(group_sizes))[:, None]
     x = jnp.where(in_group, x, 0)
     if SCHEMES[config.scheme].activations is None:
         return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes)
 
     at = storage_axes(w)
-    expert = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), w.shape[0] - 1)
+    expert = jnp.minimum(_experts(group_sizes, x.shape[0]), w.shape[0] - 1)
 
     def per_row(leaf):  # [experts, 1, n] -> [m, n]
         return jnp.transpose(leaf, at)[expert, 0]
+
+    y = jnp.float32(0)
+    if w.outlier_rows is not None and w.outlier_index is not None and config.outliers == "static" and config.decomposes:
+        index = jnp.transpose(w.outlier_index, at)[..., 0]  # [experts or 1, c]
+        index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
+        columns = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+        kept_rows = jnp.transpose(w.outlier_rows, at).astype(jnp.float32)
+        y = lax.ragged_dot(columns, kept_rows, group_sizes, precision=lax.Precision.HIGHEST)
+        x = jnp.put_along_axis(x, index, jnp.zeros((), x.dtype), axis=1, inplace=False, mode="drop")
 
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (at[1],)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[at[0]]
@@ -88,15 +103,18 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
         acc = acc.astype(jnp.float32)
         return acc if w.zero is None else acc - _row_sum(q) * per_row(w.zero)
 
+    def of_digits(rows, count):  # int8 [count m, k] -> float32 [m, n]
+        sums = [exact(digit) for digit in jnp.split(rows, count)]
+        return _xla.join_digits(jnp.concatenate(sums), len(x))
+
     parts = split_with_digits(x, config)
-    y = exact(parts.q)
+    regular = of_digits(parts.q, config.digits)
     if parts.zero is not None:
-        y = y - parts.zero * exact(jnp.ones_like(parts.q))
-    y = y * parts.scale
+        regular = regular - parts.zero * exact(jnp.ones_like(parts.q))
+    y = y + regular * parts.scale
     if parts.outliers is not None:
         assert parts.outliers.digits is not None
-        high, low = jnp.split(parts.outliers.digits, 2)
-        y = y + (exact(high) * DIGIT_BASE + exact(low)) * parts.outliers.step
+        y = y + of_digits(parts.outliers.digits, OUTLIER_DIGITS) * parts.outliers.step
     return jnp.where(in_group, y * per_row(w.scale), 0)
 
 
@@ -106,6 +124,11 @@ def _ragged_jvp(config, primals, tangents):
     x_dot = tangents[0]
     y_dot = lax.ragged_dot(x_dot, dequantize(w, x_dot.dtype), group_sizes)
     return _ragged(config, x, w, group_sizes), y_dot.astype(jnp.float32)
+
+
+def _experts(group_sizes, m: int):
+    """The expert of each of `m` rows; their number for rows behind the last group."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
 
 
 def _row_sum(q):

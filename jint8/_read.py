@@ -7,22 +7,23 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jint8 import _bitsandbytes as bitsandbytes
-from jint8._host import aligned, quantize_rows
+from jint8._host import aligned, check_finite, quantize_rows
+from jint8._outlier_rows import check_outliers, scaled
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
 from jint8._types import SCHEMES, Config, QTensor
 from jint8.checkpoints import Checkpoint
-from jint8.models import Decoder, ModelConfig
+from jint8.models import Decoder, Encoder, ModelConfig
 from jint8.models.families import COLUMNS, Source, from_stored, ignored, sources
 
 Progress = Callable[[int, int], None]
@@ -63,16 +64,19 @@ def settings(
 
 def read_params(
     checkpoint: Checkpoint,
-    model: Decoder,
+    model: Decoder | Encoder,
     *,
     config: Config,
     skip: Patterns = (),
     include: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of `model` out of `checkpoint`; see `jint8.load`."""
-    wanted = _wanted(checkpoint, model)
-    total = sum(checkpoint.tensors[name].nbytes for source, _ in wanted.values() for name in source.tensors)
+    wanted = _wanted(checkpoint, model, config, skip, include)
+    if unknown := sorted(set(outliers or ()) - set(wanted)):
+        raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
+    total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
     done, lock = 0, threading.Lock()
 
     def tell(nbytes: int) -> None:
@@ -85,10 +89,15 @@ def read_params(
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
 
     def read(path: str) -> Any:
-        source, expected = wanted[path]
-        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
+        source, expected, axes = wanted[path]
         with jax.default_device(device):
-            return Reader(checkpoint, source, config, model, tell).read(expected.shape, quantized=axes is not None)
+            reader = Reader(checkpoint, source, config, model, tell)
+            w = reader.read(expected.shape, quantized=axes is not None)
+            found = (outliers or {}).get(path)
+            try:
+                return w if found is None or not isinstance(w, QTensor) else reader.with_outliers(w, found)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from None
 
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
@@ -106,12 +115,11 @@ def read_params(
 
 
 def planned_params(
-    checkpoint: Checkpoint, model: Decoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
+    checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
     planned: dict[str, Any] = {}
-    for path, (source, expected) in _wanted(checkpoint, model).items():
-        axes = _quantized_axes(checkpoint, path, source, len(expected.shape), config, skip, include)
+    for path, (_, expected, axes) in _wanted(checkpoint, model, config, skip, include).items():
         planned[path] = expected
         if axes is not None:
             quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
@@ -119,14 +127,32 @@ def planned_params(
     return planned
 
 
-def abstract_params(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's float parameters, by path."""
-    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return dict(leaf_paths(tree))
+def abstract_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a model's float parameters, by path.
+
+    Layers differ in no shape, so that one is traced for all: tracing 80 takes seconds.
+    """
+    one = model.clone(config=dataclasses.replace(model.config, num_layers=1))
+    tree = jax.eval_shape(one.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in leaf_paths(tree):
+        layers = range(model.config.num_layers) if path.startswith("layers_0/") else range(1)
+        shapes |= {path.replace("layers_0/", f"layers_{i}/", 1): leaf for i in layers}
+    return shapes
 
 
-def _wanted(checkpoint: Checkpoint, model: Decoder) -> dict[str, tuple[Source, jax.ShapeDtypeStruct]]:
-    """Source and shape of each parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
+class Wanted(NamedTuple):
+    """What is known of a parameter before it is read."""
+
+    source: Source
+    expected: jax.ShapeDtypeStruct
+    axes: tuple[int, ...] | None  # contracted axes of a weight that is int8 in the end, None for one in floating point
+
+
+def _wanted(
+    checkpoint: Checkpoint, model: Decoder | Encoder, config: Config, skip: Patterns, include: Patterns
+) -> dict[str, Wanted]:
+    """Every parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
     expected = abstract_params(model)
     found = sources(model.config, expected, checkpoint.tensors.keys())
     _check_names(checkpoint, found, model.config)
@@ -134,16 +160,24 @@ def _wanted(checkpoint: Checkpoint, model: Decoder) -> dict[str, tuple[Source, j
         _check_shapes(checkpoint, source, expected[path].shape)
     place = {name: i for i, name in enumerate(checkpoint.tensors)}
     in_order = sorted(found, key=lambda path: place[found[path].tensors[0]])
-    return {path: (found[path], expected[path]) for path in in_order}
+    is_int8 = bitsandbytes.is_int8(checkpoint)
+
+    def axes(path: str) -> tuple[int, ...] | None:
+        if SCHEMES[config.scheme].weights is None:
+            return None
+        if is_int8:
+            int8 = all(bitsandbytes.is_int8_weight(checkpoint, name) for name in found[path].tensors)
+            return standard_axes(path, len(expected[path].shape))[0] if int8 else None
+        return _quantized_axes(path, found[path], len(expected[path].shape), skip, include)
+
+    return {path: Wanted(found[path], expected[path], axes(path)) for path in in_order}
 
 
-def _quantized_axes(checkpoint, path, source, ndim, config, skip, include) -> tuple[int, ...] | None:
-    """The contracted axes of a weight that is int8 in the end, None for one in floating point."""
-    if SCHEMES[config.scheme].weights is None:
-        return None
+def _quantized_axes(path: str, source: Source, ndim: int, skip: Patterns, include: Patterns) -> tuple[int, ...] | None:
+    """`Wanted.axes` of a parameter of a checkpoint in floating point."""
     axes, _ = standard_axes(path, ndim)
-    if bitsandbytes.is_int8(checkpoint):
-        return axes if all(bitsandbytes.is_int8_weight(checkpoint, name) for name in source.tensors) else None
+    if axes is None and path != "embedding":
+        return None
     known_as = (path, *(name.replace(".", "/") for name in source.tensors))
     included = any(matches(name, include) for name in known_as)
     if path == "embedding":
@@ -159,7 +193,7 @@ class Reader:
     checkpoint: Checkpoint
     source: Source
     config: Config
-    model: Decoder
+    model: Decoder | Encoder
     tell: Callable[[int], None]  # bytes that have been read
 
     def read(self, shape: tuple[int, ...], *, quantized: bool) -> jax.Array | QTensor:
@@ -174,6 +208,25 @@ class Reader:
             return array.reshape(*shape[:-1], -1) if len(shape) == 3 else array
 
         return jax.tree.map(stack, *pieces)
+
+    def with_outliers(self, w: QTensor, outliers: Any) -> QTensor:
+        """`w` with calibrated outlier columns, whose values are read in floating point once more."""
+        stack = tuple(range(w.ndim - 2))
+        config, index = check_outliers(outliers, w.shape, (w.ndim - 1,), stack, self.config)
+        if index.shape[-1] == 0:
+            return dataclasses.replace(w, config=config)
+        columns = np.asarray(index).reshape(-1, index.shape[-1])
+        columns = np.repeat(columns, math.prod(w.shape[:-1]) // len(columns), axis=0)  # of each row
+        values, start = np.zeros(columns.shape, np.float32), 0
+        for name in self.source.tensors:
+            value = self._int8(name) if bitsandbytes.is_int8_weight(self.checkpoint, name) else self._floats(name)
+            stop = start + len(value)
+            found = np.take_along_axis(value, np.minimum(columns[start:stop], value.shape[1] - 1), axis=1)
+            values[start:stop] = np.where(columns[start:stop] < value.shape[1], found.astype(np.float32), 0)
+            start = stop
+        rows = scaled(jnp.asarray(values.reshape(*w.shape[:-1], -1)), w.scale)
+        index = index.reshape(*w.shape[:-2], 1, -1)
+        return dataclasses.replace(w, outlier_rows=rows, outlier_index=index, config=config)
 
     def _int8_rows(self, shape: tuple[int, ...]) -> QTensor:
         rows, k = math.prod(shape[:-1]), shape[-1]
@@ -198,9 +251,10 @@ class Reader:
     def _convert(self, name: str, quantized: bool) -> jax.Array | QTensor:
         """A tensor as a piece of the parameter."""
         if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
-            rows, scales = self._bitsandbytes(name)
-            return jnp.asarray(rows * scales).astype(self.model.dtype)
-        array = jnp.array(self._floats(name))  # a copy: without one the array would lie in the mapped file
+            return jnp.asarray(self._int8(name)).astype(self.model.dtype)
+        value = self._floats(name)
+        check_finite(value)
+        array = jnp.array(value)  # a copy: without one the array would lie in the mapped file
         if not quantized:
             return array.astype(self.model.dtype)
         w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=self.config)
@@ -211,6 +265,10 @@ class Reader:
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"Expected floating point values, got {value.dtype}.")
         return from_stored(value, self.source.layout, self.model.config)
+
+    def _int8(self, name: str) -> np.ndarray:
+        rows, scales = self._bitsandbytes(name)
+        return rows * scales
 
     def _bitsandbytes(self, name: str) -> Iterator[np.ndarray]:
         layout = bitsandbytes.int8_layout(self.source)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._types import QTensor, contracted_axes, storage_axes
+from jint8._types import QTensor, column_axis, contracted_axes, storage_axes
 from jint8._views import View
 
 __all__ = ["dynamic_sliced", "expanded", "looked_up", "ordered", "permuted", "reshaped", "sliced", "squeezed"]
@@ -49,28 +49,34 @@ def expanded(w: QTensor, rank: int, positions: Sequence[int]) -> QTensor:
 def sliced(w: QTensor, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> QTensor:
     """`lax.slice(w, start, limit, strides)`."""
     strides = [1] * w.ndim if strides is None else strides
-    return _each_leaf(w, list(zip(start, limit, strides, strict=True)), (0, 1, 1), lax.slice)
+    return _each_leaf(w, list(zip(start, limit, strides, strict=True)), lambda size: (0, size, 1), lax.slice)
 
 
 def dynamic_sliced(w: QTensor, start: Sequence[Any], sizes: Sequence[int]) -> QTensor:
     """`lax.dynamic_slice(w, start, sizes)`."""
-    whole = jnp.zeros_like(start[0]), 1
-    return _each_leaf(w, list(zip(start, sizes, strict=True)), whole, lax.dynamic_slice)
+    zero = jnp.zeros_like(start[0])
+    return _each_leaf(w, list(zip(start, sizes, strict=True)), lambda size: (zero, size), lax.dynamic_slice)
 
 
-def _each_leaf(w: QTensor, per_axis: list[tuple[Any, ...]], whole: tuple[Any, ...], operation: Callable) -> QTensor:
+def _each_leaf(
+    w: QTensor, per_axis: list[tuple[Any, ...]], whole: Callable[[int], tuple[Any, ...]], operation: Callable
+) -> QTensor:
     """`operation(leaf, *arguments)`, one argument per element of `per_axis`' tuples, each a list over stored axes.
 
-    Where a leaf has size 1 because the axis is contracted, it is taken whole.
+    Where a leaf has another size because the axis is contracted, it is taken whole.
     """
     stored = [per_axis[axis] for axis in _order(w)]
 
     def on_leaf(leaf):
         shapes = zip(leaf.shape, w.q.shape, stored, strict=True)
-        arguments = [whole if size == 1 != of_q else given for size, of_q, given in shapes]
+        arguments = [whole(size) if size != of_q else given for size, of_q, given in shapes]
         return operation(leaf, *map(list, zip(*arguments, strict=True)))
 
-    return jax.tree.map(on_leaf, w)
+    result = jax.tree.map(on_leaf, w)
+    contracted = contracted_axes(w)
+    if w.outlier_index is not None and any(result.q.shape[s] != w.q.shape[s] for s in contracted):
+        raise ValueError("Expected no slice of the contracted axes of a weight with calibrated outlier columns.")
+    return result
 
 
 def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
@@ -93,9 +99,22 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
         return leaf.reshape([shape[axis] if is_q or not is_contracted[axis] else 1 for axis in new_order])
 
     zero = None if w.zero is None else reshape(w.zero, False)
-    return dataclasses.replace(
-        w, q=reshape(w.q, True), scale=reshape(w.scale, False), zero=zero, order=tuple(new_order)
-    )
+    new = dataclasses.replace(w, q=reshape(w.q, True), scale=reshape(w.scale, False), zero=zero, order=tuple(new_order))
+    if w.outlier_index is None:
+        return new
+    assert w.outlier_rows is not None
+    stored = contracted_axes(w)
+    count = w.outlier_rows.shape[column_axis(w.q.shape, stored)]
+    if w.outlier_index.size != count or sorted(order[s] for s in stored) != [order[s] for s in stored]:
+        raise ValueError(f"Expected no reshape of stacked or rearranged outlier columns, got {w} to {tuple(shape)}.")
+    at = column_axis(new.q.shape, [i for i, axis in enumerate(new_order) if is_contracted[axis]])
+
+    def with_columns(sizes: Sequence[int]) -> list[int]:
+        return [count if i == at else size for i, size in enumerate(sizes)]
+
+    rows = jnp.transpose(w.outlier_rows, [order.index(axis) for axis in grouped])
+    index = w.outlier_index.reshape(with_columns([1] * len(shape)))
+    return dataclasses.replace(new, outlier_rows=rows.reshape(with_columns(new.scale.shape)), outlier_index=index)
 
 
 def looked_up(

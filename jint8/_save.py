@@ -19,6 +19,7 @@ from jint8._bitsandbytes import to_tensors
 from jint8._language_model import LanguageModel
 from jint8._params import with_config
 from jint8._paths import leaf_paths
+from jint8._text_encoder import TextEncoder
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor
 from jint8.checkpoints._huggingface import write_huggingface
 from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint, write_checkpoint
@@ -28,7 +29,11 @@ FORMATS = ("jint8", "bitsandbytes")
 
 
 def save(
-    path: str | os.PathLike[str], loaded: LanguageModel, *, format: str = "jint8", shard_bytes: int = SHARD_BYTES
+    path: str | os.PathLike[str],
+    loaded: LanguageModel | TextEncoder,
+    *,
+    format: str = "jint8",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Saves a model so that `jint8.load` gives back the same bits, on any device.
 
@@ -40,7 +45,7 @@ def save(
 
     Args:
       path: the directory to make; nothing or an empty directory may be there.
-      loaded: what `jint8.load` returned.
+      loaded: what `jint8.load` or `jint8.load_encoder` returned.
       format: `"jint8"`, or `"bitsandbytes"`.
       shard_bytes: the weights are split into files of at most this size.
 
@@ -198,8 +203,9 @@ def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], static: 
     fields: dict[str, Any] = {name: _tuples(value) for name, value in static.items()} | arrays
     fields |= {"dtype": jnp.dtype(static["dtype"]), "config": _decode_config(checkpoint, static["config"])}
     w = QTensor(**fields)
-    if (w.q.dtype, w.scale.dtype) != (jnp.int8, jnp.float32):
-        raise TypeError("q in int8 and scale in float32")
+    for name, dtype in (("q", jnp.int8), ("scale", jnp.float32), ("outlier_rows", jnp.float16)):
+        if getattr(w, name) is not None and getattr(w, name).dtype != dtype:
+            raise TypeError(f"{name} in {jnp.dtype(dtype)}")
     if any(array.ndim != w.q.ndim for array in arrays.values()):
         raise ValueError(f"arrays of {w.q.ndim} dimensions")
     if any(size not in (1, full) for size, full in zip(w.scale.shape, w.q.shape, strict=True)):

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 OUTLIER_MODES = ("batch", "token", "static")
 
 
@@ -53,11 +55,17 @@ class Config:
         `"vector"` (without decomposition), `"none"` (no quantization), and the others in `jint8.SCHEMES`.
       threshold: a feature dimension with `abs(x) >= threshold` is an outlier. 0 turns decomposition off.
       outliers: who decides that a column is an outlier. `"batch"`: any token of the call (the paper). `"token"`:
-        each token for itself, so that a token's result doesn't depend on its neighbours in the batch.
+        each token for itself, so that a token's result doesn't depend on its neighbours in the batch. `"static"`:
+        calibrated columns, of which the weight holds the rows in 16 bits (see `jint8.calibrate`), and beside those
+        each token for itself, as in `"token"`.
+      relative: the threshold counts in mean magnitudes of the token, `mean(abs(x))` over its features: for models whose
+        activations are large throughout, where an absolute one would send most columns to 16 bits.
+      digits: int8 digits per activation. 2 writes each as two, 32512 steps to either side instead of 127, for twice the
+        rows of the same int8 product; activations then have no zero point.
 
     Raises:
-      TypeError: `threshold` isn't a real number.
-      ValueError: unknown `scheme` or `outliers`, or a negative or non-finite `threshold`.
+      TypeError: `threshold` isn't a real number, or `relative` isn't a bool.
+      ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, or `digits` other than 1 and 2.
 
     Examples:
       >>> import jint8
@@ -71,6 +79,8 @@ class Config:
     scheme: str = "llm.int8"
     threshold: float = 6.0
     outliers: str = "batch"
+    relative: bool = False
+    digits: int = 1
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -81,7 +91,36 @@ class Config:
             raise ValueError(f"Expected threshold to be finite and at least 0, got {self.threshold}.")
         if self.outliers not in OUTLIER_MODES:
             raise ValueError(f"Expected outliers to be one of {', '.join(OUTLIER_MODES)}, got {self.outliers!r}.")
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"Expected relative to be True or False, got {self.relative!r}.")
+        if self.digits not in (1, 2):
+            raise ValueError(f"Expected digits to be 1 or 2, got {self.digits!r}.")
         object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "digits", int(self.digits))
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """A choice that was measured; docs/quality.md has the numbers.
+
+        Args:
+          name: `"paper"`: LLM.int8() as published, `Config()`. `"static"`: calibrated outlier columns and zero points.
+            `"best"`: those, and two digits per activation: the quality of int8 weights with float activations.
+            `"fast"`: zero points and no decomposition.
+
+        Returns:
+          The config.
+
+        Raises:
+          ValueError: unknown name.
+
+        Examples:
+          >>> import jint8
+          >>> jint8.Config.preset("paper") == jint8.Config()
+          True
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Expected a preset among {', '.join(PRESETS)}, got {name!r}.")
+        return cls(**PRESETS[name])
 
     @property
     def decomposes(self) -> bool:
@@ -89,7 +128,14 @@ class Config:
         return SCHEMES[self.scheme].decomposition and self.threshold > 0
 
 
-ARRAY_FIELDS = ("q", "scale", "zero")
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "static": {"scheme": "llm.int8-zp", "outliers": "static"},
+    "best": {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2},
+    "fast": {"scheme": "vector-zp"},
+}
+
+ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index")
 STATIC_FIELDS = ("dtype", "config", "order", "stack")
 
 
@@ -104,6 +150,10 @@ class QTensor:
       q: int8, the quantized values.
       scale: float32, of `q`'s rank, with size 1 on the contracted axes: one scale per output channel.
       zero: None, or float32 of `scale`'s shape: the integer that stands for 0 (affine schemes).
+      outlier_rows: None, or float16: the weight's rows for calibrated outlier columns, in units of `scale`. Of `q`'s
+        shape, but that the last contracted axis has size c, the number of columns, and the other contracted ones 1.
+      outlier_index: None, or int32 of `outlier_rows`' rank, with size 1 on the axes of output channels: which columns
+        (over all contracted axes, flattened). The number of columns in all marks a slot that isn't used.
       dtype: the dtype of the float weight.
       config: the `Config` that `jint8.matmul` uses unless it is given another.
       order: None, or the permutation with `q = transpose(w, order)`: `q` is stored with the contracted axes last.
@@ -118,6 +168,8 @@ class QTensor:
     q: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
+    outlier_rows: jax.Array | None = None
+    outlier_index: jax.Array | None = None
     dtype: Any = np.dtype("float32")  # noqa: RUF009
     config: Config = Config()
     order: tuple[int, ...] | None = None
@@ -158,7 +210,7 @@ class QTensor:
         return dequantize(self, dtype)
 
     def __repr__(self):
-        leaves = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:3]}
+        leaves = {name: getattr(self, name) for name in ARRAY_FIELDS}
         shown = ", ".join(
             f"{name}={getattr(v, 'dtype', type(v).__name__)}{list(getattr(v, 'shape', ()))}"
             for name, v in leaves.items()
@@ -207,6 +259,11 @@ def contracted_axes(w: QTensor) -> tuple[int, ...]:
     """The contracted axes of `w.q`: where `scale` has size 1 (of two such, those where `q` hasn't)."""
     ones = [axis for axis, size in enumerate(w.scale.shape) if size == 1]
     return tuple(axis for axis in ones if w.q.shape[axis] != 1) or tuple(ones)
+
+
+def column_axis(shape: tuple[int, ...], contracted: Sequence[int]) -> int:
+    """On which of the contracted axes a list of columns lies: the last that has more than one entry."""
+    return max((a for a in contracted if shape[a] != 1), default=max(contracted))
 
 
 def check_config(config: Any) -> None:

@@ -1,7 +1,7 @@
 """The LLM.int8() product in plain XLA: one way for few rows, one for many.
 
 Both multiply the same int8 values and digits (see `jint8._outliers`), so both give the same integers. What differs is
-how the outliers' two digits meet the weights:
+how the outliers' digits meet the weights:
 
 - few rows: stacked under the regular rows, in ONE product that reads the weights once. On a CPU that product is bound
   by reading the weights, and more rows are nearly free.
@@ -17,7 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._outliers import DIGIT_BASE, Outliers, Split, digits, outlier_part, split, split_with_digits
+from jint8._outliers import (
+    DIGIT_BASE,
+    OUTLIER_DIGITS,
+    Outliers,
+    Split,
+    digits,
+    outlier_elements,
+    split,
+    split_with_digits,
+)
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
@@ -31,6 +40,8 @@ class Weight(NamedTuple):
     q: jax.Array
     scale: jax.Array  # float32[n]
     zero: jax.Array | None  # float32[n]
+    outlier_rows: jax.Array | None = None  # float16 [n, c] or [c, n]: of calibrated columns, in units of scale
+    outlier_index: jax.Array | None = None  # int32[c]: which columns; k where a slot isn't used
 
 
 def choose(m: int) -> str:
@@ -57,7 +68,7 @@ def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: st
     total = jnp.float32(0)
     for start in range(0, k, MAX_K):
         piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
-        total = total + _product_of_split(*piece, config=config, k_last=k_last)
+        total = total + _product_of_split(*piece, k_last=k_last)
     return total * w.scale
 
 
@@ -65,7 +76,7 @@ def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
     outliers = parts.outliers
     if outliers is not None:
         rows = None if outliers.digits is None else outliers.digits[:, start:end]
-        outliers = Outliers(outliers.columns[start:end], outliers.step, rows)
+        outliers = outliers._replace(columns=outliers.columns[start:end], digits=rows)
     q = lax.slice_in_dim(w.q, start, end, axis=1 if k_last else 0)
     return x[:, start:end], parts._replace(q=parts.q[:, start:end], outliers=outliers), w._replace(q=q)
 
@@ -76,52 +87,74 @@ def float_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     per_channel = (slice(None), None) if k_last else (None, slice(None))
     if w.zero is not None:
         q = q - w.zero[per_channel]
-    return _dot(x, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
+    rest = x if w.outlier_index is None else without_columns(x, w.outlier_index)
+    y = _dot(rest, (q * w.scale[per_channel]).astype(x.dtype), k_last, x.dtype)
+    return y if w.outlier_index is None else y + column_product(x, w, k_last=k_last).astype(x.dtype)
 
 
-def _product_of_split(x, parts: Split, w: Weight, *, config: Config, k_last: bool) -> jax.Array:
+def without_columns(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[m, k]` with 0 in the columns `index`."""
+    taken = jnp.zeros(x.shape[1], bool).at[index].set(True, mode="drop")
+    return jnp.where(taken, 0, x)
+
+
+def column_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
+    """The calibrated outlier columns of `x[m, k]` times the weight's 16-bit rows, float32 `[m, n]`."""
+    assert w.outlier_index is not None
+    assert w.outlier_rows is not None
+    columns = jnp.take(x, w.outlier_index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+    # at full precision, because outliers are large: GPUs and TPUs would round them to 8 or 11 bits
+    y = _dot(columns, w.outlier_rows.astype(jnp.float32), k_last, jnp.float32, lax.Precision.HIGHEST)
+    return y * w.scale
+
+
+def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
+    rows, m = [parts.q], len(x)
+    if parts.outliers is not None and parts.outliers.digits is not None:
+        rows.append(parts.outliers.digits)
+    if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
+        rows.append(jnp.ones_like(parts.q[:1]))
+    stacked = jnp.concatenate(rows)
+    sums = _without_zero(int8_dot(stacked, w.q, k_last), _row_sum(stacked), w)
+    regular = sums[: len(parts.q)]
+    if parts.zero is not None:  # sum_k (q - zero) w
+        regular = regular - parts.zero * sums[-1:]
+    out = join_digits(regular, m) * parts.scale
     if parts.outliers is None:
-        return _dequantize_sum(int8_dot(parts.q, w.q, k_last), parts.q, parts.scale, parts.zero, w, k_last)
-    m = x.shape[0]
-    _, step, rows = parts.outliers
-    if rows is not None:
-        sums = int8_dot(jnp.concatenate([parts.q, rows]), w.q, k_last)
-        regular, outlier, row_sum = sums[:m], sums[m:], _row_sum(rows)
+        return out
+    if parts.outliers.digits is not None:
+        outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
     else:
-        regular = int8_dot(parts.q, w.q, k_last)
-        outlier, row_sum = gathered_product(x, parts.outliers, w.q, config, k_last)
-    out = _dequantize_sum(regular, parts.q, parts.scale, parts.zero, w, k_last)
-    outlier = outlier.astype(jnp.float32)
-    if w.zero is not None:
-        outlier = outlier - row_sum.astype(jnp.float32) * w.zero
-    return out + (outlier[:m] * DIGIT_BASE + outlier[m:]) * step
+        acc, row_sum = gathered_product(x, parts.outliers, w.q, k_last)
+        outlier = _without_zero(acc, row_sum, w)
+    return out + join_digits(outlier, m) * parts.outliers.step
+
+
+def _without_zero(acc, row_sum, w: Weight):
+    """int32 `sum_k q wq` to float32 `sum_k q (wq - wzero)`."""
+    out = acc.astype(jnp.float32)
+    return out if w.zero is None else out - row_sum.astype(jnp.float32) * w.zero
 
 
 def _row_sum(q):
     return jnp.sum(q, axis=1, keepdims=True, dtype=jnp.int32)
 
 
-def _dequantize_sum(acc, q, scale, zero, w: Weight, k_last: bool):
-    """int32 sums of the regular part to float32, with the corrections for zero points on either side."""
-    out = acc.astype(jnp.float32)
-    # sum_k (q - zero) (wq - wzero), of which acc is sum_k q wq
-    if w.zero is not None:
-        out = out - _row_sum(q).astype(jnp.float32) * w.zero
-    if zero is not None:
-        weight_sum = jnp.sum(w.q, axis=1 if k_last else 0, dtype=jnp.int32).astype(jnp.float32)
-        if w.zero is not None:
-            weight_sum = weight_sum - q.shape[1] * w.zero
-        out = out - zero * weight_sum
-    return out * scale
+def join_digits(sums, m: int):
+    """float32 sums of the digits of `m` rows, `[digits m, n]`, to sums of what the rows stand for, `[m, n]`."""
+    total = sums[:m]
+    for start in range(m, len(sums), m):
+        total = total * DIGIT_BASE + sums[start : start + m]
+    return total
 
 
-def gathered_product(x, outliers: Outliers, q, config: Config, k_last: bool):
-    """The two digits of the outliers in `x[m, k]` times the weights -> int32 `[2 m, n]`, and the digits' row sums.
+def gathered_product(x, outliers: Outliers, q, k_last: bool):
+    """The digits of the outliers in `x[m, k]` times the weights -> int32 `[3 m, n]`, and the digits' row sums.
 
     Reads the columns that hold outliers only, `BLOCK` at a time.
     """
-    columns, step, _ = outliers
+    columns, step, limit, _ = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
     count = jnp.sum(columns, dtype=jnp.int32)
@@ -134,11 +167,13 @@ def gathered_product(x, outliers: Outliers, q, config: Config, k_last: bool):
         block, acc, row_sum = carry
         idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
         x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
-        rows = digits(outlier_part(x_block, jnp.ones(BLOCK, bool), config), step)
+        values = x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0)
+        rows = digits(values, step, OUTLIER_DIGITS)
         w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0)
         return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
 
-    init = (jnp.int32(0), jnp.zeros((2 * m, n), jnp.int32), jnp.zeros((2 * m, 1), jnp.int32))
+    rows = OUTLIER_DIGITS * m
+    init = (jnp.int32(0), jnp.zeros((rows, n), jnp.int32), jnp.zeros((rows, 1), jnp.int32))
     _, acc, row_sum = lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)
     return acc, row_sum
 
@@ -151,6 +186,6 @@ def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:
     return _dot(x, q, k_last, jnp.int32)
 
 
-def _dot(x, w, k_last, dtype):
+def _dot(x, w, k_last, dtype, precision=None):
     contract = (((1,), (1 if k_last else 0,)), ((), ()))
-    return lax.dot_general(x, w, contract, preferred_element_type=dtype)
+    return lax.dot_general(x, w, contract, precision, preferred_element_type=dtype)

@@ -37,8 +37,8 @@ class Quantized(NamedTuple):
         return self.scale * (self.q - self.zero)
 
 
-def _integers(x, axes, is_affine):
-    """Symmetric: one step is absmax / 127. Affine: the range from min(x, 0) to max(x, 0) has 255 steps."""
+def _integers(x, axes, is_affine, largest=127):
+    """Symmetric: one step is absmax / largest. Affine: the range from min(x, 0) to max(x, 0) has 255 steps."""
     x = np.asarray(x, np.float32)
     with np.errstate(all="ignore"):
         if is_affine:
@@ -48,9 +48,9 @@ def _integers(x, axes, is_affine):
             zero = np.rint(np.float32(-128) - low / scale)
             q = np.clip(np.rint(x / scale) + zero, -128, 127)
         else:
-            scale = np.max(np.abs(x), axes, keepdims=True, initial=0) / np.float32(127)
+            scale = np.max(np.abs(x), axes, keepdims=True, initial=0) / np.float32(largest)
             zero = np.zeros_like(scale)
-            q = np.clip(np.rint(x / scale), -127, 127)
+            q = np.clip(np.rint(x / scale), -largest, largest)
     usable = ~(scale < TINY)  # NaN is usable: it stays NaN
     return Quantized(*(np.where(usable, a, 0).astype(np.float64) for a in (q, scale, zero)))
 
@@ -64,33 +64,57 @@ def quantize(w, axes=(0,), scheme="llm.int8", stack_axes=()):
     return _integers(w, tuple(a % w.ndim for a in axes), is_affine)
 
 
-def outlier_mask(x, threshold, mode):
+def outlier_rows(w, quantized, columns):
+    """The rows `columns` of `w[k, n]` in 16 bits: float16 in units of their channel's scale."""
+    scale = quantized.scale.astype(np.float32)
+    with np.errstate(all="ignore"):
+        steps = (np.asarray(w, np.float32) / scale).astype(np.float16)
+    return np.where(scale < TINY, 0, steps.astype(np.float64) * quantized.scale)[list(columns)]
+
+
+def outlier_mask(x, threshold, mode, relative=False):
     """bool[m, k]: the elements that are multiplied in 16 bits."""
-    over = np.abs(np.asarray(x, np.float64)) >= threshold
+    magnitude = np.abs(np.asarray(x, np.float64))
+    over = magnitude >= (threshold * magnitude.mean(1, keepdims=True) if relative else threshold)
+    over &= magnitude > 0
     if threshold == 0:
         return np.zeros_like(over)
     return np.broadcast_to(over.any(0), over.shape) if mode == "batch" else over
 
 
-def matmul(x, w, scheme="llm.int8", threshold=6.0, mode="batch", bias=None):
+def matmul(
+    x, w, scheme="llm.int8", threshold=6.0, mode="batch", bias=None, *, relative=False, digits=1, columns=(), rows=None
+):
     """`x[m, k]` times `w: Quantized[k, n]` -> the exact result [m, n] and how far float32 may be from it.
 
-    The second value bounds: eight float32 roundings of every term, and the 16 bits of outliers.
+    The second value bounds: eight float32 roundings of every term, and the 16 bits of outliers. `columns` are
+    multiplied by `rows` and take no part in the rest.
     """
     granularity, _, is_affine, decomposes = SCHEMES[scheme]
     x = np.asarray(x, np.float64)
     k = x.shape[1]
     w_float = w.dequantize()
+    if len(columns):
+        taken, rest = x[:, list(columns)], x.copy()
+        rest[:, list(columns)] = 0
+        options = {"relative": relative, "digits": digits}
+        y, bound = matmul(rest, w, scheme, threshold, mode, bias, **options)
+        with np.errstate(invalid="ignore"):
+            side, terms = taken @ rows, abs(taken) @ abs(rows)
+            return y + side, bound + ROUNDING * ((len(columns) + 8) * terms + 8 * abs(y))
     bias = np.zeros(w_float.shape[1]) if bias is None else np.asarray(bias, np.float64)
     with np.errstate(invalid="ignore"):
         if granularity is None:
             return x @ w_float + bias, ROUNDING * ((k + 8) * (abs(x) @ abs(w_float)) + 2 * abs(bias))
-        out = outlier_mask(x, threshold, mode) if decomposes else np.zeros(x.shape, bool)
-        kept = _integers(np.where(out, 0, x), (1,) if granularity == "token" else (0, 1), is_affine)
+        out = outlier_mask(x, threshold, mode, relative) if decomposes else np.zeros(x.shape, bool)
+        axes, largest = (1,) if granularity == "token" else (0, 1), 127 if digits == 1 else 32512
+        kept = _integers(np.where(out, 0, x), axes, is_affine and digits == 1, largest)
         outliers = np.where(out, x, 0)
         y = kept.dequantize() @ w_float + outliers @ w_float + bias
         # each sum of integers that float32 arithmetic may have rounded before they cancelled
         terms = abs(kept.q @ w.q) + abs(kept.q.sum(1, keepdims=True)) * abs(w.zero)
+        if digits == 2:  # 255 * high + low: either sum may be larger than theirs
+            terms = terms + 2 * 127 * abs(w.q).sum(0) + 2 * 127 * k * abs(w.zero)
         terms = terms + abs(kept.zero) * (abs(w.q.sum(0)) + k * abs(w.zero))
         terms = terms * kept.scale * w.scale
         terms = terms + abs(outliers) @ (w.scale * (abs(w.q) + abs(w.zero))) + abs(bias)

@@ -1,5 +1,6 @@
 """GGUF checkpoints: llama.cpp's files with Hugging Face's names, shapes and row order."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
 from jint8.checkpoints._gguf_config import config_from_metadata
 from jint8.checkpoints._gguf_file import GGUFFile, RawTensor, read_header
-from jint8.checkpoints._gguf_names import ARCHITECTURES, CONFIG_TENSORS, Architecture, hf_name
+from jint8.checkpoints._gguf_names import ARCHITECTURES, CONFIG_TENSORS, MIXTRAL, Architecture, hf_name, stem
 from jint8.checkpoints._optional import require
 from jint8.checkpoints._tokenizer import Tokenizer
 from jint8.checkpoints._tokenizer_gguf import tokenizer_from_metadata
@@ -42,15 +43,18 @@ class GGUFCheckpoint(Checkpoint):
         if arch not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{parts[0].path}: Expected an architecture among {known}, got {arch!r}")
-        self._architecture: Architecture = ARCHITECTURES[arch]
+        experts = arch == "llama" and self.metadata.get("llama.expert_count")
+        self._architecture: Architecture = MIXTRAL if experts else ARCHITECTURES[arch]
         self._begin: dict[str, tuple[Path, int]] = {}
+        self._stems: dict[str, str] = {}
         self._maps: dict[Path, np.ndarray] | None = {}
         infos = [info for part in parts for info in self._infos(part)]
         tensors = {info.name: info for info in infos}
         if len(tensors) != len(infos):
             twice = next(i.name for i in infos if tensors[i.name] is not i)
             raise ValueError(f"{path}: Expected every tensor once, got {twice!r} twice")
-        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        names = {stem: f"{self._architecture.names[stem]}.weight" for stem in ("token_embd", "output_norm", "output")}
+        for name in (names["token_embd"], names["output_norm"]):
             if name not in tensors:
                 raise ValueError(f"{path}: Expected a tensor {name!r}, got none")
         rope = {name: self._read_rows(t, 0, t.shape[0]) for name in CONFIG_TENSORS if (t := tensors.pop(name, None))}
@@ -58,9 +62,10 @@ class GGUFCheckpoint(Checkpoint):
             self.metadata,
             self._architecture,
             path=parts[0].path,
-            vocab_size=tensors["model.embed_tokens.weight"].shape[0],
-            tied="lm_head.weight" not in tensors,
-            attention_bias=any(name.endswith("q_proj.bias") for name in tensors),
+            vocab_size=tensors[names["token_embd"]].shape[0],
+            tied=names["output"] not in tensors,
+            attention_bias=any(name.endswith(("q_proj.bias", "query_key_value.bias")) for name in tensors),
+            mlp_bias=any(name.endswith("up_proj.bias") for name in tensors),
             rope_tensors=rope,
         )
         super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
@@ -79,8 +84,18 @@ class GGUFCheckpoint(Checkpoint):
             dtype, nbytes = self._type(raw, where)
             if raw.begin + nbytes > size:
                 raise ValueError(f"{where}: Expected at least {raw.begin + nbytes} bytes, got {size} (truncated file)")
-            infos.append(TensorInfo(name=name, shape=raw.shape, dtype=dtype, file=part.path, nbytes=nbytes))
-            self._begin[name] = (part.path, raw.begin)
+            shape, count, kind = raw.shape, 1, stem(raw.name)
+            if kind in self._architecture.experts:
+                if len(shape) != 3 or not shape[0]:
+                    raise ValueError(f"{where}: Expected experts of shape (e, n, k), got {shape}")
+                count, shape = shape[0], shape[1:]
+            elif kind in self._architecture.transposed and len(shape) == 2:
+                shape = shape[::-1]
+            for e in range(count):
+                one, each = name.replace("{e}", str(e)), nbytes // count
+                infos.append(TensorInfo(name=one, shape=shape, dtype=dtype, file=part.path, nbytes=each))
+                self._begin[one] = (part.path, raw.begin + e * each)
+                self._stems[one] = kind
         return infos
 
     def _type(self, raw: RawTensor, where: str) -> tuple[str, int]:
@@ -101,6 +116,15 @@ class GGUFCheckpoint(Checkpoint):
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         if self._maps is None:
             raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
+        if self._stems[info.name] in self._architecture.transposed and len(info.shape) == 2:
+            rows = info.shape[1]
+            stored = dataclasses.replace(info, shape=info.shape[::-1])
+            return self._stored_rows(stored, 0, rows).T[start:stop]
+        return self._stored_rows(info, start, stop)
+
+    def _stored_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """Rows in the file's orientation, in Hugging Face's order."""
+        assert self._maps is not None
         file, begin = self._begin[info.name]
         if file not in self._maps:
             self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
@@ -120,14 +144,21 @@ class GGUFCheckpoint(Checkpoint):
 
     def _row_order(self, info: TensorInfo) -> np.ndarray | None:
         """Which stored row is each of Hugging Face's, or None where the order is the same."""
-        match = re.search(r"self_attn\.([qk])_proj\.", info.name)
-        if not self._architecture.rotary_pairs or match is None:
+        kind = self._stems[info.name]
+        if self._architecture.rotary_pairs and kind in ("attn_q", "attn_k"):
+            heads = self.config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+            parts = 2 * heads
+        elif kind == self._architecture.interleaved:
+            heads = self.config[self._architecture.keys.get("num_attention_heads", "num_attention_heads")]
+            parts = 3 * heads
+        else:
             return None
-        heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-        if not info.shape or info.shape[0] % (2 * heads):
+        if not info.shape or info.shape[0] % parts:
             raise ValueError(
                 f"{info.file}: tensor {info.name!r}: Expected rows for {heads} heads, got shape {info.shape}"
             )
+        if kind == self._architecture.interleaved:
+            return np.arange(info.shape[0]).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
         return np.arange(info.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def tokenizer(self) -> Tokenizer | None:

@@ -23,6 +23,8 @@ _OPTIONAL = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "use_parallel_residual": "use_parallel_residual",
 }
 
 
@@ -34,6 +36,7 @@ def config_from_metadata(
     vocab_size: int,
     tied: bool,
     attention_bias: bool,
+    mlp_bias: bool,
     rope_tensors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Build the model's configuration.
@@ -45,6 +48,7 @@ def config_from_metadata(
         vocab_size: Rows of the embedding.
         tied: Whether the output head is the embedding.
         attention_bias: Whether query, key and value projections have a bias.
+        mlp_bias: Whether the feed-forward projections have biases.
         rope_tensors: The frequency factors that GGUF keeps as tensors, by name.
 
     Returns:
@@ -60,6 +64,8 @@ def config_from_metadata(
 
     config: dict[str, Any] = {"model_type": architecture.model_type}
     for name, key in _REQUIRED.items():
+        if name == "rms_norm_eps" and not architecture.rms_norm:
+            key = "attention.layer_norm_epsilon"
         value = get(key)
         if value is None and name == "num_key_value_heads":
             value = config["num_attention_heads"]
@@ -72,7 +78,8 @@ def config_from_metadata(
     config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.7g}")
     heads = config["num_attention_heads"]
     config["head_dim"] = get("attention.key_length", config["hidden_size"] // heads)
-    if (rotary := get("rope.dimension_count", config["head_dim"])) != config["head_dim"]:
+    rotary = get("rope.dimension_count", config["head_dim"])
+    if rotary != config["head_dim"] or config["model_type"] == "gpt_neox":  # which rotates a quarter by default
         config["partial_rotary_factor"] = rotary / config["head_dim"]
     config |= {name: get(key) for name, key in _OPTIONAL.items() if get(key) is not None}
     config |= {
@@ -80,6 +87,7 @@ def config_from_metadata(
         "hidden_act": architecture.hidden_act,
         "tie_word_embeddings": tied,
         "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
         "rope_theta": float(get("rope.freq_base", 10000.0)),
     }
     config["rope_scaling"] = _rope_scaling(get, config, rope_tensors, path)
@@ -88,7 +96,7 @@ def config_from_metadata(
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
     if architecture.model_type.startswith("gemma"):
         config |= _gemma(get, config)
-    return config
+    return {architecture.keys.get(name, name): value for name, value in config.items()}
 
 
 def _gemma(get: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -32,6 +33,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded and computes."""
     group = parser.add_argument_group("model")
     group.add_argument("--scheme", metavar="NAME", help="how to quantize: llm.int8 (default), vector, none, ...")
+    group.add_argument("--preset", metavar="NAME", help="a choice that was measured: paper, static, best or fast")
+    group.add_argument("--outliers", metavar="WHO", help="who decides what is an outlier: batch, token or static")
+    group.add_argument(
+        "--calibrate", metavar="FILE", help="the text on which static outliers are found (default: a short one of ours)"
+    )
     group.add_argument("--threshold", type=float, metavar="T", help="of outliers; default 6, 0 means no decomposition")
     group.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
 
@@ -74,17 +80,30 @@ def use_compile_cache(args: argparse.Namespace) -> None:
 
 
 def quant_config(args: argparse.Namespace) -> Config | None:
-    """The Config that `--scheme` and `--threshold` describe; None where neither was given."""
+    """The Config that the arguments describe; None where none was given.
+
+    Raises:
+      ValueError: arguments that exclude each other.
+    """
     from jint8 import Config
 
-    given = {name: getattr(args, name) for name in ("scheme", "threshold") if getattr(args, name) is not None}
-    return Config(**given) if given else None
+    options = ("scheme", "threshold", "outliers")
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    if args.preset is not None and args.scheme is not None:
+        raise ValueError("Expected --scheme or --preset, got both")
+    config = Config() if args.preset is None else Config.preset(args.preset)
+    config = dataclasses.replace(config, **given)
+    if args.calibrate is not None and not (config.outliers == "static" and config.decomposes):
+        raise ValueError("Expected --calibrate with static outliers (--preset static or best, --outliers static)")
+    return config if given or args.preset is not None else None
 
 
 def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any) -> LanguageModel:
-    """`jint8.load` with a progress bar."""
+    """`jint8.load` with a progress bar, and the text to calibrate on if one was given."""
     import jint8
 
+    if args.calibrate is not None and options.get("quantize", True):
+        options["calibrate"] = read_text(args.calibrate)
     with progress_bar(args, "loading", unit="B", unit_scale=True) as progress:
         return jint8.load(path, adapter=getattr(args, "adapter", None), progress=progress, **options)
 
@@ -108,6 +127,19 @@ def find_source(args: argparse.Namespace, source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{missing}, and the hub says: {error}") from None
+
+
+def read_text(file: str) -> str:
+    """The content of a file.
+
+    Raises:
+      OSError: it can't be read.
+      ValueError: it isn't UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: Expected a text in UTF-8, got: {error}") from None
 
 
 def say(args: argparse.Namespace, text: str = "") -> None:

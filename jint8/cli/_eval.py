@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jint8.cli import _common
@@ -65,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         "weight_bytes": memory_report(model.params).bytes,
         "projection_bytes": projection_bytes(model.params),
     }
+    if args.preset is not None:
+        result["preset"] = args.preset
     if reference is not None:
         result |= {"kl": found.kl, "top1": found.top1, "float_perplexity": found.reference_perplexity}
     if args.json:
@@ -87,17 +88,14 @@ def _tokens(args: argparse.Namespace, model: LanguageModel) -> np.ndarray:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{args.tokens}: Expected a .npy file of token ids, got: {error}") from None
     else:
-        try:
-            text = Path(args.text).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.text}: Expected a text in UTF-8, got: {error}") from None
-        tokens = chunks(model.require_tokenizer().encode(text), args.seq_len)
+        tokens = chunks(model.require_tokenizer().encode(_common.read_text(args.text)), args.seq_len)
     return tokens[: args.limit]
 
 
 def _print_table(result: dict) -> None:
     scheme = result["scheme"] + (f" (threshold {result['threshold']:g})" if result["threshold"] else "")
-    rows = {"scheme": scheme, "perplexity": f"{result['perplexity']:.4f}"}
+    rows = {"preset": result["preset"]} if "preset" in result else {}
+    rows |= {"scheme": scheme, "perplexity": f"{result['perplexity']:.4f}"}
     if "kl" in result:
         rows["perplexity in float"] = f"{result['float_perplexity']:.4f}"
         rows["KL from float"] = f"{result['kl']:.5f} nats per token"

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jint8.cli import _common
@@ -141,7 +140,4 @@ class Meter:
 def _read(file: str) -> str:
     if file == "-":
         return sys.stdin.read()
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: Expected a text in UTF-8, got: {error}") from None
+    return _common.read_text(file)

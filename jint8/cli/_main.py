@@ -8,9 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jint8.cli import _bench, _demo, _eval, _generate, _quantize
+from jint8.cli import _bench, _demo, _eval, _generate, _outliers, _quantize
 
-COMMANDS = {"demo": _demo, "generate": _generate, "quantize": _quantize, "eval": _eval, "bench": _bench}
+COMMANDS = {
+    "demo": _demo,
+    "generate": _generate,
+    "quantize": _quantize,
+    "eval": _eval,
+    "outliers": _outliers,
+    "bench": _bench,
+}
 BAD_INPUT, INTERRUPTED = 2, 130
 ERRORS = (ValueError, TypeError, OSError, ImportError, KeyError, NotImplementedError)
 

@@ -89,7 +89,7 @@ class Attention(nn.Module):
         length = k.shape[3]
         query_slot = (at.slot if cache is not None else 0) + jnp.arange(s)[:, None]
         key_slot = jnp.arange(length)[None, :]
-        visible = key_slot <= query_slot  # (s, length)
+        visible = key_slot <= (query_slot if c.causal else length)  # (s, length)
         if self.window:
             visible = visible & (key_slot > query_slot - self.window)
         if at.first is not None:

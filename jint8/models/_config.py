@@ -27,7 +27,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and choices of a decoder-only transformer. Hashable: it is static under `jax.jit`.
+    """Sizes and choices of a transformer, which decodes or encodes. Hashable: it is static under `jax.jit`.
 
     Attributes:
       family: the `model_type` of the checkpoint's configuration.
@@ -53,6 +53,8 @@ class ModelConfig:
       alibi: scores fall linearly with the distance between query and key, by a slope of each head.
       learned_positions: rows in front of the first position in the table of learned positions; None where there is no
         table.
+      token_types: rows of the table of kinds of tokens, of which encoders add the first; 0 means no table.
+      causal: a query sees no keys behind it.
       windows: for each layer, how many of the latest keys a query sees; 0 means all.
       attention_scale: factor of the scores; None means `head_dim ** -0.5`.
       attention_softcap, logit_softcap: `cap * tanh(x / cap)` on scores, and on logits; 0 means none.
@@ -91,6 +93,8 @@ class ModelConfig:
     local_rope: Rope | None = None
     alibi: bool = False
     learned_positions: int | None = None
+    token_types: int = 0
+    causal: bool = True
     windows: tuple[int, ...] = ()
     attention_scale: float | None = None
     attention_softcap: float = 0.0

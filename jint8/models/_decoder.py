@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jint8._layers import lookup
 from jint8._matmul import matmul
 from jint8._types import is_qtensor
 from jint8.models._attention import Attention, Context, LayerCache, context, mask
@@ -168,7 +169,4 @@ class Decoder(nn.Module):
 
 def embed(embedding, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding; of an int8 one, only those rows are dequantized."""
-    if not is_qtensor(embedding):
-        return jnp.take(embedding, tokens, axis=0)
-    rows = jax.tree.map(lambda leaf: jnp.take(leaf, tokens.reshape(-1), axis=0), embedding)
-    return rows.dequantize().reshape(*tokens.shape, -1)
+    return lookup(embedding, tokens) if is_qtensor(embedding) else jnp.take(embedding, tokens, axis=0)

@@ -1,5 +1,7 @@
 """Flax nnx: int8 copies of models, and modules with int8 weights."""
 
+from jint8.nnx._calibrate import calibrate as calibrate
+from jint8.nnx._calibrate import statistics as statistics
 from jint8.nnx._modules import Int8Einsum as Int8Einsum
 from jint8.nnx._modules import Int8Embed as Int8Embed
 from jint8.nnx._modules import Int8Linear as Int8Linear

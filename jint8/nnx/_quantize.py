@@ -22,6 +22,7 @@ def quantize(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
 ) -> Any:
     """A copy of an nnx model that multiplies in int8.
 
@@ -41,13 +42,14 @@ def quantize(
             state. Only these weights become int8, and no `nnx.LoRAParam`.
         skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
         include: patterns or a predicate that win over `skip` and over the default.
+        outliers: from path to outlier feature dimensions, as `jint8.nnx.calibrate` returns.
 
     Returns:
         A model of the same structure.
 
     Raises:
         TypeError: `model` isn't an nnx module.
-        ValueError: a path in `plan` that isn't an attribute of a module, or NaN or infinity in a weight.
+        ValueError: a path in `plan` or `outliers` that isn't an attribute of a module, or NaN or infinity in a weight.
 
     Examples:
         >>> import jax.numpy as jnp, jint8
@@ -57,15 +59,45 @@ def quantize(
         >>> type(int8.layers[0]).__name__, int8(jnp.ones((2, 8))).shape
         ('Int8Linear', (2, 16))
     """
+
+    def make(path: str, value: Any, contracted: Sequence[int], stacked: Sequence[int]) -> QTensor | None:
+        result = quantize_params(
+            {path: value},
+            config=config,
+            plan=Plan({path: tuple(contracted)}, {path: tuple(stacked)}),
+            include="*",
+            outliers={path: outliers[path]} if outliers and path in outliers else None,
+        )[path]
+        return result if is_qtensor(result) else None
+
+    result, seen = replace_layers(model, make, plan=plan, skip=skip, include=include)
+    if unknown := sorted(set(outliers or ()) - seen):
+        raise ValueError(f"Expected outliers for attributes of modules, got {', '.join(unknown)}.")
+    return result
+
+
+def replace_layers(
+    model: nnx.Module,
+    make: Callable[[str, Any, Sequence[int], Sequence[int]], QTensor | None],
+    *,
+    plan: Mapping[str, Sequence[int]] | None,
+    skip: Patterns,
+    include: Patterns,
+) -> tuple[Any, set[str]]:
+    """A copy of `model` with int8 layers, of which `make` makes the weights, and the paths of all weights seen.
+
+    `make` is called with the path, the float weight, and its contracted and stacked axes, for the weights that
+    `quantize` is to turn into int8.
+    """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"Expected model to be an nnx module, got {type(model).__name__}.")
     copy = nnx.merge(*nnx.split(model), copy=True)  # its own Variables, around the same arrays
     seen: set[str] = set()
 
-    def quantized(path: str, value: Any, contracted: tuple[int, ...], stacked: tuple[int, ...]) -> QTensor | None:
-        part = Plan({path: contracted}, {path: stacked})
-        result = quantize_params({path: value}, config=config, plan=part, skip=skip, include=include)[path]
-        return result if is_qtensor(result) else None
+    def made(path: str, value: Any, contracted: Sequence[int], stacked: Sequence[int]) -> QTensor | None:
+        if not matches(path, include) and (matches(path, OUTPUT_HEADS) or matches(path, skip)):
+            return None
+        return make(path, value, contracted, stacked)
 
     def convert(layer: Any, path: str) -> Any:
         converter = find_converter(type(layer))
@@ -80,7 +112,7 @@ def quantize(
             included = matches(leaf_path, include) or (plan is not None and leaf_path in plan)
             if contracted is None or (isinstance(layer, nnx.Embed) and not included):
                 return None
-            return quantized(leaf_path, value, contracted, stacked)
+            return made(leaf_path, value, contracted, stacked)
 
         return converter(layer, weight)
 
@@ -97,7 +129,7 @@ def quantize(
             w = (
                 None
                 if isinstance(variable, nnx.LoRAParam)
-                else quantized(leaf_path, variable.get_value(), tuple(contracted), stacked)
+                else made(leaf_path, variable.get_value(), tuple(contracted), stacked)
             )
             if w is not None:
                 weights[name] = w
@@ -110,7 +142,7 @@ def quantize(
             f"Expected the plan to name Variables that are attributes of modules, got {', '.join(unknown)}. Teach "
             "jint8 their layers with jint8.nnx.register, or leave them out of the plan or with skip=."
         )
-    return result
+    return result, seen
 
 
 def _join(path: str, key: Any) -> str:

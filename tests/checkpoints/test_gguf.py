@@ -211,7 +211,7 @@ def test_config(tmp_path, rng):
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 32, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 128, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
-        "rope_theta": 100000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "mlp_bias": False, "rope_theta": 100000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     assert ckpt.format == "gguf"

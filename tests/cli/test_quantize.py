@@ -12,6 +12,7 @@ import jint8
 from jint8.checkpoints import _jint8
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
 
 
 @pytest.fixture
@@ -133,6 +134,8 @@ FAULTS = {
     "unknown_tensor": (change("model.extra", np.zeros(2, np.float32)), ["model.safetensors", "'model.extra'"]),
     "nan": (change(DOWN, put(np.nan)), ["model.safetensors", DOWN, "NaN"]),
     "infinity": (change(DOWN, put(-np.inf)), ["model.safetensors", DOWN, "infinity"]),
+    "nan_in_the_embedding": (change(EMBEDDING, put(np.nan)), ["model.safetensors", EMBEDDING, "NaN"]),
+    "infinity_in_a_norm": (change(NORM, lambda x: x * np.inf), ["model.safetensors", NORM, "infinity"]),
     "wrong_shape": (change(DOWN, lambda x: x[:, :-1]), ["model.safetensors", DOWN, "(32, 47)"]),
     "wrong_rows": (change(DOWN, lambda x: x[:-1]), ["model.safetensors", DOWN, "31"]),
     "wrong_rank": (change(DOWN, lambda x: x.reshape(-1)), ["model.safetensors", DOWN, "(1536,)"]),
@@ -174,4 +177,44 @@ def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_pa
 
     monkeypatch.setattr(_jint8, function, fail)
     assert run("quantize", source, tmp_path / "dst", "--quiet")[0] == status
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+@pytest.mark.parametrize("function", ["_save_arrays", "write_json", "_sha256", "_sync"])
+def test_a_killed_run_is_in_nobodys_way(function, source, tmp_path, monkeypatch, run):
+    """Whoever is killed can't tidy up: what is left is hidden and has another name."""
+
+    def killed(*args):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_jint8, function, killed)
+        patch.setattr(_jint8.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(SystemExit):
+            run("quantize", source, tmp_path / "dst", "--quiet")
+    (left,) = (path.name for path in tmp_path.iterdir() if path != source)
+    assert left.startswith(".dst.")
+    assert left.endswith(".partial")
+    assert run("quantize", source, tmp_path / "dst", "--quiet")[0] == 0
+    jint8.load(tmp_path / "dst", verify=True)
+
+
+def test_full_disk(source, tmp_path, run_error):
+    """A limit on the size of files fails in the same call as a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        error = run_error("quantize", source, tmp_path / "dst", "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "model.safetensors" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_missing_shard(tmp_path, run_error):
+    source = make_llama_directory(tmp_path / "llama", seed=1, shards=3)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    error = run_error("quantize", source, tmp_path / "dst", "--quiet")
+    assert "model-00002-of-00003.safetensors: Expected this file" in error
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]

@@ -67,6 +67,22 @@ def test_not_finite(value, at, rng):
         quantized(w)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1], (50,), ()], ids=str)
+def test_check_finite(dtype, shape, rng, monkeypatch):
+    monkeypatch.setattr(_host, "BLOCK", 200)
+    w = np.asarray(rng.standard_normal(shape)).astype(dtype)
+    _host.check_finite(w)
+    _host.check_finite(w.T)
+    _host.check_finite(np.zeros((0, 3), dtype))
+    for value in (np.nan, np.inf, -np.inf):
+        bad = w.copy()
+        bad[(-1,) * w.ndim] = value
+        for x in (bad, bad.T):
+            with pytest.raises(ValueError, match="Expected finite weights, got NaN or infinity"):
+                _host.check_finite(x)
+
+
 def test_no_more_than_a_step_from_quantize(rng):
     w = rng.standard_normal(SHAPE, np.float32)
     q, scale = quantized(w)

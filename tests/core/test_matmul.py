@@ -77,8 +77,10 @@ def test_integers_are_exact(name, n_k, implementation):
     case = CASES[name]
     w = quantized(name, jint8.Config(threshold=case.threshold), n_k)
     assert (np.asarray(w.scale) == 1).all()
-    got = matmul(case.x, w, implementation=implementation)
-    np.testing.assert_array_equal(np.asarray(got, np.float64), case.x.astype(np.float64) @ case.w.astype(np.float64))
+    got = np.asarray(matmul(case.x, w, implementation=implementation), np.float64)
+    # the kernels' outliers have steps of 1 here; those of three digits are below 1 and rounded at the end
+    rtol = 4 * oracle.ROUNDING if "outliers" in name and implementation in XLA else 0
+    np.testing.assert_allclose(got, case.x.astype(np.float64) @ case.w.astype(np.float64), rtol=rtol)
 
 
 @int8_implementations
@@ -128,11 +130,12 @@ def test_config_of_the_call_wins(w_scheme, x_scheme):
 
 
 @int8_implementations
-def test_an_outlier_is_off_by_2_to_minus_15_of_the_largest(implementation):
+def test_an_outlier_is_off_by_little_of_the_largest(implementation):
     x = np.random.default_rng(0).uniform(6, 3000, (512, 8)).astype(np.float32)
     w = jint8.quantize(np.eye(8, dtype=np.float32) * 127)  # scale 1, each outlier comes out alone
     error = abs(np.asarray(matmul(x, w, implementation=implementation), np.float64) / 127 - x)
-    assert (error <= oracle.OUTLIER_ERROR * x.max(1, keepdims=True)).all()
+    allowed = 2.0**-22 if implementation in XLA else oracle.OUTLIER_ERROR  # three digits, or 16 bits
+    assert (error <= allowed * x.max(1, keepdims=True)).all()
 
 
 @int8_implementations

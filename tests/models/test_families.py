@@ -70,3 +70,12 @@ def test_int8_logits(name):
     got = logits(load(name), want["tokens"])
     # with experts, a rounding may send a token to another one
     assert np.linalg.norm(got - want["logits"]) / np.linalg.norm(want["logits"]) < (0.15 if name == "mixtral" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "opt_350m"])
+def test_embeddings_and_head_in_int8(name):
+    model, want = load(name, include=["embedding", "lm_head"]), expected(name)
+    assert isinstance(model.params["embedding"], jint8.QTensor)
+    assert model.config.tie_embeddings or isinstance(model.params["lm_head"]["weight"], jint8.QTensor)
+    got = logits(model, want["tokens"])
+    assert np.linalg.norm(got - want["logits"]) / np.linalg.norm(want["logits"]) < 0.05

@@ -8,9 +8,12 @@ from jint8.models.families._layout import from_stored as from_stored
 from jint8.models.families._layout import split as split
 from jint8.models.families._layout import split_sizes as split_sizes
 from jint8.models.families._layout import to_stored as to_stored
+from jint8.models.families._registry import ENCODERS as ENCODERS
 from jint8.models.families._registry import FAMILIES as FAMILIES
 from jint8.models.families._registry import HEAD as HEAD
 from jint8.models.families._registry import Source as Source
+from jint8.models.families._registry import encoder_config as encoder_config
+from jint8.models.families._registry import family as family
 from jint8.models.families._registry import ignored as ignored
 from jint8.models.families._registry import model_config as model_config
 from jint8.models.families._registry import sources as sources

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from jint8.models._config import ModelConfig
+from jint8.models.families._bert import BERT
 from jint8.models.families._bloom import BLOOM
 from jint8.models.families._family import ROWS, Family
 from jint8.models.families._gemma import GEMMA2, GEMMA3
@@ -30,6 +31,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
 }
+ENCODERS: Mapping[str, Family] = {"bert": BERT}
 HEAD = "lm_head"
 
 
@@ -59,10 +61,42 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
       4
     """
     config = text_config(config)
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"Expected a model_type among {', '.join(FAMILIES)}, got {family!r}.")
-    return FAMILIES[family].config(config)
+    if config.get("model_type") in ENCODERS:
+        raise ValueError(f"Expected a decoder, got {config['model_type']!r}: jint8.load_encoder loads encoders.")
+    return _config(config, FAMILIES)
+
+
+def encoder_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of an encoder's Hugging Face configuration.
+
+    Args:
+      config: the content of `config.json`.
+
+    Returns:
+      What `jint8.models.Encoder` takes.
+
+    Raises:
+      ValueError: an architecture or option that isn't supported, or a missing or impossible size.
+
+    Examples:
+      >>> from jint8.models import encoder_config
+      >>> encoder_config({"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 16,
+      ...                 "num_hidden_layers": 1, "num_attention_heads": 2}).causal
+      False
+    """
+    return _config(config, ENCODERS)
+
+
+def _config(config: Mapping[str, Any], families: Mapping[str, Family]) -> ModelConfig:
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in families:
+        raise ValueError(f"Expected a model_type among {', '.join(families)}, got {name!r}.")
+    return families[name].config(config)
+
+
+def family(config: ModelConfig) -> Family:
+    """The family of a model."""
+    return {**FAMILIES, **ENCODERS}[config.family]
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,9 +117,9 @@ def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str])
     Returns:
       For each path, its `Source`. Its tensors needn't be in the checkpoint.
     """
-    family = FAMILIES[config.family]
-    embedding = f"{family.modules['embedding']}.weight"
-    prefix = next((p for p in family.prefixes if p + embedding in tensors), family.prefixes[0])
+    own = family(config)
+    embedding = f"{own.modules['embedding']}.weight"
+    prefix = next((p for p in own.prefixes if p + embedding in tensors), own.prefixes[0])
     found = {}
     for path in paths:
         module, _, leaf = path.rpartition("/")
@@ -94,17 +128,17 @@ def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str])
         leaf = "weight" if leaf == "scale" else leaf
         layer = re.match(r"layers_(\d+)/", module)
         module = re.sub(r"^layers_\d+/", "layers/", module)
-        theirs = family.modules[module]
+        theirs = own.modules[module]
         theirs = (theirs,) if isinstance(theirs, str) else theirs
         experts = range(config.experts) if "{e}" in theirs[0] else range(1)
         start = "" if module == HEAD else prefix
         names = tuple(f"{start}{name.format(i=layer and layer[1], e=e)}.{leaf}" for e in experts for name in theirs)
-        found[path] = Source(names, family.layouts.get(module, ROWS))
+        found[path] = Source(names, own.layouts.get(module, ROWS))
     return found
 
 
 def ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor of a checkpoint may be left unread: buffers, and the copy of a tied head."""
-    family = FAMILIES[config.family]
-    tied = config.tie_embeddings and name == f"{family.modules[HEAD]}.weight"
-    return tied or any(fnmatchcase(name, pattern) for pattern in family.unused)
+    own = family(config)
+    tied = config.tie_embeddings and name == f"{own.modules[HEAD]}.weight"
+    return tied or any(fnmatchcase(name, pattern) for pattern in own.unused)

@@ -1,0 +1,197 @@
+"""Which feature dimensions are outliers, how large they are, and in what share of layers and positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jint8._calibrate import statistics
+from jint8._observe import Seen
+from jint8._paths import Patterns, path_group
+from jint8._types import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feature:
+    """A feature dimension in which there are outliers.
+
+    Attributes:
+      projection: what its activations are multiplied by.
+      dimension: which.
+      layer_share: share of the layers in which it has any outlier.
+      position_share: share of the positions of those layers at which it has one.
+      mean: mean magnitude of its outliers.
+      largest: their largest magnitude.
+    """
+
+    projection: str
+    dimension: int
+    layer_share: float
+    position_share: float
+    mean: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Projection:
+    """Statistics of the inputs of one projection, over its layers; arrays are float64 `[layers, k]`.
+
+    Attributes:
+      positions: how many positions there were.
+      outliers: at how many of them the dimension had an outlier.
+      outlier_sum: sum of the outliers' magnitudes.
+      square_sum: sum of squares of all values.
+      largest: largest magnitude.
+    """
+
+    positions: np.ndarray
+    outliers: np.ndarray
+    outlier_sum: np.ndarray
+    square_sum: np.ndarray
+    largest: np.ndarray
+
+    @property
+    def outlier_columns(self) -> np.ndarray:
+        """By layer, how many dimensions have any outlier."""
+        return (self.outliers > 0).sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """Statistics of a model's activations by projection; printable.
+
+    Attributes:
+      threshold: magnitude from which on a value counts as an outlier.
+      relative: whether it counts in mean magnitudes of the token.
+      projections: by the projection's path, layer numbers as `*`.
+    """
+
+    threshold: float
+    relative: bool
+    projections: dict[str, Projection]
+
+    @classmethod
+    def of(cls, seen: Mapping[str, Seen], *, threshold: float = 6.0, relative: bool = False) -> Statistics:
+        """From statistics by leaf path, as `jint8.nnx.statistics` has them for nnx models."""
+        groups: dict[str, list[Seen]] = {}
+        for path, s in seen.items():
+            groups.setdefault(path_group(path), []).append(s)
+        projections = {}
+        for name, layers in groups.items():
+            by_field = zip(*layers, strict=True)
+            arrays = [np.concatenate([a.reshape(-1, a.shape[-1]) for a in field]) for field in by_field]
+            projections[name] = Projection(**dict(zip(Seen._fields, arrays, strict=True)))
+        return cls(threshold=threshold, relative=relative, projections=projections)
+
+    def features(self, *, layer_share: float = 0.25, position_share: float = 0.06) -> list[Feature]:
+        """The outlier features by the paper's criteria, the most frequent first.
+
+        Args:
+          layer_share: in what share of the projection's layers, at least.
+          position_share: at what share of those layers' positions, at least.
+        """
+        found = []
+        for name, p in self.projections.items():
+            affected = p.outliers > 0
+            layers = affected.mean(axis=0)
+            count = p.outliers.sum(axis=0)
+            positions = count / np.maximum(np.where(affected, p.positions, 0).sum(axis=0), 1)
+            for d in np.flatnonzero((layers > 0) & (layers >= layer_share) & (positions >= position_share)):
+                found.append(
+                    Feature(
+                        projection=name,
+                        dimension=int(d),
+                        layer_share=float(layers[d]),
+                        position_share=float(positions[d]),
+                        mean=float(p.outlier_sum[:, d].sum() / count[d]),
+                        largest=float(p.largest[:, d].max()),
+                    )
+                )
+        return sorted(found, key=lambda f: (-f.layer_share * f.position_share, f.projection, f.dimension))
+
+    def to_dict(self, **criteria: float) -> dict[str, Any]:
+        """As JSON has it: features, and counts by projection and layer. Criteria as in `features`."""
+        return {
+            "threshold": self.threshold,
+            "relative": self.relative,
+            "features": [dataclasses.asdict(feature) for feature in self.features(**criteria)],
+            "projections": {
+                name: {
+                    "layers": len(p.outliers),
+                    "columns": p.outliers.shape[1],
+                    "outlier_columns": p.outlier_columns.tolist(),
+                    "outlier_values": (p.outliers.sum(axis=1) / p.positions.sum(axis=1)).tolist(),
+                    "largest": p.largest.max(axis=1).tolist(),
+                }
+                for name, p in self.projections.items()
+            },
+        }
+
+    def __str__(self):
+        features = [
+            (f.projection, f.dimension, f"{f.layer_share:.0%}", f"{f.position_share:.1%}", f"{f.mean:.1f}", f.largest)
+            for f in self.features()
+        ]
+        header = ("outlier feature", "dimension", "layers", "positions", "mean", "largest")
+        lines = [_row(header), *(_row((*row[:-1], f"{row[-1]:.1f}")) for row in features)]
+        lines += ["", _row(("projection", "columns", "layers", "outliers", "values", "largest"))]
+        for name, p in self.projections.items():
+            share = p.outliers.sum() / p.positions.sum()
+            mean, k = p.outlier_columns.mean(), p.outliers.shape[1]
+            lines.append(_row((name, k, len(p.outliers), f"{mean:.1f}", f"{share:.2%}", f"{p.largest.max():.1f}")))
+        return "\n".join(lines)
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return f"{cells[0]:36}" + "".join(f"{cell:>11}" for cell in cells[1:])
+
+
+def outlier_statistics(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    threshold: float = 6.0,
+    relative: bool = False,
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> Statistics:
+    """Statistics of what each projection multiplies, over any number of batches.
+
+    Args:
+      apply_fn: as in `jint8.calibrate`. For an nnx model: `Statistics.of(jint8.nnx.statistics(model, batches))`.
+      params: likewise.
+      batches: likewise.
+      threshold: magnitude from which on a value is an outlier.
+      relative: the threshold counts in mean magnitudes of the token.
+      plan: as in `jint8.calibrate`.
+      skip: likewise.
+      include: likewise.
+
+    Returns:
+      A printable `Statistics`.
+
+    Raises:
+      TypeError: as in `jint8.calibrate`.
+      ValueError: likewise.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> from jint8 import analysis
+      >>> params = jint8.quantize_params({"up": {"kernel": jnp.ones((4, 2))}})
+      >>> apply = lambda params, x: jint8.matmul(x, params["up"]["kernel"])
+      >>> x = jnp.array([[1.0, 8.0, 0.0, 2.0], [1.0, 4.0, 0.0, 2.0]])
+      >>> found = analysis.outlier_statistics(apply, params, [x]).features()
+      >>> found[0].dimension, found[0].position_share, found[0].largest
+      (1, 0.5, 8.0)
+
+    References:
+      arXiv 2208.07339, section 4.
+    """
+    counted = Config(threshold=threshold, relative=relative)
+    seen = statistics(apply_fn, params, batches, counted=counted, plan=plan, skip=skip, include=include)
+    return Statistics.of(seen, threshold=threshold, relative=relative)

@@ -1,0 +1,73 @@
+"""Which feature dimensions of a model's activations are outliers.
+
+By the paper's criteria: magnitude of --threshold or more in at least --layer-share of the layers and, there,
+--position-share of the positions. The text goes through the model in sequences of --seq-len tokens; what remains is
+dropped. JSON: threshold, relative, tokens, features (projection, dimension, layer_share, position_share, mean,
+largest), projections (by name: layers, columns, and by layer outlier_columns, outlier_values, largest), plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jint8.cli import _common
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("source", metavar="SRC", help=_common.SOURCE)
+    parser.add_argument("--text", metavar="FILE", help="a text in UTF-8 (default: a short one of ours)")
+    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (256)")
+    parser.add_argument("--threshold", type=float, default=6.0, metavar="T", help="magnitude of an outlier (6)")
+    parser.add_argument("--relative", action="store_true", help="the threshold is in mean magnitudes of the token")
+    parser.add_argument("--layer-share", type=float, default=0.25, metavar="P", help="share of layers (0.25)")
+    parser.add_argument("--position-share", type=float, default=0.06, metavar="P", help="share of positions (0.06)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
+    parser.add_argument("--plot", metavar="FILE", help="a map of layers and dimensions, as .png, .svg or .pdf")
+    parser.add_argument("--plot-magnitudes", metavar="FILE", help="magnitudes by layer")
+    parser.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
+    parser.add_argument("--float", action="store_true", help="of the model in floating point instead of int8")
+    _common.add_cache_argument(parser)
+    _common.add_output_arguments(parser)
+    parser.set_defaults(calibrate=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from jint8 import analysis
+    from jint8.analysis._plots import require_matplotlib
+
+    plots = {"plot_features": args.plot, "plot_magnitudes": args.plot_magnitudes}
+    for file in filter(None, plots.values()):
+        require_matplotlib()
+        if Path(file).suffix not in SUFFIXES:
+            raise ValueError(f"{file}: Expected a name that ends in {', '.join(SUFFIXES)}")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"Expected --limit to be at least 1, got {args.limit}")
+    _common.use_compile_cache(args)
+    source = _common.find_source(args, args.source)
+    model = _common.load(args, source, dtype=args.dtype, **({"quantize": False} if args.float else {}))
+    text = None if args.text is None else _common.read_text(args.text)
+    batches = model.batches(text, args.seq_len)[: args.limit]
+    with _common.progress_bar(args, "reading", unit="seq") as progress:
+
+        def counted():
+            for done, batch in enumerate(batches):
+                progress(done, len(batches))
+                yield batch
+
+        options = {"threshold": args.threshold, "relative": args.relative}
+        criteria = {"layer_share": args.layer_share, "position_share": args.position_share}
+        found = analysis.outlier_statistics(model.run, {"params": model.params}, counted(), **options)
+    for name, file in plots.items():
+        if file is not None:
+            getattr(analysis, name)(found).savefig(file)
+    if args.json:
+        tokens = sum(batch.size for batch in batches)
+        made = [file for file in plots.values() if file is not None]
+        _common.report(args, {"tokens": tokens, **found.to_dict(**criteria), "plots": made})
+    else:
+        print(found)

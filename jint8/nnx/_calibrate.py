@@ -1,0 +1,96 @@
+"""`jint8.nnx.calibrate`: the outlier feature dimensions of an nnx model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jint8._calibrate import check_criteria, choose, collect
+from jint8._observe import Seen, observe
+from jint8._paths import Patterns
+from jint8._types import Config
+from jint8.nnx._quantize import replace_layers
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[..., Any] | None = None,
+    threshold: float = 6.0,
+    relative: bool = False,
+    layer_share: float = 0.25,
+    position_share: float = 0.06,
+    budget: float | None = None,
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> dict[str, np.ndarray]:
+    """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.nnx.quantize`.
+
+    `jint8.calibrate` for nnx; see there for the criteria.
+
+    Args:
+      model: an nnx module in floating point, or one that `jint8.nnx.quantize` returned.
+      batches: for each call, a tuple of the arguments, or the only one. Leave padding out.
+      call: how to run the model, `call(model, *arguments)`; None calls it.
+      threshold: magnitude from which on a value is an outlier.
+      relative: the threshold counts in mean magnitudes of the token, as in `jint8.Config`.
+      layer_share: share of layers, for each dimension.
+      position_share: share of positions, over the layers in which there are any.
+      budget: None, or how many columns per layer (a share of them if below 1).
+      plan: as in `jint8.nnx.quantize`; stacked weights that are int8 already need one.
+      skip: likewise.
+      include: likewise.
+
+    Returns:
+      From path, such as `"layers/0/kernel"`, to int32 `[c]`.
+
+    Raises:
+      TypeError: `model` isn't an nnx module.
+      ValueError: as in `jint8.calibrate`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> jint8.nnx.calibrate(model, [jnp.ones((2, 8)).at[:, 5].set(20.0)])["layers/0/kernel"].tolist()
+      [5]
+
+    References:
+      arXiv 2208.07339, section 4.1.
+    """
+    check_criteria(layer_share, position_share, budget)
+    counted = Config(threshold=threshold, relative=relative)
+    seen = statistics(model, batches, call=call, counted=counted, plan=plan, skip=skip, include=include)
+    return choose(seen, layer_share=layer_share, position_share=position_share, budget=budget)
+
+
+def statistics(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    call: Callable[..., Any] | None = None,
+    counted: Config = Config(),
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> dict[str, Seen]:
+    """What the activations of each projection look like, by path; see `calibrate`."""
+
+    def make(path, value, contracted, stacked):
+        del path
+        return observe(value, contracted, counted, stacked)
+
+    watched, _ = replace_layers(model, make, plan=plan, skip=skip, include=include)
+    graphdef, state = nnx.split(watched)
+
+    def run(state, *arguments):
+        merged = nnx.merge(graphdef, state)
+        return merged(*arguments) if call is None else call(merged, *arguments)
+
+    axes = {path: ((), stack) for path, stack in getattr(plan, "stacked", {}).items()}  # of weights that were int8
+    return collect(run, state, batches, axes=axes, counted=counted)

@@ -1,0 +1,122 @@
+"""`jint8.analysis`: planted outliers keep the function and are found; statistics as table and plots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jint8
+from jint8 import analysis
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.LayerNorm(name="mlp_norm")(x)
+        return x + nn.Dense(16, name="down")(nn.tanh(nn.Dense(24, name="up")(h)))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(4):
+            x = Block(name=f"layers_{i}")(x)
+        return x
+
+
+X = jax.random.normal(jax.random.key(0), (3, 7, 16))
+MODEL = Net()
+PARAMS = MODEL.init(jax.random.key(1), X)
+PLANTED = analysis.inject_outliers(PARAMS, [2, 9], 32.0, norms={"mlp_norm": ["up"]})
+FOUND = analysis.outlier_statistics(MODEL.apply, PLANTED, [X, -X])
+
+
+def test_planted_outliers_keep_the_function():
+    kernel = lambda tree: tree["params"]["layers_0"]["up"]["kernel"]
+    assert not np.array_equal(kernel(PLANTED), kernel(PARAMS))
+    np.testing.assert_allclose(MODEL.apply(PLANTED, X), MODEL.apply(PARAMS, X), rtol=1e-5, atol=1e-5)
+
+
+def test_they_are_found():
+    features = FOUND.features()
+    assert {(f.projection, f.dimension) for f in features} == {("layers_*/up/kernel", 2), ("layers_*/up/kernel", 9)}
+    assert all(f.layer_share == 1 and f.position_share > 0.5 and f.largest > 60 > f.mean > 6 for f in features)
+    up = FOUND.projections["layers_*/up/kernel"]
+    assert up.outliers.shape == (4, 16)
+    assert up.outlier_columns.tolist() == [2] * 4
+    assert (up.positions == 2 * 21).all()
+    assert not analysis.outlier_statistics(MODEL.apply, PARAMS, [X]).features()
+
+
+def test_relative_thresholds_know_the_scale():
+    run = lambda x, **options: analysis.outlier_statistics(MODEL.apply, PLANTED, [x], **options).features()
+    assert {f.dimension for f in run(X, threshold=4.0, relative=True) if "up" in f.projection} >= {2, 9}
+
+
+def test_table_and_dict():
+    text = str(FOUND)
+    assert "layers_*/up/kernel" in text
+    assert "100%" in text
+    found = FOUND.to_dict()
+    assert found["threshold"] == 6
+    assert {f["dimension"] for f in found["features"]} == {2, 9}
+    assert found["projections"]["layers_*/up/kernel"]["outlier_columns"] == [2, 2, 2, 2]
+    assert FOUND.to_dict(position_share=1.0)["features"] == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plots(tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    figures = {
+        "features": analysis.plot_features(FOUND),
+        "magnitudes": analysis.plot_magnitudes(FOUND),
+        "models": analysis.plot_models({"planted": FOUND, "plain": FOUND}),
+    }
+    for name, figure in figures.items():
+        file = tmp_path / f"{name}.{suffix}"
+        figure.savefig(file)
+        assert file.stat().st_size > 1000
+    layers = figures["features"].axes[list(FOUND.projections).index("layers_*/up/kernel")].collections[0].get_offsets()
+    assert {tuple(p) for p in np.asarray(layers)} == {(d, layer) for d in (2, 9) for layer in range(4)}
+    assert figures["models"].axes[0].lines[0].get_ydata().tolist() == [100, 100]
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'jint8\[plots\]'"):
+        analysis.plot_features(FOUND)
+
+
+NORMS = {"mlp_norm": ["up"]}
+ERRORS = {
+    "no_norm": (lambda: analysis.inject_outliers(PARAMS, [1]), ValueError, "Expected 'attention_norm' to match"),
+    "no_projection": (
+        lambda: analysis.inject_outliers(PARAMS, [1], norms={"mlp_norm": ["gate"]}),
+        ValueError,
+        "'gate'",
+    ),
+    "dimension": (
+        lambda: analysis.inject_outliers(PARAMS, [16], norms=NORMS),
+        ValueError,
+        "Expected dimensions from 0 to 15, got",
+    ),
+    "int8": (
+        lambda: analysis.inject_outliers(jint8.quantize_params(PARAMS), [1], norms=NORMS),
+        TypeError,
+        "layers_0/up/kernel: Expected a float weight, got a QTensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_stacked_layers():
+    params = {"mlp_norm": {"scale": jnp.ones((2, 3))}, "up": {"kernel": jnp.ones((2, 3, 4))}}
+    planted = analysis.inject_outliers(params, [1], 4.0, norms=NORMS, plan={"up/kernel": (1,)})
+    assert planted["up"]["kernel"][:, :, 0].tolist() == [[1, 0.25, 1]] * 2
+    assert planted["mlp_norm"]["scale"].tolist() == [[1, 4, 1]] * 2
