@@ -184,29 +184,37 @@ def keep(name: str, about: dict[str, str], size: str, table: str, row: str, resu
     write(name, {**about, "tables": tables})
 
 
-def report(name: str) -> tuple[Path, Path]:
-    """The tables as Markdown, and the sweep of thresholds as a plot."""
-    from matplotlib.figure import Figure
-
+def report(name: str) -> list[Path]:
+    """The tables as Markdown, and the sweeps of thresholds, if there are any, as a plot."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     lines = [f"Text: {result['text']}, SHA-256 `{result['sha256']}`."]
+    sweeps = {}
     for table, sizes in result["tables"].items():
         for size, rows in sizes.items():
             lines += ["", f"{table}, {size} tokens", "", *markdown(rows)]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for ax, key in zip(figure.subplots(1, 2), ("kl", "columns"), strict=True):
-        for table, sizes in result["tables"].items():
-            for rows in sizes.values() if table.endswith(", thresholds") else ():
-                found = {float(threshold): row[key] for threshold, row in rows.items() if float(threshold)}
-                ax.plot(list(found), list(found.values()), marker="o", label=table.removesuffix(", thresholds"))
-        ax.set(xlabel="threshold", yscale="log")
-        ax.legend()
-    figure.axes[0].set_ylabel("KL from float32, nats per token")
-    figure.axes[1].set_ylabel("share of columns in 16 bits")
-    files = RESULTS / f"{name}.md", RESULTS / f"{name}.svg"
+            if table.endswith(", thresholds"):
+                sweeps[table.removesuffix(", thresholds")] = rows
+    files = [RESULTS / f"{name}.md"]
     files[0].write_text("\n".join(lines) + "\n")
-    figure.savefig(files[1], metadata={"Date": None})
+    if sweeps:
+        files.append(RESULTS / f"{name}.svg")
+        plot(sweeps).savefig(files[1], metadata={"Date": None})
     return files
+
+
+def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> Any:
+    """KL and share of columns in 16 bits by threshold, a line for each variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    titles = {"kl": "KL from float32, nats per token", "columns": "share of columns in 16 bits"}
+    for ax, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for variant, rows in sweeps.items():
+            found = {float(threshold): row[key] for threshold, row in rows.items() if float(threshold)}
+            ax.plot(list(found), list(found.values()), marker="o", label=variant)
+        ax.set(xlabel="threshold", ylabel=title, yscale="log")
+        ax.legend()
+    return figure
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
