@@ -20,7 +20,7 @@ from jint8._types import is_qtensor
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._safetensors import read_arrays
 from jint8.models import Decoder, Encoder
-from jint8.models.families import COLUMNS, ROWS, from_stored, sources, split_sizes
+from jint8.models.families import sources, split_sizes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -58,19 +58,19 @@ def with_adapter(params: dict[str, Any], model: Decoder | Encoder, path: Path) -
             continue
         if len(shapes[name]) != 2:
             raise ValueError(f"{file}: tensor {PREFIX + modules[0]!r}: Expected no factors for experts, got some.")
-        layout = ROWS if source.layout == COLUMNS else source.layout
         rows, k = split_sizes(shapes[name], name, len(modules), model.config), shapes[name][1]
         a, b = [], []
         for module, n, (down, up) in zip(modules, rows, pairs, strict=True):
             down, up = _checked(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
             a.append(down)
-            b.append(from_stored(up, layout, model.config) * _scaling(config, module, len(down)))
+            b.append(up * _scaling(config, module, len(down)))
         *parents, _ = name.split("/")
         node = result
         for parent in parents:
             node = node[parent]
         node["lora_a"] = jnp.asarray(np.concatenate(a)).astype(model.dtype)
-        node["lora_b"] = jax.scipy.linalg.block_diag(*b).astype(model.dtype)
+        ups = jax.scipy.linalg.block_diag(*b)
+        node["lora_b"] = (ups if source.order is None else ups[source.order]).astype(model.dtype)
     for name in factors:
         raise ValueError(f"{file}: tensor {name!r}: Expected only factors of projections of this model, got this.")
     return result

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jint8.models._config import ModelConfig
+from jint8.models._fused import split_heads
 from jint8.models._layers import Linear, Norm, softcap
 from jint8.models._rope import Rotary, rotate
 
@@ -71,16 +72,15 @@ class Attention(nn.Module):
         b, s, _ = x.shape
         groups = c.num_heads // c.num_kv_heads
         qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(b, s, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        q, k, v = split_heads(qkv, c)
         if c.qk_norm:
             q, k = Norm(c, self.dtype, name="q_norm")(q), Norm(c, self.dtype, name="k_norm")(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q = q * (c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale)
-        q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(b, c.num_kv_heads, groups * s, c.head_dim)
-        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # (b, kv_heads, d, s) and (b, kv_heads, s, d)
+        q = q.transpose(0, 2, 3, 1, 4).reshape(b, c.num_kv_heads, groups * s, c.head_dim)
+        k = k[:, :, :, 0].transpose(0, 2, 3, 1)  # (b, kv_heads, d, s)
+        v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
         if cache is not None:
             k = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, at.slot))
             v = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, at.slot, 0))

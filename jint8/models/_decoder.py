@@ -14,6 +14,7 @@ from jint8._matmul import matmul
 from jint8._types import is_qtensor
 from jint8.models._attention import Attention, Context, LayerCache, context, mask
 from jint8.models._config import ModelConfig
+from jint8.models._fused import split_gate
 from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, project, softcap
 from jint8.models._rope import Rotary, rotary
 
@@ -59,9 +60,9 @@ class Experts(nn.Module):
 
 
 def gate(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
-    """`activation(gate) * up` of `[..., gate and up]`."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return ACTIVATIONS[config.activation](gate) * up
+    """`activation(gate) * up` of `gate_up[..., 2 n]` -> `[..., n]`."""
+    gate, up = split_gate(gate_up)
+    return (ACTIVATIONS[config.activation](gate) * up).reshape(*gate_up.shape[:-1], -1)
 
 
 class Block(nn.Module):
