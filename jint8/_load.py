@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from jint8._adapter import saved_factors, with_adapter
 from jint8._language_model import LanguageModel
@@ -158,7 +158,9 @@ def _load(
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
     if verify:
         verify_files(Path(path))
-    build = decoder if kind is LanguageModel else encoder
+    if mesh is not None:  # XLA decides how activations are divided: jax.make_mesh's default asks the model's code to
+        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    build = functools.partial(decoder, mesh=mesh) if kind is LanguageModel else encoder
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
             if not quantize or skip or include or outliers is not None or calibrate is not None:
@@ -204,10 +206,10 @@ def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def decoder(checkpoint: Checkpoint, dtype: Any) -> Decoder:
+def decoder(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> Decoder:
     """The model of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
-        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype))
+        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype), mesh)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 

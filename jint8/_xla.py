@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from jint8._outliers import (
     DIGIT_BASE,
@@ -44,31 +45,46 @@ class Weight(NamedTuple):
     outlier_index: jax.Array | None = None  # int32[c]: which columns; k where a slot isn't used
 
 
+class Divided(NamedTuple):
+    """Devices that each hold a part of the contracted features of `x` and of the weight."""
+
+    mesh: Mesh
+    axis: str  # of the mesh
+
+
 def choose(m: int) -> str:
     """The path for `m` rows."""
     return "xla_digits" if m <= FEW_ROWS else "xla_gather"
 
 
 # jit, because outside of one the gather's loop would be compiled at every call
-@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation", "dtype", "divided"))
 def product(
-    x: jax.Array, w: Weight, bias: jax.Array | None, config: Config, *, k_last: bool, implementation: str, dtype: Any
+    x: jax.Array,
+    w: Weight,
+    bias: jax.Array | None,
+    config: Config,
+    *,
+    k_last: bool,
+    implementation: str,
+    dtype: Any,
+    divided: Divided | None = None,
 ) -> jax.Array:
     """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     if implementation == "dequantize":
         y = float_product(x.astype(jnp.float32), w, k_last=k_last)
     else:
-        y = _int8_product(x, w, config, k_last, implementation)
+        y = _int8_product(x, w, config, k_last, implementation, divided)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
-def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str):
+def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str, divided: Divided | None):
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
     total = jnp.float32(0)
     for start in range(0, k, MAX_K):
         piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
-        total = total + _product_of_split(*piece, k_last=k_last)
+        total = total + _product_of_split(*piece, k_last=k_last, divided=divided if k <= MAX_K else None)
     return total * w.scale
 
 
@@ -108,15 +124,15 @@ def column_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     return y * w.scale
 
 
-def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
+def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divided | None) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
     rows, m = [parts.q], len(x)
     if parts.outliers is not None and parts.outliers.digits is not None:
         rows.append(parts.outliers.digits)
     if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
         rows.append(jnp.ones_like(parts.q[:1]))
-    stacked = jnp.concatenate(rows)
-    sums = _without_zero(int8_dot(stacked, w.q, k_last), _row_sum(stacked), w)
+    exact, gathered = _integer_sums(x, jnp.concatenate(rows), parts.outliers, w.q, k_last, divided)
+    sums = _without_zero(exact, w)
     regular = sums[: len(parts.q)]
     if parts.zero is not None:  # sum_k (q - zero) w
         regular = regular - parts.zero * sums[-1:]
@@ -126,13 +142,42 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
     if parts.outliers.digits is not None:
         outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
     else:
-        acc, row_sum = gathered_product(x, parts.outliers, w.q, k_last)
-        outlier = _without_zero(acc, row_sum, w)
+        outlier = _without_zero(gathered, w)
     return out + join_digits(outlier, m) * parts.outliers.step
 
 
-def _without_zero(acc, row_sum, w: Weight):
-    """int32 `sum_k q wq` to float32 `sum_k q (wq - wzero)`."""
+def _integer_sums(x, stacked, outliers: Outliers | None, q, k_last: bool, divided: Divided | None) -> Any:
+    """Sums over k of the int8 rows `stacked` and of the outliers' digits, each times the weights and alone.
+
+    The digits' are None where none are gathered. XLA divides the first product among devices by itself. To gather
+    columns, each device has to look at its own alone, or they would be sent around.
+    """
+
+    def sums(x, stacked, outliers, q):
+        exact = int8_dot(stacked, q, k_last), _row_sum(stacked)
+        return exact, gathered_product(x, outliers, q, k_last) if gathers else None
+
+    gathers = outliers is not None and outliers.digits is None
+    if divided is None or not gathers:
+        return sums(x, stacked, outliers, q)
+    mesh, axis = divided
+    outer = jax.sharding.get_abstract_mesh()  # within another shard_map: the rest of the same mesh
+    whole: Any = PartitionSpec()
+    by_column: Any = PartitionSpec(axis)
+    columns, of_outliers = PartitionSpec(None, axis), Outliers(by_column, whole, whole)
+    return jax.shard_map(
+        lambda *arguments: lax.psum(sums(*arguments), axis),
+        mesh=mesh if outer.empty else outer,
+        axis_names={axis},
+        in_specs=(columns, columns, of_outliers, columns if k_last else by_column),
+        out_specs=whole,
+        check_vma=False,  # the loops' sums begin as the same zeros everywhere
+    )(x, stacked, outliers, q)
+
+
+def _without_zero(sums, w: Weight):
+    """int32 `sum_k q wq`, with the row sums of q, to float32 `sum_k q (wq - wzero)`."""
+    acc, row_sum = sums
     out = acc.astype(jnp.float32)
     return out if w.zero is None else out - row_sum.astype(jnp.float32) * w.zero
 
