@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jint8._assemble import decoder_shardings, place
+from jint8._host import cast
 from jint8._paths import leaf_paths
 from jint8._types import is_qtensor
 from jint8.checkpoints._json import read_json
@@ -27,13 +29,16 @@ PREFIX = "base_model.model."
 FACTORS = ("lora_a", "lora_b")
 
 
-def with_adapter(params: dict[str, Any], model: Decoder | Encoder, path: Path) -> dict[str, Any]:
+def with_adapter(
+    params: dict[str, Any], model: Decoder | Encoder, path: Path, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """`params` with the factors of the adapter at `path`.
 
     Args:
       params: of `model`; the arrays are shared with the result.
       model: the decoder or encoder.
       path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+      mesh: of devices that `params` are divided among; None is one device.
 
     Returns:
       A tree with `lora_a` and `lora_b` beside the weights that the adapter is for.
@@ -64,13 +69,15 @@ def with_adapter(params: dict[str, Any], model: Decoder | Encoder, path: Path) -
             down, up = _checked(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
             a.append(down)
             b.append(up * _scaling(config, module, len(down)))
+        ups = _block_diagonal(b)
+        new = {"lora_a": np.concatenate(a), "lora_b": ups if source.order is None else ups[source.order]}
+        module = name.removesuffix("weight")
+        placed = decoder_shardings({module + leaf: factor for leaf, factor in new.items()}, mesh)
         *parents, _ = name.split("/")
         node = result
         for parent in parents:
             node = node[parent]
-        node["lora_a"] = jnp.asarray(np.concatenate(a)).astype(model.dtype)
-        ups = jax.scipy.linalg.block_diag(*b)
-        node["lora_b"] = (ups if source.order is None else ups[source.order]).astype(model.dtype)
+        node |= {leaf: place(cast(factor, model.dtype), placed.get(module + leaf)) for leaf, factor in new.items()}
     for name in factors:
         raise ValueError(f"{file}: tensor {name!r}: Expected only factors of projections of this model, got this.")
     return result
@@ -111,6 +118,15 @@ def _checked(
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise ValueError(f"{where}: Expected finite factors, got NaN or infinity.")
     return down, up
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    total = np.zeros(np.sum([block.shape for block in blocks], axis=0), np.float32)
+    row, column = 0, 0
+    for block in blocks:
+        total[row : row + len(block), column : column + block.shape[1]] = block
+        row, column = row + len(block), column + block.shape[1]
+    return total
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

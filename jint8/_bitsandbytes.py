@@ -78,17 +78,17 @@ def companions(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
     return tuple(name for name in (f"{module}SCB", f"{module}weight_format") if name in checkpoint.tensors)
 
 
-def read_weight(checkpoint: Checkpoint, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """int8 `[n, k]` and the float32 scales `[n, 1]` of a weight.
+def read_weight(checkpoint: Checkpoint, weight: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """int8 `[n, k]` and the float32 scales `[n, 1]` of some rows of a weight.
 
     Raises:
       ValueError: scales of a wrong shape or not finite, or values in another order than rows.
     """
     module = weight.removesuffix("weight")
-    q = checkpoint.read(weight)
+    n = checkpoint.tensors[weight].shape[:1]
     absmax = checkpoint.read(f"{module}SCB")
-    if absmax.dtype != np.float32 or absmax.shape != q.shape[:1]:
-        raise ValueError(f"Expected {module}SCB as float32 {q.shape[:1]}, got {absmax.dtype} {absmax.shape}.")
+    if absmax.dtype != np.float32 or absmax.shape != n:
+        raise ValueError(f"Expected {module}SCB as float32 {n}, got {absmax.dtype} {absmax.shape}.")
     if not np.all(np.isfinite(absmax)):
         raise ValueError(f"Expected finite scales in {module}SCB, got NaN or infinity.")
     if f"{module}weight_format" in checkpoint.tensors:
@@ -97,7 +97,7 @@ def read_weight(checkpoint: Checkpoint, weight: str) -> tuple[np.ndarray, np.nda
             raise ValueError(
                 f"Expected {module}weight_format 0 (rows), got {order}: save it with a newer bitsandbytes."
             )
-    return q, (absmax / np.float32(127))[:, None]
+    return checkpoint.read_rows(weight, rows.start, rows.stop), (absmax[rows] / np.float32(127))[:, None]
 
 
 def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jint8 import _bitsandbytes as bitsandbytes
-from jint8._assemble import Assembly
+from jint8._assemble import Assembly, decoder_shardings, place
 from jint8._host import cast, check_finite, quantized_rows
 from jint8._outlier_rows import check_outliers
 from jint8._params import OUTPUT_HEADS, standard_axes
@@ -71,12 +72,18 @@ def read_params(
     skip: Patterns = (),
     include: Patterns = (),
     outliers: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of `model` out of `checkpoint`; see `jint8.load`."""
+    """The parameters of `model` out of `checkpoint`; see `jint8.load`.
+
+    With a mesh, each is divided among its devices, and of its rows only those are read that devices of this process
+    hold (all, where they hold some columns of each).
+    """
     wanted = _wanted(checkpoint, model, config, skip, include)
     if unknown := sorted(set(outliers or ()) - set(wanted)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
+    placed = decoder_shardings(_planned(wanted, config), mesh)
     total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
     done, lock = 0, threading.Lock()
 
@@ -93,7 +100,13 @@ def read_params(
         source, expected, axes = wanted[path]
         with jax.default_device(device):
             reader = Reader(checkpoint, source, config, model, tell)
-            return reader.read(path, expected.shape, quantized=axes is not None, outliers=(outliers or {}).get(path))
+            return reader.read(
+                path,
+                expected.shape,
+                quantized=axes is not None,
+                outliers=(outliers or {}).get(path),
+                sharding=placed.get(path),
+            )
 
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
@@ -114,8 +127,12 @@ def planned_params(
     checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
+    return _planned(_wanted(checkpoint, model, config, skip, include), config)
+
+
+def _planned(wanted: Mapping[str, Wanted], config: Config) -> dict[str, Any]:
     planned: dict[str, Any] = {}
-    for path, (_, expected, axes) in _wanted(checkpoint, model, config, skip, include).items():
+    for path, (_, expected, axes) in wanted.items():
         planned[path] = expected
         if axes is not None:
             quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
@@ -190,9 +207,11 @@ class Reader:
     source: Source
     config: Config
     model: Decoder | Encoder
-    tell: Callable[[int], None]  # bytes that have been read
+    tell: Callable[[int], None]  # bytes that are done with
 
-    def read(self, path: str, shape: tuple[int, ...], *, quantized: bool, outliers: Any = None) -> jax.Array | QTensor:
+    def read(
+        self, path: str, shape: tuple[int, ...], *, quantized: bool, outliers: Any = None, sharding: Any = None
+    ) -> jax.Array | QTensor:
         """The parameter. Raises ValueError, naming file and tensor, for values that it can't have.
 
         Args:
@@ -200,12 +219,17 @@ class Reader:
           shape: of it.
           quantized: whether it is to be a `QTensor`.
           outliers: calibrated outlier columns, whose values it keeps in 16 bits as well.
+          sharding: of it, in a `QTensor` where it is one; None is one device.
         """
         if not quantized:
-            return self._assembled({"": Assembly(shape, self.model.dtype)})[""]
-        arrays = {"q": Assembly(shape, np.int8), "scale": Assembly((*shape[:-1], 1), np.float32)}
+            return self._assembled({"": Assembly(shape, self.model.dtype, sharding)})[""]
+        of_rows = None if sharding is None else sharding.scale
+        arrays = {
+            "q": Assembly(shape, np.int8, None if sharding is None else sharding.q),
+            "scale": Assembly((*shape[:-1], 1), np.float32, of_rows),
+        }
         if SCHEMES[self.config.scheme].affine:
-            arrays["zero"] = Assembly((*shape[:-1], 1), np.float32)
+            arrays["zero"] = Assembly((*shape[:-1], 1), np.float32, of_rows)
         config, columns, more = self.config, None, dict[str, Any]()
         if outliers is not None:
             axes = tuple(range(len(shape)))
@@ -213,70 +237,79 @@ class Reader:
                 config, index = check_outliers(outliers, shape, axes[-1:], axes[:-2], self.config)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from None
+            index = np.asarray(index)
             if count := index.shape[-1]:
-                arrays["outlier_rows"] = Assembly((*shape[:-1], count), np.float16)
-                more["outlier_index"] = index.reshape(*shape[:-2], 1, count)
-                columns = np.repeat(np.asarray(index).reshape(-1, count), shape[-2], axis=0)  # of each row
+                arrays["outlier_rows"] = Assembly((*shape[:-1], count), np.float16, of_rows)
+                columns = np.repeat(index.reshape(-1, count), shape[-2], axis=0)  # of each row
+                whole = None if of_rows is None else NamedSharding(of_rows.mesh, PartitionSpec())
+                more["outlier_index"] = place(index.reshape(*shape[:-2], 1, count), whole)
         return QTensor(**self._assembled(arrays, columns), **more, dtype=self.model.dtype, config=config)
 
     def _assembled(self, arrays: dict[str, Assembly], columns: np.ndarray | None = None) -> dict[str, Any]:
         order, start = self.source.order, 0
         places = None if order is None else np.argsort(order)
         for name in self.source.tensors:
-            start = self._named(name, self._fill, arrays, columns, places, start)
+            rows = self.checkpoint.tensors[name].shape[-1 if self._transposed(name) else 0]
+            at = np.arange(start, start + rows) if places is None else places[start : start + rows]
+            self._named(name, self._fill, arrays, columns, at)
+            start += rows
         return {field: assembly.array() for field, assembly in arrays.items()}
 
-    def _fill(
-        self,
-        name: str,
-        arrays: dict[str, Assembly],
-        columns: np.ndarray | None,
-        places: np.ndarray | None,
-        start: int,
-    ) -> int:
-        """Puts the rows of a tensor, which are those from `start` on of the stacked ones; returns where they end."""
-        stop = start
-        for values, pieces in self._quantized(name) if "q" in arrays else self._float(name):
-            begin, stop = stop, stop + len(values)
-            at = np.arange(begin, stop) if places is None else places[begin:stop]
+    def _fill(self, name: str, arrays: dict[str, Assembly], columns: np.ndarray | None, at: np.ndarray) -> None:
+        """Puts a tensor's rows, which are those of the numbers `at`: of these, the ones that devices of ours hold."""
+        held = np.flatnonzero(next(iter(arrays.values())).holds(at))
+        if not len(held):
+            return
+        rows = slice(int(held[0]), int(held[-1]) + 1)
+        if SCHEMES[self.config.scheme].weights == "tensor":  # its scale is that of all rows
+            rows = slice(0, len(at))
+        start = rows.start
+        for values, pieces in self._quantized(name, rows) if "q" in arrays else self._float(name, rows):
+            those = at[start : start + len(values)]
             if columns is not None:
-                pieces["outlier_rows"] = _outlier_rows(values, columns[at], pieces["scale"])
+                pieces["outlier_rows"] = _outlier_rows(values, columns[those], pieces["scale"])
             for field, piece in pieces.items():
-                arrays[field].put(at, piece)
-        return stop
+                arrays[field].put(those, piece)
+            start += len(values)
 
-    def _quantized(self, name: str) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    def _quantized(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows of a tensor, as they are in the checkpoint and as arrays of a `QTensor`, from top to bottom."""
         scheme = SCHEMES[self.config.scheme]
         if bitsandbytes.is_int8_weight(self.checkpoint, name):
-            q, scale = bitsandbytes.read_weight(self.checkpoint, name)
+            q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
             yield q, {"q": q, "scale": scale}
             return
-        value = self._read(name)
+        value = self._read(name, rows)
         if scheme.weights == "channel" and not scheme.affine:
-            for rows, steps, scale in quantized_rows(value):
-                yield value[rows], {"q": steps, "scale": scale}
+            for some, steps, scale in quantized_rows(value):
+                yield value[some], {"q": steps, "scale": scale}
             return
         check_finite(value)
         w = quantize_weight(jnp.array(value), contract_axes=(value.ndim - 1,), config=self.config)
         fields = {"q": w.q, "scale": w.scale} | ({} if w.zero is None else {"zero": w.zero})
         yield value, {field: np.asarray(array) for field, array in fields.items()}
 
-    def _float(self, name: str) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The rows of a tensor, in floating point."""
+    def _float(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Rows of a tensor, in floating point."""
         if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
-            q, scale = bitsandbytes.read_weight(self.checkpoint, name)
+            q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
             value = q * scale
         else:
-            value = self._read(name)
+            value = self._read(name, rows)
             check_finite(value)
         yield value, {"": cast(value, self.model.dtype)}
 
-    def _read(self, name: str) -> np.ndarray:
-        value = self.checkpoint.read(name)
+    def _read(self, name: str, rows: slice) -> np.ndarray:
+        if self._transposed(name):
+            value = self.checkpoint.read(name).T[rows]
+        else:
+            value = self.checkpoint.read_rows(name, rows.start, rows.stop)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"Expected floating point values, got {value.dtype}.")
-        return value.T if self.source.transposed else value
+        return value
+
+    def _transposed(self, name: str) -> bool:
+        return self.source.transposed and not bitsandbytes.is_int8_weight(self.checkpoint, name)
 
     def _named(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """`function(name, ...)`, whose errors name file and tensor."""
