@@ -15,6 +15,7 @@ from jint8._types import SCHEMES, SMALLEST_NORMAL, Config
 DIGIT_BASE = 255
 # Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
 OUTLIER_DIGITS = 3
+BLOCK = 32  # outlier columns that are gathered at a time
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -61,7 +62,7 @@ class Outliers(NamedTuple):
     """Where the outliers of `x[m, k]` are, and the unit that they are written in."""
 
     columns: jax.Array  # bool[k]: columns that hold any
-    step: jax.Array  # float32[m, 1]: what one unit of the low digit is worth
+    step: jax.Array  # float32[m, 1]: what one unit of the lowest digit is worth
     limit: jax.Array | None  # magnitude from which on an element is an outlier; None where whole columns are
     digits: jax.Array | None = None  # int8[3 m, k], of all columns; None where only columns that hold any are read
 
@@ -80,7 +81,9 @@ def split(x: jax.Array, config: Config) -> Split:
     outliers = None
     if config.decomposes:
         outlier, columns, limit = detect(x, config)
-        outliers = Outliers(columns, digit_step(jnp.where(outlier, x, 0), 1, OUTLIER_DIGITS), limit)
+        wide = wide_digit(x.shape[1])
+        step = divide_by(absmax(jnp.where(outlier, x, 0), 1), wide * (2 * wide + 1) + wide)
+        outliers = Outliers(columns, step, limit)
         x = jnp.where(outlier, 0, x)
     return Split(*_quantize(x, config), outliers)
 
@@ -155,6 +158,23 @@ def digit_step(x: jax.Array, axis, count: int) -> jax.Array:
 def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
     """`x[m, k]` in units of `step` as int8 digits, `[count m, k]`: the highest of all rows first."""
     return _digit_rows(round_to_int8(x, step, largest_in(count)), count)
+
+
+def wide_digit(k: int) -> int:
+    """The largest digit d of two in base `2 d + 1` whose products with int8 sum exactly.
+
+    In float32 over `BLOCK` columns, `2047 * 127 * BLOCK < 2**24`; in int32 over `k`. 2047 is as fine as three int8
+    digits; at k = 32768 it is 516, which is 20 bits.
+    """
+    return min(2047, (2**31 - 1) // (127 * max(k, 1)))
+
+
+def wide_digits(x: jax.Array, step: jax.Array, largest: int) -> jax.Array:
+    """`x[m, k]` in units of `step` as two digits up to `largest`, float32 `[2 m, k]`: the high ones first."""
+    base = 2 * largest + 1
+    value = round_to_int8(x, step, largest * base + largest)
+    high = jnp.round(divide_by(value, base))
+    return jnp.concatenate([high, value - base * high])
 
 
 def _digit_rows(value: jax.Array, count: int) -> jax.Array:
