@@ -28,6 +28,7 @@ from jint8._outliers import (
     split_with_digits,
     wide_digit,
     wide_digits,
+    wide_step,
 )
 from jint8._types import Config
 
@@ -126,11 +127,10 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
     out = join_digits(regular, m) * parts.scale
     if parts.outliers is None:
         return out
-    if parts.outliers.digits is not None:
-        outlier = join_digits(sums[len(parts.q) :][: len(parts.outliers.digits)], m)
-    else:
-        outlier = _without_zero(*gathered_product(x, parts.outliers, w.q, k_last), w)
-    return out + outlier * parts.outliers.step
+    if parts.outliers.digits is None:
+        return out + _without_zero(*gathered_product(x, parts.outliers, w.q, k_last), w)
+    outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
+    return out + join_digits(outlier, m) * parts.outliers.step
 
 
 def _without_zero(acc, row_sum, w: Weight):
@@ -152,50 +152,59 @@ def join_digits(sums, m: int):
 
 
 def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array, jax.Array]:
-    """Sums of the outliers of `x[m, k]` in units of `outliers.step`: times the weights `[m, n]`, and alone `[m, 1]`.
+    """Sums of the outliers of `x[m, k]`: times the weights, float32 `[m, n]`, and alone, `[m, 1]`.
 
-    Reads the columns that hold outliers only, `BLOCK` at a time. Sums are exact in float32 over a block and in int32
-    over all blocks: the order of the columns depends on all rows, what a row gets doesn't.
+    Reads the columns that hold outliers only, `BLOCK` at a time. Sums of digits are exact, in float32 over a block and
+    in int32 over all: the order of the columns depends on all rows, what a row gets doesn't.
     """
-    columns, step, limit, _ = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
-    count = jnp.sum(columns, dtype=jnp.int32)
-    size = -(-k // BLOCK) * BLOCK
-    # index of the i-th outlier column; k, which is out of bounds and read as 0 below, behind the last
-    slots = jnp.where(columns, jnp.cumsum(columns, dtype=jnp.int32) - 1, size)
-    index = jnp.full(size, k, jnp.int32).at[slots].set(jnp.arange(k, dtype=jnp.int32), mode="drop")
     wide = wide_digit(k)
+    # the outlier columns, and behind the last k, which is out of bounds and read as 0 below
+    index = jnp.sort(jnp.where(outliers.columns, jnp.arange(k, dtype=jnp.int32), k))
+    index = jnp.pad(index, (0, BLOCK + -k % BLOCK), constant_values=k)
 
-    def of_block(block):
-        idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
-        x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
-        values = x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0)
-        rows = wide_digits(values, step, wide)
-        w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0).astype(jnp.float32)
-        sums = _dot(rows, w_block, k_last, jnp.float32, lax.Precision.HIGHEST)
-        return sums, jnp.sum(rows, axis=1, keepdims=True)
+    def only_outliers(values):
+        limit = outliers.limit
+        return values if limit is None else jnp.where(outlier_elements(values, limit), values, 0)
 
-    def joined(*sums):
-        high, low = zip(*(jnp.split(s.astype(jnp.float32), 2) for s in sums), strict=True)
-        return tuple(h * (2 * wide + 1) + lo for h, lo in zip(high, low, strict=True))
+    def columns(block):
+        chosen = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
+        x_block = jnp.take(x, chosen, axis=1, mode="fill", fill_value=0)
+        w_block = jnp.take(q, chosen, axis=1 if k_last else 0, mode="fill", fill_value=0)
+        return only_outliers(x_block), w_block.astype(jnp.float32)
+
+    def sums(x_block, w_block, step):  # [2 m, n] and [2 m, 1]
+        rows = wide_digits(x_block, step, wide)
+        product = _dot(rows, w_block, k_last, jnp.float32, lax.Precision.HIGHEST)
+        return product, jnp.sum(rows, axis=1, keepdims=True)
+
+    def joined(parts, step):
+        high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
+        return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
 
     def none():
         return jnp.zeros((m, n), jnp.float32), jnp.zeros((m, 1), jnp.float32)
 
     def one():
-        return joined(*of_block(0))
+        x_block, w_block = columns(0)
+        step = wide_step(x_block, wide)
+        return joined(sums(x_block, w_block, step), step)
 
     def many():
+        step = wide_step(only_outliers(jnp.where(outliers.columns, x, 0)), wide)
+
         def body(carry):
-            block, *sums = carry
-            more = (part.astype(jnp.int32) for part in of_block(block))
-            return block + 1, *map(jnp.add, sums, more)
+            block, *parts = carry
+            x_block, w_block = columns(block)
+            more = (part.astype(jnp.int32) for part in sums(x_block, w_block, step))
+            return block + 1, *map(jnp.add, parts, more)
 
         init = (jnp.int32(0), jnp.zeros((2 * m, n), jnp.int32), jnp.zeros((2 * m, 1), jnp.int32))
-        return joined(*lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)[1:])
+        return joined(lax.while_loop(lambda carry: index[carry[0] * BLOCK] < k, body, init)[1:], step)
 
-    return lax.switch(jnp.minimum(-(-count // BLOCK), 2), (none, one, many))
+    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k)  # 2 stands for all larger numbers
+    return lax.switch(blocks, (none, one, many))
 
 
 def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:
