@@ -70,7 +70,8 @@ def matmul(
 def divided_matmul(x: jax.Array, w: QTensor, *, bias: jax.Array | None = None, mesh: Mesh, axis: str) -> jax.Array:
     """`matmul` of arrays whose contracted features are divided among the devices along `axis` of `mesh`.
 
-    The same integers as on one device. What the devices exchange are the largest values of each row, and the sums.
+    The same integers as on one device (beyond `MAX_GATHERED_K` features, outliers of many rows have narrower digits).
+    What the devices exchange are the largest values of each row, and the sums.
 
     Args:
       x: as in `matmul`.

@@ -1,11 +1,12 @@
 """The LLM.int8() product in plain XLA: one way for few rows, one for many.
 
-Both multiply the same int8 values and digits (see `jint8._outliers`), so both give the same integers. What differs is
-how the outliers' digits meet the weights:
+Both multiply the same int8 values, and digits of the outliers (see `jint8._outliers`), whose sums are exact. What
+differs is how the outliers' digits meet the weights:
 
-- few rows: stacked under the regular rows, in ONE product that reads the weights once. On a CPU that product is bound
-  by reading the weights, and more rows are nearly free.
-- many rows: only the outlier columns, gathered in blocks, with a trip count that depends on the data.
+- few rows: three int8 digits, stacked under the regular rows, in ONE product that reads the weights once. On a CPU that
+  product is bound by reading the weights, and more rows are nearly free.
+- many rows: only the outlier columns, gathered in blocks, with a trip count that depends on the data. Their digits are
+  wider and float32, and there are two: with so few columns to sum over, a product's time goes into writing its rows.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jint8._outliers import (
+    BLOCK,
     DIGIT_BASE,
-    OUTLIER_DIGITS,
     Outliers,
     Split,
-    digits,
     outlier_elements,
     split,
     split_with_digits,
+    wide_digit,
+    wide_digits,
+    wide_step,
 )
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
-BLOCK = 32  # outlier columns that are gathered at a time
+MAX_GATHERED_K = 32_768  # beyond, wide digits of outliers would be too narrow
 FEW_ROWS = 2  # up to which digits are faster than gathered columns (benchmarks/bench_matmul.py)
 
 
@@ -81,10 +84,14 @@ def product(
 def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str, divided: Divided | None):
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
+    divided = divided if k <= MAX_K else None
+    gathers = implementation == "xla_gather" and parts.outliers is not None
+    # slices of divided features would be sent around: better narrow digits, which still are 15 bits
+    longest = MAX_GATHERED_K if gathers and divided is None else MAX_K
     total = jnp.float32(0)
-    for start in range(0, k, MAX_K):
-        piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
-        total = total + _product_of_split(*piece, k_last=k_last, divided=divided if k <= MAX_K else None)
+    for start in range(0, k, longest):
+        piece = _slice_k(x, parts, w, k_last, start, min(start + longest, k)) if k > longest else (x, parts, w)
+        total = total + _product_of_split(*piece, k_last=k_last, divided=divided)
     return total * w.scale
 
 
@@ -131,7 +138,14 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divi
         rows.append(parts.outliers.digits)
     if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
         rows.append(jnp.ones_like(parts.q[:1]))
-    exact, gathered = _integer_sums(x, jnp.concatenate(rows), parts.outliers, w.q, k_last, divided)
+    stacked, gathered = jnp.concatenate(rows), None
+    if parts.outliers is None or parts.outliers.digits is not None:  # a product that XLA divides by itself
+        exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)
+    elif divided is None:
+        exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)
+        gathered = gathered_product(x, parts.outliers, w.q, k_last)
+    else:
+        exact, gathered = divided_product(x, stacked, parts.outliers, w.q, k_last, divided)
     sums = _without_zero(exact, w)
     regular = sums[: len(parts.q)]
     if parts.zero is not None:  # sum_k (q - zero) w
@@ -139,44 +153,14 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divi
     out = join_digits(regular, m) * parts.scale
     if parts.outliers is None:
         return out
-    if parts.outliers.digits is not None:
-        outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
-    else:
-        outlier = _without_zero(gathered, w)
+    if parts.outliers.digits is None:
+        return out + _without_zero(gathered, w)
+    outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
     return out + join_digits(outlier, m) * parts.outliers.step
 
 
-def _integer_sums(x, stacked, outliers: Outliers | None, q, k_last: bool, divided: Divided | None) -> Any:
-    """Sums over k of the int8 rows `stacked` and of the outliers' digits, each times the weights and alone.
-
-    The digits' are None where none are gathered. XLA divides the first product among devices by itself. To gather
-    columns, each device has to look at its own alone, or they would be sent around.
-    """
-
-    def sums(x, stacked, outliers, q):
-        exact = int8_dot(stacked, q, k_last), _row_sum(stacked)
-        return exact, gathered_product(x, outliers, q, k_last) if gathers else None
-
-    gathers = outliers is not None and outliers.digits is None
-    if divided is None or not gathers:
-        return sums(x, stacked, outliers, q)
-    mesh, axis = divided
-    outer = jax.sharding.get_abstract_mesh()  # within another shard_map: the rest of the same mesh
-    whole: Any = PartitionSpec()
-    by_column: Any = PartitionSpec(axis)
-    columns, of_outliers = PartitionSpec(None, axis), Outliers(by_column, whole, whole)
-    return jax.shard_map(
-        lambda *arguments: lax.psum(sums(*arguments), axis),
-        mesh=mesh if outer.empty else outer,
-        axis_names={axis},
-        in_specs=(columns, columns, of_outliers, columns if k_last else by_column),
-        out_specs=whole,
-        check_vma=False,  # the loops' sums begin as the same zeros everywhere
-    )(x, stacked, outliers, q)
-
-
 def _without_zero(sums, w: Weight):
-    """int32 `sum_k q wq`, with the row sums of q, to float32 `sum_k q (wq - wzero)`."""
+    """Exact `sum_k q wq`, with the row sums of q, to float32 `sum_k q (wq - wzero)`."""
     acc, row_sum = sums
     out = acc.astype(jnp.float32)
     return out if w.zero is None else out - row_sum.astype(jnp.float32) * w.zero
@@ -194,33 +178,111 @@ def join_digits(sums, m: int):
     return total
 
 
-def gathered_product(x, outliers: Outliers, q, k_last: bool):
-    """The digits of the outliers in `x[m, k]` times the weights -> int32 `[3 m, n]`, and the digits' row sums.
+def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array, jax.Array]:
+    """Sums of the outliers of `x[m, k]`: times the weights, float32 `[m, n]`, and alone, `[m, 1]`.
 
-    Reads the columns that hold outliers only, `BLOCK` at a time.
+    Reads the columns that hold outliers only, `BLOCK` at a time. Sums of digits are exact, in float32 over a block and
+    in int32 over all: the order of the columns depends on all rows, what a row gets doesn't.
     """
-    columns, step, limit, _ = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
-    count = jnp.sum(columns, dtype=jnp.int32)
-    size = -(-k // BLOCK) * BLOCK
-    # index of the i-th outlier column; k, which is out of bounds and read as 0 below, behind the last
-    slots = jnp.where(columns, jnp.cumsum(columns, dtype=jnp.int32) - 1, size)
-    index = jnp.full(size, k, jnp.int32).at[slots].set(jnp.arange(k, dtype=jnp.int32), mode="drop")
+    wide = wide_digit(k)
+    gathered = _Gathered(x, outliers, q, k_last, wide)
 
-    def body(carry):
-        block, acc, row_sum = carry
-        idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
-        x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
-        values = x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0)
-        rows = digits(values, step, OUTLIER_DIGITS)
-        w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0)
-        return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
+    def none():
+        return jnp.zeros((m, n), jnp.float32), jnp.zeros((m, 1), jnp.float32)
 
-    rows = OUTLIER_DIGITS * m
-    init = (jnp.int32(0), jnp.zeros((rows, n), jnp.int32), jnp.zeros((rows, 1), jnp.int32))
-    _, acc, row_sum = lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)
-    return acc, row_sum
+    def one():
+        x_block, w_block = gathered.columns(0)
+        step = wide_step(x_block, wide)
+        return _join_wide(gathered.sums(x_block, w_block, step), step, wide)
+
+    def many():
+        step = wide_step(_only_outliers(x, outliers), wide)
+        return _join_wide(gathered.all_sums(step), step, wide)
+
+    index = gathered.index
+    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k)  # 2 stands for all larger numbers
+    return lax.switch(blocks, (none, one, many))
+
+
+def divided_product(x, stacked, outliers: Outliers, q, k_last: bool, divided: Divided):
+    """The sums of the int8 rows `stacked`, exact, and those of `gathered_product`, over divided features.
+
+    Each device gathers columns of its own, or they would be sent around, and then the devices sum up integers.
+    """
+    mesh, axis = divided
+    outer = jax.sharding.get_abstract_mesh()  # within another shard_map: the rest of the same mesh
+    wide = wide_digit(x.shape[1])
+    step = wide_step(_only_outliers(x, outliers), wide)
+
+    def sums(x, stacked, outliers, q, step):
+        exact = int8_dot(stacked, q, k_last), _row_sum(stacked)
+        return lax.psum((exact, _Gathered(x, outliers, q, k_last, wide).all_sums(step)), axis)
+
+    whole: Any = PartitionSpec()
+    by_column: Any = PartitionSpec(axis)
+    columns = PartitionSpec(None, axis)
+    exact, parts = jax.shard_map(
+        sums,
+        mesh=mesh if outer.empty else outer,
+        axis_names={axis},
+        in_specs=(columns, columns, Outliers(by_column, whole), columns if k_last else by_column, whole),
+        out_specs=whole,
+        check_vma=False,  # the loops' sums begin as the same zeros everywhere
+    )(x, stacked, outliers, q, step)
+    return exact, _join_wide(parts, step, wide)
+
+
+class _Gathered:
+    """The columns that hold outliers, out of `x[m, k]` and out of the weights."""
+
+    def __init__(self, x, outliers: Outliers, q, k_last: bool, wide: int):
+        self.x, self.outliers, self.q, self.k_last, self.wide = x, outliers, q, k_last, wide
+        k = x.shape[1]
+        # the outlier columns, and behind the last k, which is out of bounds and read as 0 below
+        index = jnp.sort(jnp.where(outliers.columns, jnp.arange(k, dtype=jnp.int32), k))
+        self.index = jnp.pad(index, (0, BLOCK + -k % BLOCK), constant_values=k)
+
+    def columns(self, block):
+        chosen = lax.dynamic_slice_in_dim(self.index, block * BLOCK, BLOCK)
+        x_block = jnp.take(self.x, chosen, axis=1, mode="fill", fill_value=0)
+        w_block = jnp.take(self.q, chosen, axis=1 if self.k_last else 0, mode="fill", fill_value=0)
+        return _over_limit(x_block, self.outliers), w_block.astype(jnp.float32)
+
+    def sums(self, x_block, w_block, step):
+        """Of the digits, `[2 m, n]` and `[2 m, 1]`."""
+        rows = wide_digits(x_block, step, self.wide)
+        product = _dot(rows, w_block, self.k_last, jnp.float32, lax.Precision.HIGHEST)
+        return product, jnp.sum(rows, axis=1, keepdims=True)
+
+    def all_sums(self, step):
+        """`sums` of all blocks, in int32."""
+        m, k = self.x.shape
+        n = self.q.shape[0] if self.k_last else self.q.shape[1]
+
+        def body(carry):
+            block, *parts = carry
+            x_block, w_block = self.columns(block)
+            more = (part.astype(jnp.int32) for part in self.sums(x_block, w_block, step))
+            return block + 1, *map(jnp.add, parts, more)
+
+        init = (jnp.int32(0), jnp.zeros((2 * m, n), jnp.int32), jnp.zeros((2 * m, 1), jnp.int32))
+        return lax.while_loop(lambda carry: self.index[carry[0] * BLOCK] < k, body, init)[1:]
+
+
+def _only_outliers(x, outliers: Outliers):
+    return _over_limit(jnp.where(outliers.columns, x, 0), outliers)
+
+
+def _over_limit(values, outliers: Outliers):
+    return values if outliers.limit is None else jnp.where(outlier_elements(values, outliers.limit), values, 0)
+
+
+def _join_wide(parts, step, wide: int):
+    """float32 sums of outliers, of their wide digits' sums."""
+    high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
+    return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
 
 
 def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:
