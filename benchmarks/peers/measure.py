@@ -25,7 +25,7 @@ class Worker:
     """A process that runs one row. Raises Missing, or RuntimeError with the end of what it printed."""
 
     def __init__(self, python: str, engine: str, weights: Path, options: Mapping[str, Any], environ: Mapping[str, str]):
-        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (close() closes it)
         self.process = subprocess.Popen(
             [python, WORKER, engine, weights, json.dumps(options)],
             stdin=subprocess.PIPE,

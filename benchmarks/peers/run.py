@@ -23,7 +23,7 @@ from table import markdown
 from jint8.checkpoints import open_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1]))
-from harness import RESULTS, machine  # noqa: E402
+from harness import RESULTS, machine
 
 PROMPT = "The capital of France is"
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, CONTINUATION_TOKENS = 512, 32, 32, 24
@@ -34,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="directory that prepare.py made")
     add_python_argument(parser)
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="rows whose name has TEXT")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="only rows whose name has TEXT; may be repeated"
+    )
     parser.add_argument("--compiled", action="store_true", help="with torch.compile, too (takes minutes to compile)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each, at most (5)")
     parser.add_argument("--seconds", type=float, default=4, metavar="S", help="for each row of each measurement (4)")
@@ -53,7 +55,8 @@ def start(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[dict[s
     workers, skipped = {}, {}
     environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(args.weights.resolve() / "compiled")}
     for row in ROWS:
-        if (row.optional and not args.compiled) or not all(text in row.name for text in args.only):
+        wanted = not args.only or any(text in row.name for text in args.only)
+        if not wanted or (row.optional and not args.compiled):
             continue
         python = dict(args.python).get(row.engine, sys.executable)
         try:

@@ -6,8 +6,9 @@ import dataclasses
 import time
 from pathlib import Path
 
-import jint8
 from stepwise import Generated
+
+import jint8
 
 
 class Engine:
