@@ -173,9 +173,18 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool):
         return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
 
     rows = OUTLIER_DIGITS * m
-    init = (jnp.int32(0), jnp.zeros((rows, n), jnp.int32), jnp.zeros((rows, 1), jnp.int32))
+    # zeros that depend on the data: XLA would make constants at the program's start and hold those of all layers
+    zero = jnp.minimum(count, 0)
+    init = (jnp.int32(0), varying_as(jnp.full((rows, n), zero), x, q), varying_as(jnp.full((rows, 1), zero), x))
     _, acc, row_sum = lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)
     return acc, row_sum
+
+
+def varying_as(value: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """`value`, which under `jax.shard_map` counts as varying over the devices that any of `arrays` varies over."""
+    varying, *others = (jax.typeof(x).manual_axis_type.varying for x in (value, *arrays))
+    axes = set().union(*others) - varying
+    return lax.pcast(value, tuple(sorted(axes)), to="varying") if axes else value
 
 
 def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:
