@@ -2,6 +2,7 @@
 
     jint8 demo && python benchmarks/quality.py              # or: quality.py SOURCE, for another model
     python benchmarks/quality.py --sweep --sequences 8      # thresholds
+    python benchmarks/quality.py --encoder MINILM           # vectors of texts, by an encoder's directory
     python benchmarks/quality.py --report                   # quality.md and quality.svg from quality.json
 
 The text is the language reference that every Python carries (`pydoc_data.topics`), or any file; its SHA-256 is in the
@@ -38,6 +39,8 @@ from jint8.cli._demo import FILE
 
 THRESHOLDS = (0.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0)
 PLANTED = (17, 101, 200, 333, 404, 555)
+SCHEMES = ("llm.int8", "llm.int8-zp", "vector-zp", "vector", "row+dec", "row", "zeropoint", "absmax")
+ENCODED = 256  # texts, to each encoder
 VARIANTS = {
     "plain": lambda params: params,
     "planted": lambda params: inject_outliers(params, PLANTED, 64.0),
@@ -55,8 +58,7 @@ class Row(NamedTuple):
 
 def _rows() -> dict[str, Row]:
     config = jint8.Config
-    schemes = ("llm.int8", "llm.int8-zp", "vector-zp", "vector", "row+dec", "row", "zeropoint", "absmax")
-    rows = {scheme: Row(config(scheme=scheme)) for scheme in schemes}
+    rows = {scheme: Row(config(scheme=scheme)) for scheme in SCHEMES}
     rows["weights only"] = Row(config(), run=config(scheme="none"))  # int8 weights and float activations
     for name in ("static", "best"):
         rows[name] = Row(config.preset(name), {})
@@ -140,6 +142,31 @@ class Bench:
         return {str(path): leaf.shape[-1] for path, leaf in leaves if isinstance(leaf, jint8.QTensor)}
 
 
+def embeddings(source: Path, text: str) -> dict[str, dict[str, Any]]:
+    """Vectors of the text's paragraphs by each scheme, against those of the float32 encoder, one to a call."""
+    texts = [paragraph for paragraph in text.split("\n\n") if len(paragraph.split()) >= 8][:ENCODED]
+
+    def vectors(scheme: str) -> tuple[np.ndarray, int]:
+        encoder = jint8.load_encoder(source, config=jint8.Config(scheme=scheme), dtype="float32")
+        return np.stack([encoder.embed(text) for text in texts]), projection_bytes(encoder.params)
+
+    def nearest(x: np.ndarray) -> np.ndarray:
+        return np.argmax(x @ x.T - 2 * np.eye(len(x)), axis=1)
+
+    expected, _ = vectors("none")
+    rows = {}
+    for scheme in SCHEMES:
+        found, nbytes = vectors(scheme)
+        cosine = np.sum(expected * found, axis=1)
+        rows[scheme] = {
+            "cosine": float(np.mean(cosine)),
+            "lowest_cosine": float(np.min(cosine)),
+            "nearest": float(np.mean(nearest(expected) == nearest(found))),
+            "projection_bytes": nbytes,
+        }
+    return rows
+
+
 def main() -> None:
     rows = _rows()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +177,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
     parser.add_argument("--rows", nargs="+", default=list(rows), choices=rows)
     parser.add_argument("--sweep", action="store_true", help="thresholds instead of rows")
+    parser.add_argument("--encoder", type=Path, help="measure the vectors of this encoder instead")
     parser.add_argument("--report", action="store_true", help="only write quality.md and quality.svg")
     parser.add_argument("--name", default="quality", help="of the files in results/")
     args = parser.parse_args()
@@ -157,12 +185,16 @@ def main() -> None:
         print(*report(args.name), sep="\n")
         return
     text = args.text.read_text() if args.text else "\n\n".join(topics[name] for name in sorted(topics))
-    bench = Bench(args.source, text, args.sequences, args.seq_len)
     about = {
         "text": str(args.text) if args.text else f"pydoc_data.topics of Python {sys.version.split()[0]}",
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    size = f"{args.sequences}x{args.seq_len}"
+    if args.encoder:
+        for name, result in embeddings(args.encoder, text).items():
+            keep(args.name, about, f"{ENCODED} texts", "encoder", name, result)
+        return
+    bench = Bench(args.source, text, args.sequences, args.seq_len)
+    size = f"{args.sequences}x{args.seq_len} tokens"
     for variant in args.variants:
         if args.sweep:
             for threshold in THRESHOLDS:
@@ -191,7 +223,7 @@ def report(name: str) -> list[Path]:
     sweeps = {}
     for table, sizes in result["tables"].items():
         for size, rows in sizes.items():
-            lines += ["", f"{table}, {size} tokens", "", *markdown(rows)]
+            lines += ["", f"{table}, {size}", "", *markdown(rows)]
             if table.endswith(", thresholds"):
                 sweeps[table.removesuffix(", thresholds")] = rows
     files = [RESULTS / f"{name}.md"]
@@ -224,6 +256,9 @@ def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
         "over_float": ("over float", "{:+.2%}"),
         "kl": ("KL, nats", "{:.4f}"),
         "top1": ("top-1 equal", "{:.3f}"),
+        "cosine": ("cosine", "{:.5f}"),
+        "lowest_cosine": ("lowest", "{:.4f}"),
+        "nearest": ("nearest text equal", "{:.3f}"),
         "projection_bytes": ("projections, MB", "{:.2f}"),
         "calibrated_columns": ("calibrated columns", "{:.2%}"),
         "columns": ("columns in 16 bits", "{:.2%}"),

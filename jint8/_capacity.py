@@ -46,7 +46,7 @@ class Capacity:
       cache: keys and values of the whole context.
       prefill, decode: temporaries of a prompt's last chunk, and of a token, with float32 activations.
       collectives: by kind, (how many, bytes of their results) per decoded token.
-      gathers: the same, of those that run once for each block of outlier columns.
+      gathers: the same, of those that run only where tokens have outliers, for each block of outlier columns.
     """
 
     projections: int
@@ -98,8 +98,8 @@ def capacity(config: ModelConfig, devices: int, *, context: int, batch: int, dty
     one, two = (measure(layers(config, n), mesh, context=context, batch=batch, quant=quant) for n in (1, 2))
     total = {name: at_layers(one.get(name, 0), two.get(name, 0), config.num_layers) for name in {**one, **two}}
 
-    def per_token(loops: str) -> dict[str, tuple[int, int]]:
-        found = {kind: (total.get(f"{loops} {kind}", 0), total.get(f"{loops} {kind} bytes", 0)) for kind in KINDS}
+    def per(unit: str) -> dict[str, tuple[int, int]]:
+        found = {kind: (total.get(f"{unit} {kind}", 0), total.get(f"{unit} {kind} bytes", 0)) for kind in KINDS}
         return {kind: numbers for kind, numbers in found.items() if numbers[0]}
 
     return Capacity(
@@ -108,8 +108,8 @@ def capacity(config: ModelConfig, devices: int, *, context: int, batch: int, dty
         cache=total["cache size"] * jnp.dtype(dtype).itemsize,
         prefill=total["prefill"],
         decode=total["decode"],
-        collectives=per_token("token"),
-        gathers=per_token("block"),
+        collectives=per("token"),
+        gathers=per("block"),
     )
 
 
@@ -231,12 +231,12 @@ _QUICKLY: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensiv
 
 
 def _collective_numbers(text: str) -> dict[str, int]:
-    """Counts and bytes of the collectives of each decoded token, and of each block of outlier columns in one."""
+    """Counts and bytes of the collectives of each decoded token, and of each block of outlier columns in it."""
     numbers: dict[str, int] = {}
-    for kind, nbytes, loops in collectives(text):
-        if loops == 0:  # before the first token
+    for kind, nbytes, depth in collectives(text):
+        if depth == 0:  # before the first token
             continue
-        name = f"{'token' if loops == 1 else 'block'} {kind}"
+        name = f"{'token' if depth == 1 else 'block'} {kind}"
         numbers[name] = numbers.get(name, 0) + 1
         numbers[f"{name} bytes"] = numbers.get(f"{name} bytes", 0) + nbytes
     return numbers

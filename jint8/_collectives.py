@@ -21,11 +21,11 @@ class Collective(NamedTuple):
 
     kind: str  # of `KINDS`
     nbytes: int  # of its result, on each device
-    loops: int  # how many loops it is in
+    depth: int  # how many loops and branches it is in
 
 
 def collectives(text: str) -> Iterator[Collective]:
-    """The collectives of a program, from `jax.stages.Compiled.as_text()`; one in a loop's body comes once."""
+    """The collectives in `jax.stages.Compiled.as_text()`; one in a loop comes once, one in a branch as if taken."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -36,16 +36,15 @@ def collectives(text: str) -> Iterator[Collective]:
         elif name:
             lines[name].append(line)
 
-    def walk(name: str, loops: int) -> Iterator[Collective]:
+    def walk(name: str, depth: int) -> Iterator[Collective]:
         for line in lines[name]:
             if found := _COLLECTIVE.match(line):
-                yield Collective(found[2], _nbytes(found[1]), loops)
+                yield Collective(found[2], _nbytes(found[1]), depth)
                 continue
-            called = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                called += [branch.strip(" %") for branch in branches.split(",")]
+            branches = ",".join(_BRANCHES.findall(line))
+            called = _CALLED.findall(line) + re.findall(r"[\w.-]+", branches)
             for other in called:
-                yield from walk(other, loops + ("body=" in line))
+                yield from walk(other, depth + (" while(" in line or " conditional(" in line))
 
     yield from walk(entry, 0)
 

@@ -15,6 +15,7 @@ from jint8._types import SCHEMES, SMALLEST_NORMAL, Config
 DIGIT_BASE = 255
 # Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
 OUTLIER_DIGITS = 3
+BLOCK = 32  # outlier columns that are gathered at a time
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -61,9 +62,9 @@ class Outliers(NamedTuple):
     """Where the outliers of `x[m, k]` are, and the unit that they are written in."""
 
     columns: jax.Array  # bool[k]: columns that hold any
-    step: jax.Array  # float32[m, 1]: what one unit of the low digit is worth
     limit: jax.Array | None  # magnitude from which on an element is an outlier; None where whole columns are
     digits: jax.Array | None = None  # int8[3 m, k], of all columns; None where only columns that hold any are read
+    step: jax.Array | None = None  # float32[m, 1]: what one unit of the lowest of these digits is worth
 
 
 class Split(NamedTuple):
@@ -80,7 +81,7 @@ def split(x: jax.Array, config: Config) -> Split:
     outliers = None
     if config.decomposes:
         outlier, columns, limit = detect(x, config)
-        outliers = Outliers(columns, digit_step(jnp.where(outlier, x, 0), 1, OUTLIER_DIGITS), limit)
+        outliers = Outliers(columns, limit)
         x = jnp.where(outlier, 0, x)
     return Split(*_quantize(x, config), outliers)
 
@@ -98,12 +99,12 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
     if affine_activations(config) or scheme.activations == "tensor":
         step = digit_step(parts[1], 1, OUTLIER_DIGITS)
         rows = digits(parts[1], step, OUTLIER_DIGITS)
-        return Split(*_quantize(parts[0], config), Outliers(columns, step, limit, rows))
+        return Split(*_quantize(parts[0], config), Outliers(columns, limit, rows, step))
     largest = jnp.array([largest_in(config.digits), largest_in(OUTLIER_DIGITS)], jnp.float32)[:, None, None]
     scale = divide_by(absmax(parts, 2), largest)
     steps = round_to_int8(parts, scale, largest)
     q, rows = _digit_rows(steps[0], config.digits), _digit_rows(steps[1], OUTLIER_DIGITS)
-    return Split(q, scale[0], None, Outliers(columns, scale[1], limit, rows))
+    return Split(q, scale[0], None, Outliers(columns, limit, rows, scale[1]))
 
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -155,6 +156,28 @@ def digit_step(x: jax.Array, axis, count: int) -> jax.Array:
 def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
     """`x[m, k]` in units of `step` as int8 digits, `[count m, k]`: the highest of all rows first."""
     return _digit_rows(round_to_int8(x, step, largest_in(count)), count)
+
+
+def wide_digit(k: int) -> int:
+    """The largest digit d of two in base `2 d + 1` whose products with int8 sum exactly.
+
+    In float32 over `BLOCK` columns, `2047 * 127 * BLOCK < 2**24`; in int32 over `k`. 2047 is as fine as three int8
+    digits; at k = 32768 it is 516, which is 20 bits.
+    """
+    return min(2047, (2**31 - 1) // (127 * max(k, 1)))
+
+
+def wide_step(x: jax.Array, largest: int) -> jax.Array:
+    """What a unit of the lower of two digits up to `largest` is worth, for each row of `x`."""
+    return divide_by(absmax(x, 1), largest * (2 * largest + 2))
+
+
+def wide_digits(x: jax.Array, step: jax.Array, largest: int) -> jax.Array:
+    """`x[m, k]` in units of `step` as two digits up to `largest`, float32 `[2 m, k]`: the high ones first."""
+    base = 2 * largest + 1
+    value = round_to_int8(x, step, largest * (base + 1))
+    high = jnp.round(divide_by(value, base))
+    return jnp.concatenate([high, value - base * high])
 
 
 def _digit_rows(value: jax.Array, count: int) -> jax.Array:

@@ -1,11 +1,12 @@
 """The LLM.int8() product in plain XLA: one way for few rows, one for many.
 
-Both multiply the same int8 values and digits (see `jint8._outliers`), so both give the same integers. What differs is
-how the outliers' digits meet the weights:
+Both multiply the same int8 values, and digits of the outliers (see `jint8._outliers`), whose sums are exact. What
+differs is how the outliers' digits meet the weights:
 
-- few rows: stacked under the regular rows, in ONE product that reads the weights once. On a CPU that product is bound
-  by reading the weights, and more rows are nearly free.
-- many rows: only the outlier columns, gathered in blocks, with a trip count that depends on the data.
+- few rows: three int8 digits, stacked under the regular rows, in ONE product that reads the weights once. On a CPU that
+  product is bound by reading the weights, and more rows are nearly free.
+- many rows: only the outlier columns, gathered in blocks, with a trip count that depends on the data. Their digits are
+  wider and float32, and there are two: with so few columns to sum over, a product's time goes into writing its rows.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jint8._outliers import (
+    BLOCK,
     DIGIT_BASE,
-    OUTLIER_DIGITS,
     Outliers,
     Split,
-    digits,
     outlier_elements,
     split,
     split_with_digits,
+    wide_digit,
+    wide_digits,
+    wide_step,
 )
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
-BLOCK = 32  # outlier columns that are gathered at a time
+MAX_GATHERED_K = 32_768  # beyond, wide digits of outliers would be too narrow
 FEW_ROWS = 2  # up to which digits are faster than gathered columns (benchmarks/bench_matmul.py)
 
 
@@ -65,9 +68,10 @@ def product(
 def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str):
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
+    longest = MAX_GATHERED_K if implementation == "xla_gather" and parts.outliers is not None else MAX_K
     total = jnp.float32(0)
-    for start in range(0, k, MAX_K):
-        piece = _slice_k(x, parts, w, k_last, start, min(start + MAX_K, k)) if k > MAX_K else (x, parts, w)
+    for start in range(0, k, longest):
+        piece = _slice_k(x, parts, w, k_last, start, min(start + longest, k)) if k > longest else (x, parts, w)
         total = total + _product_of_split(*piece, k_last=k_last)
     return total * w.scale
 
@@ -123,16 +127,14 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
     out = join_digits(regular, m) * parts.scale
     if parts.outliers is None:
         return out
-    if parts.outliers.digits is not None:
-        outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
-    else:
-        acc, row_sum = gathered_product(x, parts.outliers, w.q, k_last)
-        outlier = _without_zero(acc, row_sum, w)
+    if parts.outliers.digits is None:
+        return out + _without_zero(*gathered_product(x, parts.outliers, w.q, k_last), w)
+    outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
     return out + join_digits(outlier, m) * parts.outliers.step
 
 
 def _without_zero(acc, row_sum, w: Weight):
-    """int32 `sum_k q wq` to float32 `sum_k q (wq - wzero)`."""
+    """Exact `sum_k q wq` to float32 `sum_k q (wq - wzero)`."""
     out = acc.astype(jnp.float32)
     return out if w.zero is None else out - row_sum.astype(jnp.float32) * w.zero
 
@@ -149,35 +151,63 @@ def join_digits(sums, m: int):
     return total
 
 
-def gathered_product(x, outliers: Outliers, q, k_last: bool):
-    """The digits of the outliers in `x[m, k]` times the weights -> int32 `[3 m, n]`, and the digits' row sums.
+def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array, jax.Array]:
+    """Sums of the outliers of `x[m, k]`: times the weights, float32 `[m, n]`, and alone, `[m, 1]`.
 
-    Reads the columns that hold outliers only, `BLOCK` at a time.
+    Reads the columns that hold outliers only, `BLOCK` at a time. Sums of digits are exact, in float32 over a block and
+    in int32 over all: the order of the columns depends on all rows, what a row gets doesn't.
     """
-    columns, step, limit, _ = outliers
     m, k = x.shape
     n = q.shape[0] if k_last else q.shape[1]
-    count = jnp.sum(columns, dtype=jnp.int32)
-    size = -(-k // BLOCK) * BLOCK
-    # index of the i-th outlier column; k, which is out of bounds and read as 0 below, behind the last
-    slots = jnp.where(columns, jnp.cumsum(columns, dtype=jnp.int32) - 1, size)
-    index = jnp.full(size, k, jnp.int32).at[slots].set(jnp.arange(k, dtype=jnp.int32), mode="drop")
+    wide = wide_digit(k)
+    # the outlier columns, and behind the last k, which is out of bounds and read as 0 below
+    index = jnp.sort(jnp.where(outliers.columns, jnp.arange(k, dtype=jnp.int32), k))
+    index = jnp.pad(index, (0, BLOCK + -k % BLOCK), constant_values=k)
 
-    def body(carry):
-        block, acc, row_sum = carry
-        idx = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
-        x_block = jnp.take(x, idx, axis=1, mode="fill", fill_value=0)
-        values = x_block if limit is None else jnp.where(outlier_elements(x_block, limit), x_block, 0)
-        rows = digits(values, step, OUTLIER_DIGITS)
-        w_block = jnp.take(q, idx, axis=1 if k_last else 0, mode="fill", fill_value=0)
-        return block + 1, acc + int8_dot(rows, w_block, k_last), row_sum + _row_sum(rows)
+    def only_outliers(values):
+        limit = outliers.limit
+        return values if limit is None else jnp.where(outlier_elements(values, limit), values, 0)
 
-    rows = OUTLIER_DIGITS * m
-    # zeros that depend on the data: XLA would make constants at the program's start and hold those of all layers
-    zero = jnp.minimum(count, 0)
-    init = (jnp.int32(0), varying_as(jnp.full((rows, n), zero), x, q), varying_as(jnp.full((rows, 1), zero), x))
-    _, acc, row_sum = lax.while_loop(lambda carry: carry[0] * BLOCK < count, body, init)
-    return acc, row_sum
+    def columns(block):
+        chosen = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
+        x_block = jnp.take(x, chosen, axis=1, mode="fill", fill_value=0)
+        w_block = jnp.take(q, chosen, axis=1 if k_last else 0, mode="fill", fill_value=0)
+        return only_outliers(x_block), w_block.astype(jnp.float32)
+
+    def sums(x_block, w_block, step):  # [2 m, n] and [2 m, 1]
+        rows = wide_digits(x_block, step, wide)
+        product = _dot(rows, w_block, k_last, jnp.float32, lax.Precision.HIGHEST)
+        return product, jnp.sum(rows, axis=1, keepdims=True)
+
+    def joined(parts, step):
+        high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
+        return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
+
+    def zeros(rows, dtype):
+        return varying_as(jnp.zeros((rows, n), dtype), x, q), varying_as(jnp.zeros((rows, 1), dtype), x)
+
+    def none():
+        return zeros(m, jnp.float32)
+
+    def one():
+        x_block, w_block = columns(0)
+        step = wide_step(x_block, wide)
+        return joined(sums(x_block, w_block, step), step)
+
+    def many():
+        step = wide_step(only_outliers(jnp.where(outliers.columns, x, 0)), wide)
+
+        def body(carry):
+            block, *parts = carry
+            x_block, w_block = columns(block)
+            more = (part.astype(jnp.int32) for part in sums(x_block, w_block, step))
+            return block + 1, *map(jnp.add, parts, more)
+
+        init = (jnp.int32(0), *zeros(2 * m, jnp.int32))
+        return joined(lax.while_loop(lambda carry: index[carry[0] * BLOCK] < k, body, init)[1:], step)
+
+    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k)  # 2 stands for all larger numbers
+    return lax.switch(blocks, (none, one, many))
 
 
 def varying_as(value: jax.Array, *arrays: jax.Array) -> jax.Array:

@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     }.items():
         _common.say(args, f"weights: {_common.megabytes(weight_bytes[name]):>10} {text}")
     _common.say(args, f"\n> {args.prompt}")
-    result = _generate.answer(args, model, [args.prompt], chat=True)
+    prompt = _generate.chat_ids(model.require_tokenizer(), [{"role": "user", "content": args.prompt}])
+    result = _generate.answer(args, model, [prompt])
     _common.report(args, result | {"weight_bytes": weight_bytes | result["weight_bytes"]})
 
 

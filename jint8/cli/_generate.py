@@ -1,7 +1,9 @@
 """Continue a text, or answer in a chat.
 
 The answer goes to standard output as it comes; several prompts run as one batch, and their answers are printed at the
-end. JSON: text (a list for several prompts), prompt_tokens, new_tokens (with the end token), tokens_per_s (of decoding,
+end. --chat without a prompt is a conversation: each line of standard input is a turn, until it ends (Ctrl-D).
+
+JSON: text (a list for several prompts), prompt_tokens, new_tokens (with the end token), tokens_per_s (of decoding,
 without the first token and without compilation; null where there was only one), first_token_s (with compilation),
 weight_bytes {int8, float}: of all parameters as they are, and all in floating point.
 """
@@ -9,6 +11,7 @@ weight_bytes {int8, float}: of all parameters as they are, and all in floating p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jint8 import LanguageModel
+    from jint8.checkpoints import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated")
     parser.add_argument("--prompt-file", action="append", metavar="FILE", help="a file with a prompt; may be repeated")
     parser.add_argument("--chat", action="store_true", help="prompts are messages for the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="a system message, with which each chat begins")
     add_sampling_arguments(parser)
     _common.add_model_arguments(parser)
     _common.add_adapter_argument(parser)
@@ -49,28 +54,58 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     prompts = [*(args.prompt or []), *(_read(file) for file in args.prompt_file or [])]
-    if not prompts:
-        raise ValueError("Expected a --prompt or a --prompt-file, got none")
+    if not prompts and (args.json or not args.chat):
+        raise ValueError("Expected a --prompt or a --prompt-file (or --chat, without --json), got none")
+    if args.system is not None and not args.chat:
+        raise ValueError("Expected --system with --chat, got it without")
     config = _common.quant_config(args)
     _common.use_compile_cache(args)
     model = _common.load(args, _common.find_source(args, args.source), config=config, dtype=args.dtype)
-    _common.report(args, answer(args, model, prompts, chat=args.chat))
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if not prompts:
+        converse(args, model, system)
+        return
+    tokenizer = model.require_tokenizer()
+    if args.chat:
+        ids = [chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    else:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    _common.report(args, answer(args, model, ids))
 
 
-def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[str], *, chat: bool) -> dict[str, Any]:
-    """Answers, printed as they come unless `--json` was given, and what they took."""
+def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """A conversation as the tokens that the assistant's answer follows."""
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+
+def converse(args: argparse.Namespace, model: LanguageModel, messages: list[dict[str, str]]) -> None:
+    """Answers each line of standard input, knowing the lines and answers before it."""
+    while (turn := _turn()) is not None:
+        if turn.strip():
+            messages = [*messages, {"role": "user", "content": turn}]
+            result = answer(args, model, [chat_ids(model.require_tokenizer(), messages)])
+            messages = [*messages, {"role": "assistant", "content": result["text"]}]
+
+
+def _turn() -> str | None:
+    """The next line of standard input, without its end; None after the last."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lines that can be edited
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]]) -> dict[str, Any]:
+    """Continues tokens; the text is printed as it comes unless `--json` was given. Returns it, and what it took."""
     from jint8 import memory_report
     from jint8._language_model import STOP_TOKENS, STREAM_TOKENS, stop_texts, text_pieces
 
     tokenizer, stop = model.require_tokenizer(), stop_texts(args.stop)
-    if chat:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    else:
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
     stream = len(prompts) == 1 and not args.json
     chunks = model.generate_tokens(
-        ids,
+        prompts,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -93,7 +128,7 @@ def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[str], *
     _common.say(args, f"{meter.new_tokens} new tokens, {speed}, the first after {meter.first_token_s:.2f} s")
     return {
         "text": texts[0] if len(texts) == 1 else texts,
-        "prompt_tokens": sum(map(len, ids)),
+        "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": meter.new_tokens,
         "tokens_per_s": meter.tokens_per_s,
         "first_token_s": meter.first_token_s,

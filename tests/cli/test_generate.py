@@ -166,9 +166,22 @@ def test_chat(tmp_path, run_json):
     assert run_json(*common, "--chat")["prompt_tokens"] == len("[user]hi[assistant]")
 
 
+def test_conversation(tmp_path, monkeypatch, run):
+    """Each turn continues the whole conversation before it."""
+    directory = make_llama_directory(tmp_path / "llama", seed=0)
+    model = jint8.load(directory, dtype="float32")
+    first = model.generate("[system]be[user]hi[assistant]", max_tokens=5)
+    second = model.generate(f"[system]be[user]hi[assistant]{first}[user]you[assistant]", max_tokens=5)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nyou\n"))
+    argv = ("generate", directory, "--chat", "--system", "be", "--max-tokens", 5, "--dtype", "float32", "--quiet")
+    assert run(*argv) == (0, f"{first}\n{second}\n", "")
+
+
 ERRORS = {
     "empty_prompt": (["--prompt", ""], "empty"),
     "no_prompt": ([], "--prompt"),
+    "no_prompt_for_json": (["--chat", "--json"], "--prompt"),
+    "system_without_chat": (["--prompt", "a", "--system", "b"], "--chat"),
     "no_tokens": (["--prompt", "a", "--max-tokens", 0], "max_tokens"),
     "temperature": (["--prompt", "a", "--temperature=-1"], "temperature"),
     "top_k": (["--prompt", "a", "--top-k=-1"], "top_k"),

@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -180,18 +183,20 @@ def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
-@pytest.mark.parametrize("function", ["_save_arrays", "write_json", "_sha256", "_sync"])
-def test_a_killed_run_is_in_nobodys_way(function, source, tmp_path, monkeypatch, run):
+KILLED = """
+import os, signal, sys
+from jint8.checkpoints import _jint8
+from jint8.cli import main
+setattr(_jint8, sys.argv[1], lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+main(["quantize", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("function", ["_save_arrays", "_sync"])
+def test_a_killed_run_is_in_nobodys_way(function, source, tmp_path, run):
     """Whoever is killed can't tidy up: what is left is hidden and has another name."""
-
-    def killed(*args):
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_jint8, function, killed)
-        patch.setattr(_jint8.shutil, "rmtree", lambda *args, **options: None)
-        with pytest.raises(SystemExit):
-            run("quantize", source, tmp_path / "dst", "--quiet")
+    argv = [sys.executable, "-c", KILLED, function, source, tmp_path / "dst"]
+    assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
     (left,) = (path.name for path in tmp_path.iterdir() if path != source)
     assert left.startswith(".dst.")
     assert left.endswith(".partial")

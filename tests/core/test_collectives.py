@@ -38,7 +38,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_kinds_bytes_and_loops():
+def test_kinds_bytes_and_depth():
     assert list(collectives(TEXT)) == [
         Collective("all-reduce", 4, 0),
         Collective("all-reduce", 32 + 6, 1),

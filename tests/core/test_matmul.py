@@ -150,5 +150,24 @@ def test_outlier_columns_take_no_part_in_the_scale(implementation):
 def test_the_paths_agree_and_none_is_one_of_them():
     case, w = VALUES["few_outliers"], quantized("few_outliers", jint8.Config(), True)
     digits, gather, none, xla = (matmul(case.x, w, implementation=name) for name in [*XLA, None, "xla"])
-    for other in (gather, none, xla):
-        np.testing.assert_array_equal(digits, other)
+    np.testing.assert_array_equal(none, gather)
+    np.testing.assert_array_equal(xla, gather)
+    np.testing.assert_allclose(digits, gather, rtol=0, atol=3e-6 * np.max(np.abs(gather)))  # other digits of outliers
+
+
+def test_more_outlier_columns_than_fit_into_one_block_or_one_sum():
+    """Two columns differ, all others are outliers too: exact, whatever else is gathered."""
+    m, k, n = 4, 40_000, 8
+    rng = np.random.default_rng(0)
+    x = np.zeros((m, k), np.float32)
+    x[0, ::3], x[1, 5], x[1, 39_999] = 7.0, 3000.0, -6.25
+    q = rng.integers(-127, 128, (n, k))
+    q[:, 0] = 127
+    w = jint8.quantize(q.astype(np.float32), contract_axes=(1,), config=jint8.Config(outliers="token"))
+    together = matmul(x, w, implementation="xla_gather")
+    expected = x.astype(np.float64) @ q.T
+    step = 3000 / 2**19 / 2
+    np.testing.assert_allclose(together[1], expected[1], rtol=1e-6, atol=2 * 127 * step)
+    np.testing.assert_allclose(together[0], expected[0], rtol=1e-5, atol=1e-6 * np.abs(x[0]).sum() * 127)
+    x[0] = 0
+    np.testing.assert_array_equal(matmul(x, w, implementation="xla_gather")[1], together[1])
