@@ -17,7 +17,7 @@ import time
 
 def launch(command, *, processes, hosts=1, host=0, coordinator=None):
     """Runs `command` so often; returns the exit status of the first that fails, else 0."""
-    coordinator = coordinator or f"127.0.0.1:{free_port()}"
+    coordinator = coordinator or free_address()
     running = []
     try:
         for i in range(processes):
@@ -35,18 +35,20 @@ def wait(running):
     """The exit status of the first process that fails; 0 when all have ended well."""
     while True:
         codes = [process.poll() for process in running]
-        if failed := [code for code in codes if code]:
-            return failed[0]
+        for i, code in enumerate(codes):
+            if code:
+                print(f"process {i} of {len(codes)} ended with status {code}; ending the others", file=sys.stderr)
+                return abs(code)
         if None not in codes:
             return 0
         time.sleep(0.1)
 
 
-def free_port():
-    """A port that nothing listens on."""
+def free_address():
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def main():

@@ -14,22 +14,23 @@ import jint8
 
 
 def connect(coordinator, processes, process, timeout):
-    """Has this process's devices be some of all; ends it, with a message, where not all come within `timeout` seconds.
+    """Joins the other processes, so that `jax.devices()` has the devices of all.
 
-    A process that dies later ends the others, too: their next collective fails, or they miss its heartbeat.
+    JAX aborts a process whose others don't all come within `timeout` seconds, and one whose others stop: at once in a
+    collective between CPUs, else when their heartbeat has been missing for so long.
     """
+    print(
+        f"process {process} of {processes} waits up to {timeout} seconds at {coordinator}", file=sys.stderr, flush=True
+    )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # GPUs have NCCL
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=timeout,
-            shutdown_timeout_seconds=timeout,
-        )
-    except RuntimeError as error:
-        sys.exit(f"Expected {processes} processes at {coordinator} within {timeout} seconds, got: {error}")
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,
+    )
 
 
 def main():

@@ -19,7 +19,7 @@ connect = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "many_proc
 
 parser = argparse.ArgumentParser()
 parser.add_argument("name")
-parser.add_argument("--timeout", type=int, default=30)
+parser.add_argument("--timeout", type=int, default=20)
 parser.add_argument("--die", type=int, help="the process that is killed before it generates")
 parser.add_argument("--coordinator", required=True)
 parser.add_argument("--processes", type=int, required=True)
@@ -30,20 +30,21 @@ connect(args.coordinator, args.processes, args.process, args.timeout)
 devices = jax.devices()[: args.processes]
 mesh = jax.make_mesh((len(devices),), ("model",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
 model = jint8.load(DIRECTORY / args.name, dtype="float32", mesh=mesh)
+leaves = jax.tree.leaves(model.params)
+bytes_here = sum(leaf.addressable_data(0).nbytes for leaf in leaves)
 if args.die == args.process:
     os.kill(os.getpid(), signal.SIGKILL)
 tokens = expected(args.name)["tokens"][:1]
 logits = multihost_utils.process_allgather(model.logits(tokens), tiled=True)
 prompts = [tokens[0, :11].tolist(), tokens[0, 5:9].tolist()]
 greedy = np.concatenate(list(model.generate_tokens(prompts, max_tokens=5, every=2)), axis=1)
-leaves = jax.tree.leaves(model.params)
 if args.process == 0:
     numbers = {
         "processes": jax.process_count(),
         "logits": logits.tolist(),
         "greedy": greedy.tolist(),
         "bytes": sum(leaf.nbytes for leaf in leaves),
-        "bytes_here": sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),
+        "bytes_here": bytes_here,
     }
     print(json.dumps(numbers))
 sys.stdout.flush()
