@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jint8._calibrate import calibrate
 from jint8._params import with_config
@@ -204,9 +205,9 @@ class LanguageModel:
         sent = prompt_end
         while True:
             filled = int(state.slot)
-            yield np.asarray(state.tokens[:, sent:filled])
+            yield on_host(state.tokens[:, sent:filled])
             sent = filled
-            if filled == prompt_end + max_tokens or bool(jnp.all(state.done)):
+            if filled == prompt_end + max_tokens or on_host(state.done).all():
                 return
             until = min(filled + every, prompt_end + max_tokens)
             state = decode(self.model, params, state, jnp.int32(until), sampling, knobs, eos)
@@ -228,6 +229,13 @@ class LanguageModel:
         longest = self.config.max_positions
         if self.config.learned_positions is not None and length > longest:
             raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The values of an array, wherever they are: with devices in several processes, a part may be in each."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jint8 import _kernels, _xla
 from jint8._observe import Observed, watch
@@ -172,7 +172,13 @@ def product_2d(
     if 0 in x.shape or 0 in w.q.shape:
         y = jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)
-    return _product(Static(config, k_last, path, jnp.dtype(dtype), divided), x, w, bias)
+    product = functools.partial(_product, Static(config, k_last, path, jnp.dtype(dtype), divided))
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        # parts of the product contract sharded axes: XLA divides it, and rows and channels stay where they were
+        rows, channels = (jax.typeof(a).sharding.spec for a in (x, w.q))
+        out = PartitionSpec(rows[0], channels[0 if k_last else 1])
+        product = jax.sharding.auto_axes(product, out_sharding=out)
+    return product(x, w, bias)
 
 
 class Static(NamedTuple):

@@ -133,11 +133,31 @@ def planned_params(
 def _planned(wanted: Mapping[str, Wanted], config: Config) -> dict[str, Any]:
     planned: dict[str, Any] = {}
     for path, (_, expected, axes) in wanted.items():
-        planned[path] = expected
-        if axes is not None:
-            quantize = functools.partial(quantize_weight, contract_axes=axes, config=config)
-            planned[path] = jax.eval_shape(quantize, expected)
+        planned[path] = expected if axes is None else _quantized(expected, axes, config)
     return planned
+
+
+def planned_tree(
+    model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
+) -> dict[str, Any]:
+    """The parameters of a checkpoint of `model`, as a tree and without values, as `planned_params` has them by path."""
+    expected = abstract_params(model)
+    tree: dict[str, Any] = {}
+    for path, source in sources(model.config, expected, ()).items():
+        leaf: Any = expected[path]
+        axes = None
+        if SCHEMES[config.scheme].weights is not None:
+            axes = _quantized_axes(path, source, len(leaf.shape), skip, include)
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf if axes is None else _quantized(leaf, axes, config)
+    return tree
+
+
+def _quantized(leaf: jax.ShapeDtypeStruct, axes: tuple[int, ...], config: Config) -> Any:
+    return jax.eval_shape(functools.partial(quantize_weight, contract_axes=axes, config=config), leaf)
 
 
 def abstract_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:

@@ -185,12 +185,11 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array,
     in int32 over all: the order of the columns depends on all rows, what a row gets doesn't.
     """
     m, k = x.shape
-    n = q.shape[0] if k_last else q.shape[1]
     wide = wide_digit(k)
     gathered = _Gathered(x, outliers, q, k_last, wide)
 
     def none():
-        return jnp.zeros((m, n), jnp.float32), jnp.zeros((m, 1), jnp.float32)
+        return gathered.zeros(m, jnp.float32)
 
     def one():
         x_block, w_block = gathered.columns(0)
@@ -256,10 +255,15 @@ class _Gathered:
         product = _dot(rows, w_block, self.k_last, jnp.float32, lax.Precision.HIGHEST)
         return product, jnp.sum(rows, axis=1, keepdims=True)
 
+    def zeros(self, rows: int, dtype):
+        """Sums of nothing."""
+        n = self.q.shape[0] if self.k_last else self.q.shape[1]
+        per_channel, per_row = jnp.zeros((rows, n), dtype), jnp.zeros((rows, 1), dtype)
+        return varying_as(per_channel, self.x, self.q), varying_as(per_row, self.x)
+
     def all_sums(self, step):
         """`sums` of all blocks, in int32."""
         m, k = self.x.shape
-        n = self.q.shape[0] if self.k_last else self.q.shape[1]
 
         def body(carry):
             block, *parts = carry
@@ -267,7 +271,7 @@ class _Gathered:
             more = (part.astype(jnp.int32) for part in self.sums(x_block, w_block, step))
             return block + 1, *map(jnp.add, parts, more)
 
-        init = (jnp.int32(0), jnp.zeros((2 * m, n), jnp.int32), jnp.zeros((2 * m, 1), jnp.int32))
+        init = (jnp.int32(0), *self.zeros(2 * m, jnp.int32))
         return lax.while_loop(lambda carry: self.index[carry[0] * BLOCK] < k, body, init)[1:]
 
 
@@ -283,6 +287,13 @@ def _join_wide(parts, step, wide: int):
     """float32 sums of outliers, of their wide digits' sums."""
     high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
     return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
+
+
+def varying_as(value: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """`value`, which under `jax.shard_map` counts as varying over the devices that any of `arrays` varies over."""
+    varying, *others = (jax.typeof(x).manual_axis_type.varying for x in (value, *arrays))
+    axes = set().union(*others) - varying
+    return lax.pcast(value, tuple(sorted(axes)), to="varying") if axes else value
 
 
 def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jint8.cli import _bench, _demo, _eval, _generate, _outliers, _quantize
+from jint8.cli import _bench, _demo, _eval, _generate, _outliers, _plan, _quantize
 
 COMMANDS = {
     "demo": _demo,
@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": _eval,
     "outliers": _outliers,
     "bench": _bench,
+    "plan": _plan,
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 ERRORS = (ValueError, TypeError, OSError, ImportError, KeyError, NotImplementedError)

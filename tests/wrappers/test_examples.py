@@ -25,4 +25,5 @@ def test_lora_loss_falls():
 
 def test_every_example_is_run():
     tested = {"wrap_linen", "wrap_nnx", "scanned", "own_layer", "lora"}
+    tested |= {"launch", "many_processes"}  # by tests/models/test_processes.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested

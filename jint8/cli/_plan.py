@@ -1,0 +1,222 @@
+"""Whether a model fits on several devices, without its weights.
+
+MODEL is a directory of a checkpoint, its config.json, a GGUF file, or the name of a known size. The model is divided
+among the devices as `jint8.load(mesh=)` does it, and its programs are compiled for as many virtual CPU devices, with
+one and with two layers; more layers are on the line through both. Weights, cache and collectives follow from shapes and
+shardings; temporaries are those of XLA's CPU backend, which multiplies 16-bit floats in float32.
+
+JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype; per_device {int8
+{projections, scales, embeddings, others, weights, cache, prefill, decode, needed}, float {weights}}, in bytes;
+fits, float_fits (its weights and the cache alone), collectives [{kind, count, bytes, per}], longest_context (null where
+nothing fits), longest_by (memory or positions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jint8.cli import _common
+
+if TYPE_CHECKING:
+    from jint8._capacity import Capacity
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+RESERVE = "1GiB"
+MOST_DEVICES = 1024
+LONGEST = 2**24  # context that is looked at
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, a config.json, or a known size: opt-175b, ...")
+    parser.add_argument("--mesh", required=True, metavar="NxMEMORY", help="devices and the memory of each: 8x24GiB")
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (1)")
+    parser.add_argument(
+        "--reserve", default=RESERVE, metavar="MEMORY", help=f"of each device, for drivers and fragments ({RESERVE})"
+    )
+    _common.add_model_arguments(parser)
+    _common.add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    devices, memory = parse_mesh(args.mesh)
+    reserve = parse_bytes(args.reserve, "--reserve")
+    for name in ("context", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"Expected --{name} to be at least 1, got {getattr(args, name)}")
+    source, config = find_config(args.model)
+    use_cpu_devices(devices)
+    result = plan(args, source, config, devices, memory, reserve)
+    if args.json:
+        _common.report(args, result)
+    else:
+        print_table(result)
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """`"8x24GiB"` to 8 and the bytes of 24 GiB. Raises ValueError."""
+    devices, _, memory = text.partition("x")
+    if not devices.isdecimal() or not 1 <= int(devices) <= MOST_DEVICES:
+        raise ValueError(f"Expected --mesh to be like 8x24GiB, of 1 to {MOST_DEVICES} devices, got {text!r}")
+    return int(devices), parse_bytes(memory, f"the memory in --mesh {text}")
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """`"24GiB"` to bytes. Raises ValueError, naming what it is."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(UNITS)})", text)
+    if not found:
+        raise ValueError(f"Expected {name} to be like 24GiB ({', '.join(UNITS)}), got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def find_config(model: str) -> tuple[str | None, dict[str, Any]]:
+    """Where a known size was published (None for a path), and the content of config.json.
+
+    Raises:
+      ValueError: neither a path nor a known size; the message lists those.
+    """
+    from jint8._capacity import known_models
+    from jint8.checkpoints import open_checkpoint
+    from jint8.checkpoints._json import read_json
+
+    path, known = Path(model), known_models()
+    if model in known:
+        return known[model]["source"], known[model]["config"]
+    if not path.exists():
+        raise ValueError(f"Expected a path or one of {', '.join(known)}, got {model!r}")
+    if path.suffix == ".json":
+        return None, read_json(path)
+    if (path / "config.json").exists():
+        return None, read_json(path / "config.json")
+    with open_checkpoint(path) as checkpoint:
+        return None, checkpoint.config
+
+
+def use_cpu_devices(count: int) -> None:
+    """Have JAX start with `count` virtual CPU devices, and without others. Raises ValueError where it has started."""
+    import jax
+
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if len(jax.devices("cpu")) < count:
+            raise ValueError(f"Expected a process in which JAX hasn't started, got: {error}") from None
+
+
+def plan(
+    args: argparse.Namespace, source: str | None, config: dict[str, Any], devices: int, memory: int, reserve: int
+) -> dict[str, Any]:
+    """The JSON object."""
+    import jax.numpy as jnp
+
+    from jint8 import Config
+    from jint8._capacity import capacity, in_slots, longest_context
+    from jint8.models import model_config
+
+    decoder = model_config(config)
+    dtype = jnp.dtype(args.dtype or "bfloat16")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"Expected --dtype to be a float type, got {args.dtype}")
+    positions = decoder.max_positions if decoder.learned_positions is not None else None
+    if positions is not None and args.context > positions:
+        raise ValueError(
+            f"Expected --context of at most {positions}, which the model has positions for, got {args.context}"
+        )
+
+    @functools.cache
+    def at(context: int) -> Capacity:
+        _common.say(args, f"compiling one and two layers for {devices} devices at context {context:,}")
+        return capacity(
+            decoder,
+            devices,
+            context=context,
+            batch=args.batch,
+            dtype=dtype,
+            quant=_common.quant_config(args) or Config(),
+        )
+
+    found, room = at(in_slots(args.context)), memory - reserve
+    longest = longest_context(lambda context: at(context).needed, room, positions or LONGEST, args.context)
+    return {
+        "model": args.model,
+        "source": source,
+        "layers": decoder.num_layers,
+        "devices": devices,
+        "memory": memory,
+        "reserve": reserve,
+        "context": args.context,
+        "batch": args.batch,
+        "dtype": dtype.name,
+        "per_device": {
+            "int8": {
+                "projections": found.projections,
+                "scales": found.scales,
+                "embeddings": found.embeddings,
+                "others": found.others,
+                "weights": found.weights,
+                "cache": found.cache,
+                "prefill": found.prefill,
+                "decode": found.decode,
+                "needed": found.needed,
+            },
+            "float": {"weights": found.float_weights},
+        },
+        "fits": found.needed <= room,
+        "float_fits": found.float_weights + found.cache <= room,
+        "collectives": [
+            {"kind": kind, "count": count, "bytes": nbytes, "per": per}
+            for per, kinds in (("token", found.collectives), ("block of outlier columns", found.gathers))
+            for kind, (count, nbytes) in kinds.items()
+        ],
+        "longest_context": longest or None,
+        "longest_by": "positions" if longest and longest == (positions or 0) else "memory",
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The same for people."""
+    int8, room = result["per_device"]["int8"], result["memory"] - result["reserve"]
+    verdict = {True: "fits", False: "doesn't fit"}
+    print(
+        f"{result['model']} on {result['devices']} devices of {gib(result['memory'])} GiB, "
+        f"context {result['context']:,}, batch {result['batch']}, {result['dtype']}\n"
+    )
+    rows = {
+        "weights": int8["weights"],
+        "  projections, int8": int8["projections"],
+        "  their scales": int8["scales"],
+        "  embeddings and head": int8["embeddings"],
+        "  norms, biases, ...": int8["others"],
+        "keys and values": int8["cache"],
+        "temporaries of prefill": int8["prefill"],
+        "temporaries of decode": int8["decode"],
+        "needed": int8["needed"],
+        "there are": room,
+        "weights in 16 bits": result["per_device"]["float"]["weights"],
+    }
+    notes = {
+        "needed": verdict[result["fits"]],
+        "there are": f"without the reserve of {gib(result['reserve'])}",
+        "weights in 16 bits": f"{verdict[result['float_fits']]} (with keys and values, without temporaries)",
+    }
+    print(f"{'per device':24} {'GiB':>8}")
+    for name, nbytes in rows.items():
+        print(f"{name:24} {gib(nbytes):>8}  {notes.get(name, '')}".rstrip())
+    print()
+    for one in result["collectives"]:
+        print(f"{one['kind']:24} {one['count']:>8,}  of {_common.megabytes(one['bytes'])} in all, per {one['per']}")
+    longest = result["longest_context"]
+    by = "all positions that the model has" if result["longest_by"] == "positions" else "what memory holds"
+    print(f"{'longest context':24} {longest:>8,}  {by}" if longest else f"{'longest context':24} {'none':>8}")
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB, with three decimals below 10."""
+    return f"{count / 2**30:.{3 if count < 10 * 2**30 else 1}f}"

@@ -1,0 +1,115 @@
+"""`jint8 plan`: what it says of a small model, against all of it compiled, loaded and counted."""
+
+import math
+from pathlib import Path
+
+import pytest
+from family_files import DIRECTORY
+from virtual_devices import run_on_eight_devices
+
+from jint8._capacity import known_models, longest_context
+from jint8._read import abstract_params
+from jint8.cli import _plan
+from jint8.models import Decoder, model_config
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "memory"),
+    [("8x24GiB", 8, 24 * 2**30), ("1x80GB", 1, 80 * 10**9), ("16x0.5MiB", 16, 2**19)],
+)
+def test_mesh(text, devices, memory):
+    assert _plan.parse_mesh(text) == (devices, memory)
+
+
+ERRORS = {
+    "unknown": (["gpt-5", "--mesh", "8x24GiB"], "one of opt-175b, bloom-176b, llama-3-8b"),
+    "no_devices": (["opt-175b", "--mesh", "0x24GiB"], "like 8x24GiB, of 1 to 1024 devices, got '0x24GiB'"),
+    "no_unit": (["opt-175b", "--mesh", "8x24"], "8x24 to be like 24GiB (MB, GB, MiB, GiB), got '24'"),
+    "no_mesh": (["opt-175b"], "--mesh"),
+    "word": (["opt-175b", "--mesh", "eight"], "got 'eight'"),
+    "reserve": (["opt-175b", "--mesh", "8x24GiB", "--reserve", "10%"], "--reserve to be like 24GiB"),
+    "context": (["opt-175b", "--mesh", "1x24GiB", "--context", "0"], "--context to be at least 1"),
+    "positions": (
+        ["opt-175b", "--mesh", "1x24GiB", "--context", "2049"],
+        "at most 2048, which the model has positions",
+    ),
+    "family": ([str(DIRECTORY.parent / "encoders" / "bert"), "--mesh", "1x24GiB"], "Expected a decoder"),
+    "dtype": (["opt-175b", "--mesh", "1x24GiB", "--dtype", "int8"], "--dtype to be a float type, got int8"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(argv, message, run_error):
+    assert message in run_error("plan", *argv)
+
+
+PARAMETERS = {  # billions, as published
+    "opt-175b": 175,
+    "bloom-176b": 176.2,
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.6,
+    "llama-3-405b": 405.9,
+    "mixtral-8x7b": 46.7,
+    "gemma-2-27b": 27.2,
+    "gemma-3-27b": 27.0,
+    "smollm2-135m": 0.1345,
+}
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_known_sizes_have_as_many_parameters_as_published(name):
+    leaves = abstract_params(Decoder(model_config(known_models()[name]["config"])))
+    count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    assert count / 1e9 == pytest.approx(PARAMETERS[name], rel=0.005)
+
+
+LINEAR, WITH_A_STEP = (lambda n: 1000 + 8 * n), (lambda n: 1000 + 8 * n + (50_000 if n > 1024 else 0))
+
+
+@pytest.mark.parametrize(
+    ("needed", "room", "limit", "longest"),
+    [
+        (LINEAR, 1000 + 8 * 5000, 2**20, 4992),
+        (LINEAR, 1000 + 8 * 5120, 2**20, 5120),
+        (LINEAR, 10**9, 2050, 2050),
+        (LINEAR, 10**9, 64, 64),
+        (LINEAR, 1000, 2**20, 0),
+        (LINEAR, 1000 + 8 * 130, 2**20, 128),
+        (WITH_A_STEP, 1000 + 8 * 5000, 2**20, 1024),
+        (WITH_A_STEP, 51_000 + 8 * 5000, 2**20, 4992),
+        (lambda n: 7, 7, 4096, 4096),
+    ],
+    ids=["between", "exact", "limit", "short", "none", "least", "before_a_step", "behind_a_step", "constant"],
+)
+def test_longest_context(needed, room, limit, longest):
+    looked_at = []
+    assert longest_context(lambda n: looked_at.append(n) or needed(n), room, limit, 512) == longest
+    assert len({*looked_at}) <= 10  # each is compiled
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_on_eight_devices(Path(__file__).parents[1] / "models" / "capacity_on_a_mesh.py")
+
+
+def test_one_and_two_layers_say_what_three_take(found):
+    along, full = found["along"], found["full"]
+    for temporaries in ("prefill", "decode"):
+        assert along.pop(temporaries) == pytest.approx(full.pop(temporaries), rel=0.1)
+    assert along == full
+    assert full["token all-reduce"] >= 2 * 3  # of the row-parallel products in each layer
+
+
+def test_weights_are_those_of_a_loaded_model(found):
+    int8 = found["plan"]["per_device"]["int8"]
+    assert int8["weights"] == found["loaded"]
+    assert int8["weights"] == sum(int8[name] for name in ("projections", "scales", "embeddings", "others"))
+
+
+def test_cache_and_verdicts(found):
+    plan = found["plan"]
+    int8 = plan["per_device"]["int8"]
+    assert int8["cache"] == 2 * 2 * 128 * 2 * 8 * 4  # layers, keys and values, slots, 2 of 4 heads of 8, float32
+    assert int8["needed"] == int8["weights"] + int8["cache"] + max(int8["prefill"], int8["decode"])
+    assert plan["fits"] is (int8["needed"] <= plan["memory"] - plan["reserve"])
+    assert (plan["longest_context"], plan["longest_by"]) == (48, "positions")
