@@ -258,7 +258,9 @@ class _Gathered:
     def zeros(self, rows: int, dtype):
         """Sums of nothing."""
         n = self.q.shape[0] if self.k_last else self.q.shape[1]
-        per_channel, per_row = jnp.zeros((rows, n), dtype), jnp.zeros((rows, 1), dtype)
+        # they depend on the data: XLA would make constants at the program's start and hold those of all layers
+        zero = jnp.minimum(self.index[0], 0).astype(dtype)
+        per_channel, per_row = jnp.full((rows, n), zero), jnp.full((rows, 1), zero)
         return varying_as(per_channel, self.x, self.q), varying_as(per_row, self.x)
 
     def all_sums(self, step):
