@@ -7,14 +7,24 @@ table = pytest.importorskip("peers.table", reason="needs the benchmarks, which a
 
 @pytest.fixture
 def result():
-    timed = {"ours, float32": {"seconds": 2.0}, "theirs": {"seconds": 0.5}}
+    baseline = {"seconds": 2.0, "tokens": 512, "prompt_tokens": 512}
+    shorter = {"seconds": 0.0625, "tokens": 64, "prompt_tokens": 64}
+    step = {"seconds": 0.125, "tokens": 4, "prompt_tokens": 32}
     return {
         "machine": {"cpus": 2, "cpu": "a CPU", "isa": ["avx2"]},
         "baseline": "ours, float32",
         "skipped": {"absent": "No module named 'absent'"},
         "cells": {
-            "prefill": {"title": "prefill of 512", "tokens": 512, "measured": timed},
-            "decode_batch_4": {"title": "decode, batch 4", "tokens": 4, "measured": {"theirs": {"seconds": 0.125}}},
+            "prefill": {
+                "title": "prefill of 512",
+                "request": {"prompt_tokens": 512},
+                "measured": {"ours, float32": baseline, "theirs": shorter},
+            },
+            "decode_batch_4": {
+                "title": "decode, batch 4",
+                "request": {"prompt_tokens": 32},
+                "measured": {"theirs": step},
+            },
         },
         "rows": {
             "ours, float32": {"head": "float32", "memory": {"resident": 10**9, "peak": 2 * 10**9}, "versions": {}},
@@ -27,7 +37,7 @@ def result():
 def test_speeds_and_ratios(result):
     lines = table.markdown(result).splitlines()
     assert "| ours, float32 | float32 | 256 (1.00) | – | 1000 (2000) |" in lines
-    assert "| theirs | int8 | 1024 (4.00) | 32.0 | (300) |" in lines
+    assert "| theirs | int8 | 1024 (4.00), prompt of 64 | 32.0 | (300) |" in lines
 
 
 def test_says_what_was_skipped_and_with_which_versions(result):

@@ -7,13 +7,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 PAUSE_S = 0.3  # between runs: the threads of some engines spin for a while when there is nothing left to do
 WANTED_REPEATS = 3  # a slow worker decodes fewer tokens rather than fewer times than this
 LEAST_STEPS = 2
+SHORTER = 8  # times shorter prompts, for a worker that would take too long with the whole ones
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -62,29 +63,23 @@ class Worker:
 
 
 def alternate(
-    workers: Mapping[str, Worker], request: Mapping[str, Any], *, seconds: float, repeats: int
+    workers: Mapping[str, Worker], request: Mapping[str, Any], *, seconds: float, repeats: int, slow: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Times one request of every worker, taking turns.
 
     A first run of each is for compiling, a second one says how long it takes (the first does, where it took longer
     than `seconds`): a slow worker gets as many steps and repeats as fit into `seconds`, at least LEAST_STEPS and one.
+    Those named in `slow` try prompts that are SHORTER times shorter first, and keep them if whole ones took too long.
 
     Returns:
-      By worker: {"seconds": median, "lowest", "highest", "repeats"} and, where the request has them, "new_tokens".
+      By worker: {"seconds": median, "lowest", "highest", "repeats", "tokens": in that time, "prompt_tokens"} and, where
+      the request has them, "new_tokens".
     """
     asked, turns = {}, {}
     for name, worker in workers.items():
-        short = {**request, "new_tokens": LEAST_STEPS} if "new_tokens" in request else dict(request)
-        once, wall = _timed(worker, short)
-        if wall < seconds:
-            once, wall = _timed(worker, short)
-        asked[name] = dict(request)
-        if "new_tokens" in request:
-            left = seconds / WANTED_REPEATS - wall
-            steps = LEAST_STEPS + int(max(0, left) / once)
-            asked[name]["new_tokens"] = min(steps, request["new_tokens"])
-            wall += (asked[name]["new_tokens"] - LEAST_STEPS) * once
-        turns[name] = max(1, min(repeats, int(seconds / wall)))
+        asked[name] = _shortened(worker, request, seconds) if name in slow else dict(request)
+        asked[name], turns[name] = _fitted(worker, asked[name], seconds, repeats)
+        print(f"  {name}: {turns[name]} times", flush=True)
     times: dict[str, list[float]] = {name: [] for name in workers}
     for turn in range(max(turns.values(), default=0)):
         for name, worker in workers.items():
@@ -92,6 +87,29 @@ def alternate(
                 time.sleep(PAUSE_S)
                 times[name].append(worker.ask(**asked[name])["seconds"])
     return {name: summary(values, asked[name]) for name, values in times.items()}
+
+
+def _shortened(worker: Worker, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """The request, or one with a shorter prompt where that alone takes a good part of `seconds`."""
+    short = {**request, "prompt_tokens": request["prompt_tokens"] // SHORTER}
+    first = {**short, "what": "prefill"}
+    _timed(worker, first)
+    said, _ = _timed(worker, first)
+    return short if said * SHORTER > seconds else dict(request)
+
+
+def _fitted(worker: Worker, request: Mapping[str, Any], seconds: float, repeats: int) -> tuple[dict[str, Any], int]:
+    """The request with as many steps as fit, and how often that fits."""
+    decodes = "new_tokens" in request
+    short = {**request, "new_tokens": LEAST_STEPS} if decodes else dict(request)
+    once, wall = _timed(worker, short)
+    if wall < seconds:
+        once, wall = _timed(worker, short)
+    if decodes:
+        more = int(max(0, seconds / WANTED_REPEATS - wall) / once)
+        short["new_tokens"] = min(LEAST_STEPS + more, request["new_tokens"])
+        wall += (short["new_tokens"] - LEAST_STEPS) * once
+    return short, max(1, min(repeats, int(seconds / wall)))
 
 
 def _timed(worker: Worker, request: Mapping[str, Any]) -> tuple[float, float]:
@@ -102,5 +120,13 @@ def _timed(worker: Worker, request: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def summary(times: list[float], request: Mapping[str, Any]) -> dict[str, Any]:
-    result = {"seconds": statistics.median(times), "lowest": min(times), "highest": max(times), "repeats": len(times)}
-    return result | ({"new_tokens": request["new_tokens"]} if "new_tokens" in request else {})
+    """Of one worker's times; a decoding request's are of one step."""
+    decodes = "new_tokens" in request
+    return {
+        "seconds": statistics.median(times),
+        "lowest": min(times),
+        "highest": max(times),
+        "repeats": len(times),
+        "tokens": request["batch"] * (1 if decodes else request["prompt_tokens"]),
+        "prompt_tokens": request["prompt_tokens"],
+    } | ({"new_tokens": request["new_tokens"]} if decodes else {})

@@ -19,6 +19,7 @@ class Row:
       options: arguments of its `Engine`.
       head: how the output head is multiplied, which is a fifth of this model's weights.
       optional: run only when asked for.
+      slow: may take minutes for a prompt: PyTorch's int8 product of the CPU, where that has no VNNI.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Row:
     head: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     optional: bool = False
+    slow: bool = False
 
 
 ROWS = (
@@ -48,13 +50,22 @@ ROWS = (
     Row(name="CTranslate2, int8", engine="ctranslate2", head="int8"),
     Row(name="ONNX Runtime, dynamic int8", engine="onnxruntime", head="int8"),
     Row(name="PyTorch, float32", engine="torch", head="float32"),
-    Row(name="bitsandbytes, threshold 6", engine="torch", options={"quantization": "bitsandbytes"}, head="float32"),
-    Row(name="torchao, dynamic int8, eager", engine="torch", options={"quantization": "torchao"}, head="int8"),
+    Row(
+        name="bitsandbytes, threshold 6",
+        engine="torch",
+        options={"quantization": "bitsandbytes"},
+        head="float32",
+        slow=True,
+    ),
+    Row(
+        name="torchao, dynamic int8, eager", engine="torch", options={"quantization": "torchao"}, head="int8", slow=True
+    ),
     Row(
         name="torchao, dynamic int8, compiled",
         engine="torch",
         options={"quantization": "torchao", "compiled": True},
         head="int8",
         optional=True,
+        slow=True,
     ),
 )

@@ -78,10 +78,11 @@ def measure(args: argparse.Namespace, workers: dict[str, Worker]) -> dict[str, A
     ask = {"what": "continue", "prompt": tokenizer.encode(PROMPT), "new_tokens": CONTINUATION_TOKENS}
     texts = {name: tokenizer.decode(worker.ask(**ask)["tokens"]) for name, worker in workers.items()}
     cells = {}
-    for cell, title, tokens, request in requests():
+    slow = [row.name for row in ROWS if row.slow]
+    for cell, title, request in requests():
         print(title, flush=True)
-        measured = alternate(workers, request, seconds=args.seconds, repeats=args.repeats)
-        cells[cell] = {"title": title, "tokens": tokens, "request": request, "measured": measured}
+        measured = alternate(workers, request, seconds=args.seconds, repeats=args.repeats, slow=slow)
+        cells[cell] = {"title": title, "request": request, "measured": measured}
     rows = {
         row.name: {
             "head": row.head,
@@ -94,13 +95,13 @@ def measure(args: argparse.Namespace, workers: dict[str, Worker]) -> dict[str, A
     return {"continuation": {"prompt": PROMPT, "texts": texts}, "cells": cells, "rows": rows}
 
 
-def requests() -> list[tuple[str, str, int, dict[str, Any]]]:
-    """Key, title, tokens per measured time, and the request."""
+def requests() -> list[tuple[str, str, dict[str, Any]]]:
+    """Key, title and the request."""
     prefill = {"what": "prefill", "batch": 1, "prompt_tokens": PREFILL_TOKENS}
     decode = {"what": "decode", "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     return [
-        ("prefill", f"prefill of {PREFILL_TOKENS}", PREFILL_TOKENS, prefill),
-        *((f"decode_batch_{b}", f"decode, batch {b}", b, {**decode, "batch": b}) for b in BATCHES),
+        ("prefill", f"prefill of {PREFILL_TOKENS}", prefill),
+        *((f"decode_batch_{b}", f"decode, batch {b}", {**decode, "batch": b}) for b in BATCHES),
     ]
 
 

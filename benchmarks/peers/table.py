@@ -33,14 +33,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _speed(result: dict[str, Any], cell: str, name: str) -> str:
-    tokens, measured = result["cells"][cell]["tokens"], result["cells"][cell]["measured"]
+    measured, request = result["cells"][cell]["measured"], result["cells"][cell]["request"]
     if name not in measured:
         return MISSING
-    seconds = measured[name]["seconds"]
-    speed = f"{tokens / seconds:.{0 if tokens / seconds >= 100 else 1}f}"
-    if result["baseline"] not in measured:
-        return speed
-    return f"{speed} ({measured[result['baseline']]['seconds'] / seconds:.2f})"
+    speeds = {row: one["tokens"] / one["seconds"] for row, one in measured.items()}
+    text = f"{speeds[name]:.{0 if speeds[name] >= 100 else 1}f}"
+    if result["baseline"] in speeds:
+        text += f" ({speeds[name] / speeds[result['baseline']]:.2f})"
+    tokens = measured[name]["prompt_tokens"]
+    return text if tokens == request["prompt_tokens"] else f"{text}, prompt of {tokens}"
 
 
 def _memory(memory: dict[str, int]) -> str:
