@@ -12,28 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jint8._assemble import decoder_shardings, place
+from jint8._host import cast
 from jint8._paths import leaf_paths
 from jint8._types import is_qtensor
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._safetensors import read_arrays
 from jint8.models import Decoder, Encoder
-from jint8.models.families import COLUMNS, ROWS, from_stored, sources, split_sizes
+from jint8.models.families import sources, split_sizes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = ("lora_a", "lora_b")
 
 
-def with_adapter(params: dict[str, Any], model: Decoder | Encoder, path: Path) -> dict[str, Any]:
+def with_adapter(
+    params: dict[str, Any], model: Decoder | Encoder, path: Path, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """`params` with the factors of the adapter at `path`.
 
     Args:
       params: of `model`; the arrays are shared with the result.
       model: the decoder or encoder.
       path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+      mesh: of devices that `params` are divided among; None is one device.
 
     Returns:
       A tree with `lora_a` and `lora_b` beside the weights that the adapter is for.
@@ -58,19 +63,21 @@ def with_adapter(params: dict[str, Any], model: Decoder | Encoder, path: Path) -
             continue
         if len(shapes[name]) != 2:
             raise ValueError(f"{file}: tensor {PREFIX + modules[0]!r}: Expected no factors for experts, got some.")
-        layout = ROWS if source.layout == COLUMNS else source.layout
         rows, k = split_sizes(shapes[name], name, len(modules), model.config), shapes[name][1]
         a, b = [], []
         for module, n, (down, up) in zip(modules, rows, pairs, strict=True):
             down, up = _checked(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
             a.append(down)
-            b.append(from_stored(up, layout, model.config) * _scaling(config, module, len(down)))
+            b.append(up * _scaling(config, module, len(down)))
+        ups = _block_diagonal(b)
+        new = {"lora_a": np.concatenate(a), "lora_b": ups if source.order is None else ups[source.order]}
+        module = name.removesuffix("weight")
+        placed = decoder_shardings({module + leaf: factor for leaf, factor in new.items()}, mesh)
         *parents, _ = name.split("/")
         node = result
         for parent in parents:
             node = node[parent]
-        node["lora_a"] = jnp.asarray(np.concatenate(a)).astype(model.dtype)
-        node["lora_b"] = jax.scipy.linalg.block_diag(*b).astype(model.dtype)
+        node |= {leaf: place(cast(factor, model.dtype), placed.get(module + leaf)) for leaf, factor in new.items()}
     for name in factors:
         raise ValueError(f"{file}: tensor {name!r}: Expected only factors of projections of this model, got this.")
     return result
@@ -111,6 +118,15 @@ def _checked(
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise ValueError(f"{where}: Expected finite factors, got NaN or infinity.")
     return down, up
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    total = np.zeros(np.sum([block.shape for block in blocks], axis=0), np.float32)
+    row, column = 0, 0
+    for block in blocks:
+        total[row : row + len(block), column : column + block.shape[1]] = block
+        row, column = row + len(block), column + block.shape[1]
+    return total
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

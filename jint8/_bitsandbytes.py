@@ -16,7 +16,7 @@ from jint8._paths import leaf_paths
 from jint8._types import SCHEMES, QTensor, is_qtensor
 from jint8.checkpoints import Checkpoint
 from jint8.models import ModelConfig
-from jint8.models.families import HEAD, HEADS, ROWS, Source, family, sources, split, to_stored
+from jint8.models.families import HEAD, family, sources, split
 
 # What transformers writes beside the options that say something.
 _OPTIONS = {
@@ -78,22 +78,17 @@ def companions(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
     return tuple(name for name in (f"{module}SCB", f"{module}weight_format") if name in checkpoint.tensors)
 
 
-def int8_layout(source: Source) -> str:
-    """The layout of an int8 weight: bitsandbytes has rows also where GPT-2 has columns."""
-    return HEADS if source.layout == HEADS else ROWS
-
-
-def read_weight(checkpoint: Checkpoint, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """int8 `[n, k]` and the float32 scales `[n, 1]` of a weight.
+def read_weight(checkpoint: Checkpoint, weight: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """int8 `[n, k]` and the float32 scales `[n, 1]` of some rows of a weight.
 
     Raises:
       ValueError: scales of a wrong shape or not finite, or values in another order than rows.
     """
     module = weight.removesuffix("weight")
-    q = checkpoint.read(weight)
+    n = checkpoint.tensors[weight].shape[:1]
     absmax = checkpoint.read(f"{module}SCB")
-    if absmax.dtype != np.float32 or absmax.shape != q.shape[:1]:
-        raise ValueError(f"Expected {module}SCB as float32 {q.shape[:1]}, got {absmax.dtype} {absmax.shape}.")
+    if absmax.dtype != np.float32 or absmax.shape != n:
+        raise ValueError(f"Expected {module}SCB as float32 {n}, got {absmax.dtype} {absmax.shape}.")
     if not np.all(np.isfinite(absmax)):
         raise ValueError(f"Expected finite scales in {module}SCB, got NaN or infinity.")
     if f"{module}weight_format" in checkpoint.tensors:
@@ -102,7 +97,7 @@ def read_weight(checkpoint: Checkpoint, weight: str) -> tuple[np.ndarray, np.nda
             raise ValueError(
                 f"Expected {module}weight_format 0 (rows), got {order}: save it with a newer bitsandbytes."
             )
-    return q, (absmax / np.float32(127))[:, None]
+    return checkpoint.read_rows(weight, rows.start, rows.stop), (absmax[rows] / np.float32(127))[:, None]
 
 
 def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -126,21 +121,20 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
     skipped = [str(family(config).modules[HEAD])] if config.tie_embeddings else []
     threshold = 6.0
     for path, source in sources(config, leaves, ()).items():
-        leaf, count = leaves[path], len(source.tensors)
+        leaf = leaves[path]
         if not is_qtensor(leaf):
-            for name, part in zip(source.tensors, split(np.asarray(leaf), path, count, config), strict=True):
-                tensors[name] = to_stored(part, source.layout, config)
+            for name, part in zip(source.tensors, split(np.asarray(leaf), path, source, config), strict=True):
+                tensors[name] = part.T if source.transposed else part
             if path.endswith("/weight"):
                 skipped += [name.removesuffix(".weight") for name in source.tensors]
             continue
         _check(path, leaf)
         threshold = leaf.config.threshold if leaf.config.decomposes else 0.0
-        layout = int8_layout(source)
-        parts = (split(np.asarray(array), path, count, config) for array in (leaf.q, leaf.scale))
+        parts = (split(np.asarray(array), path, source, config) for array in (leaf.q, leaf.scale))
         for name, q, scale in zip(source.tensors, *parts, strict=True):
             module = name.removesuffix("weight")
-            tensors[name] = to_stored(q, layout, config)
-            tensors[f"{module}SCB"] = _absmax(to_stored(scale, layout, config))[:, 0]
+            tensors[name] = q  # in rows, also where GPT-2 has columns
+            tensors[f"{module}SCB"] = _absmax(scale)[:, 0]
             tensors[f"{module}weight_format"] = np.array(0, np.uint8)
     asked = {"llm_int8_skip_modules": skipped, "llm_int8_threshold": threshold}
     return tensors, _OPTIONS | asked

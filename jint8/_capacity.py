@@ -204,7 +204,7 @@ def _weights(config: ModelConfig, mesh: Mesh, dtype: Any, quant: Config) -> tupl
 
 def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant: Config) -> Numbers:
     """What XLA says of prefill and decode of all layers, compiled for the devices of `mesh`."""
-    model, slots = Decoder(config), in_slots(context)
+    model, slots = Decoder(config, mesh=mesh), in_slots(context)
     params = {"params": _sharded(planned_tree(model, config=quant), mesh)}
     prompt = jax.ShapeDtypeStruct((batch, min(bucket(context), CHUNK, slots - 1)), jnp.int32)
     knobs: Any = jax.eval_shape(lambda: Knobs(jnp.float32(0), jnp.float32(1)))

@@ -7,6 +7,8 @@ quotient next to a half may be rounded to the other side there.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,8 +35,12 @@ def check_finite(value: np.ndarray) -> None:
             raise ValueError(NOT_FINITE)
 
 
-def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
-    """Quantizes float `value[n, k]` with one scale per row into int8 `q[n, k]` and float32 `scale[n, 1]`.
+def quantized_rows(value: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Quantizes float `value[n, k]` with one scale per row.
+
+    Yields:
+      A few rows at a time: which, their int8 values (as float32, in a buffer that the next rows go to) and the float32
+      scales `[rows, 1]`.
 
     Raises:
       ValueError: NaN or infinity in `value`.
@@ -42,18 +48,18 @@ def quantize_rows(value: np.ndarray, q: np.ndarray, scale: np.ndarray) -> None:
     n, k = value.shape
     rows = max(1, BLOCK // max(k, 1))
     x, steps = (np.empty((min(rows, n), k), np.float32) for _ in range(2))
-    with np.errstate(all="ignore"):  # rows of zeros and of NaN are seen to below
-        for start in range(0, n, rows):
-            at = slice(start, min(start + rows, n))
-            block, y, s = x[: at.stop - start], steps[: at.stop - start], scale[at]
-            to_float32(value[at], block)
-            np.abs(block, out=y)
-            np.divide(y.max(axis=1, keepdims=True, initial=0), np.float32(127), out=s)
-            np.divide(block, s, out=y)
-            q[at] = np.rint(y, out=y)
-    if not np.isfinite(scale).all():
-        raise ValueError(NOT_FINITE)
-    q[scale[:, 0] < SMALLEST_NORMAL] = 0
+    for start in range(0, n, rows):
+        at = slice(start, min(start + rows, n))
+        block, y = x[: at.stop - start], steps[: at.stop - start]
+        to_float32(value[at], block)
+        np.abs(block, out=y)
+        with np.errstate(all="ignore"):  # rows of zeros
+            scale = y.max(axis=1, keepdims=True, initial=0) / np.float32(127)
+            if not np.isfinite(scale).all():
+                raise ValueError(NOT_FINITE)
+            np.rint(np.divide(block, scale, out=y), out=y)
+        y[scale[:, 0] < SMALLEST_NORMAL] = 0
+        yield at, y, scale
 
 
 def to_float32(value: np.ndarray, out: np.ndarray) -> None:
@@ -64,6 +70,16 @@ def to_float32(value: np.ndarray, out: np.ndarray) -> None:
         np.left_shift(bits, 16, out=bits)
     else:
         out[...] = value
+
+
+def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
+    """A float array in another dtype, or itself."""
+    if value.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
+        out = np.empty(value.shape, np.float32)
+        to_float32(value, out)
+        return out
+    with np.errstate(over="ignore"):
+        return value.astype(dtype, copy=False)
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:

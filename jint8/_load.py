@@ -13,19 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from jint8._adapter import saved_factors, with_adapter
 from jint8._language_model import LanguageModel
 from jint8._paths import Patterns
 from jint8._read import Progress, abstract_params, read_params, settings
 from jint8._save import read_saved, saved_config, saved_dtype
-from jint8._sharding import shardings
 from jint8._text_encoder import TextEncoder
 from jint8._types import Config
 from jint8.checkpoints import Checkpoint, open_checkpoint
 from jint8.checkpoints._jint8 import Jint8Checkpoint, verify_files
-from jint8.models import Decoder, Encoder, encoder_config, model_config, partition_specs
+from jint8.models import Decoder, Encoder, encoder_config, model_config
 from jint8.models.families import text_config
 
 
@@ -57,8 +56,8 @@ def load(
         `llm_int8_threshold` of a `quantization_config` in `config.json`.
       dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
         float32 on CPUs and bfloat16 on GPUs.
-      mesh: divides the model among its devices, by `jint8.models.partition_specs`; each process reads the checkpoint
-        and keeps its devices' part. None is one device.
+      mesh: divides the model among its devices, by `jint8.models.partition_specs`. Each process reads what its devices
+        hold, and nothing is whole on one of them. None is one device.
       quantize: False keeps every weight in `dtype`.
       skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
         experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
@@ -158,7 +157,9 @@ def _load(
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
     if verify:
         verify_files(Path(path))
-    build = decoder if kind is LanguageModel else encoder
+    if mesh is not None:  # XLA decides how activations are divided: jax.make_mesh's default asks the model's code to
+        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    build = functools.partial(decoder, mesh=mesh) if kind is LanguageModel else encoder
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
             if not quantize or skip or include or outliers is not None or calibrate is not None:
@@ -167,11 +168,13 @@ def _load(
             model = build(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
             expected = abstract_params(model)
             expected |= saved_factors(checkpoint.tensors, expected)
-            params = read_saved(checkpoint, expected, config=config, dtype=dtype, progress=progress)
+            params = read_saved(checkpoint, expected, config=config, dtype=dtype, mesh=mesh, progress=progress)
         else:
             quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
             model = build(checkpoint, default_dtype() if dtype is None else dtype)
-            read = functools.partial(read_params, checkpoint, model, skip=skip, include=include, progress=progress)
+            read = functools.partial(
+                read_params, checkpoint, model, skip=skip, include=include, mesh=mesh, progress=progress
+            )
             if outliers is not None:
                 quant = dataclasses.replace(quant, outliers="static")
             elif quant.outliers == "static" and quant.decomposes:
@@ -182,9 +185,7 @@ def _load(
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:
-            params = with_adapter(params, model, Path(adapter))
-        if mesh is not None:
-            params = jax.device_put(params, shardings(params, partition_specs(params, mesh), mesh=mesh))
+            params = with_adapter(params, model, Path(adapter), mesh)
         return _loaded(kind, checkpoint, model, params, quant)
 
 
@@ -200,14 +201,14 @@ def _loaded(kind, checkpoint: Checkpoint, model: Any, params: Any, quant: Config
 
 
 def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Where a divided model is put together: no device has to hold it whole."""
+    """Where the parts of a divided model come from: no device has to hold more than its own."""
     return contextlib.nullcontext() if mesh is None else jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def decoder(checkpoint: Checkpoint, dtype: Any) -> Decoder:
+def decoder(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> Decoder:
     """The model of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
-        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype))
+        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype), mesh)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 

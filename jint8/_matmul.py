@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jint8 import _kernels, _xla
 from jint8._observe import Observed, watch
@@ -64,6 +64,30 @@ def matmul(
     References:
       arXiv 2208.07339, section 3.2 and equation 8.
     """
+    return _matmul(x, w, bias, config, implementation)
+
+
+def divided_matmul(x: jax.Array, w: QTensor, *, bias: jax.Array | None = None, mesh: Mesh, axis: str) -> jax.Array:
+    """`matmul` of arrays whose contracted features are divided among the devices along `axis` of `mesh`.
+
+    The same integers as on one device (beyond `MAX_GATHERED_K` features, outliers of many rows have narrower digits).
+    What the devices exchange are the largest values of each row, and the sums.
+
+    Args:
+      x: as in `matmul`.
+      w: as in `matmul`.
+      bias: as in `matmul`; whole on each device.
+      mesh: of devices.
+      axis: of the mesh, whose size divides k; where it doesn't, XLA decides what to exchange.
+
+    Returns:
+      `[..., n]` in `x.dtype`, whole on each device.
+    """
+    divided = _xla.Divided(mesh, axis) if x.shape[-1] % mesh.shape[axis] == 0 else None
+    return _matmul(x, w, bias, None, "xla", divided)
+
+
+def _matmul(x, w, bias, config, implementation, divided: _xla.Divided | None = None) -> jax.Array:
     check_activations(x)
     if not is_qtensor(w):
         raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
@@ -94,6 +118,7 @@ def matmul(
         config=w.config if config is None else config,
         implementation=implementation,
         dtype=x.dtype,
+        divided=divided,
     )
     return y.reshape(*x.shape[:-1], n)
 
@@ -131,7 +156,15 @@ def choose(m: int, w: _xla.Weight, config: Config, implementation: str | None, *
 
 
 def product_2d(
-    x, w: _xla.Weight, bias=None, *, k_last: bool, config: Config, implementation: str | None, dtype: Any
+    x,
+    w: _xla.Weight,
+    bias=None,
+    *,
+    k_last: bool,
+    config: Config,
+    implementation: str | None,
+    dtype: Any,
+    divided: _xla.Divided | None = None,
 ) -> jax.Array:
     """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, rounded once; differentiable in `x` and `bias`."""
     check_config(config)
@@ -139,7 +172,7 @@ def product_2d(
     if 0 in x.shape or 0 in w.q.shape:
         y = jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)
-    product = functools.partial(_product, Static(config, k_last, path, jnp.dtype(dtype)))
+    product = functools.partial(_product, Static(config, k_last, path, jnp.dtype(dtype), divided))
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         # parts of the product contract sharded axes: XLA divides it, and rows and channels stay where they were
         rows, channels = (jax.typeof(a).sharding.spec for a in (x, w.q))
@@ -155,6 +188,7 @@ class Static(NamedTuple):
     k_last: bool
     path: str
     dtype: Any  # of the result
+    divided: _xla.Divided | None = None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -171,11 +205,11 @@ def _product(static, x, w, bias):
 
 
 def _compute(static, x, w, bias):
-    config, k_last, path, dtype = static
+    config, k_last, path, dtype, divided = static
     if path == KERNELS_ON_GPU or path in _kernels.BACKENDS:
         backend = None if path == KERNELS_ON_GPU else path
         return _kernels.product(_kernels.Call(config, k_last, dtype, backend), x, w, bias)
-    return _xla.product(x, w, bias, config, k_last=k_last, implementation=path, dtype=dtype)
+    return _xla.product(x, w, bias, config, k_last=k_last, implementation=path, dtype=dtype, divided=divided)
 
 
 @_product.defjvp

@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jint8 import _bitsandbytes as bitsandbytes
-from jint8._host import aligned, check_finite, quantize_rows
-from jint8._outlier_rows import check_outliers, scaled
+from jint8._assemble import Assembly, decoder_shardings, place
+from jint8._host import cast, check_finite, quantized_rows
+from jint8._outlier_rows import check_outliers
 from jint8._params import OUTPUT_HEADS, standard_axes
 from jint8._paths import Patterns, leaf_paths, matches
 from jint8._quantize import quantize as quantize_weight
-from jint8._types import SCHEMES, Config, QTensor
+from jint8._types import SCHEMES, SMALLEST_NORMAL, Config, QTensor
 from jint8.checkpoints import Checkpoint
 from jint8.models import Decoder, Encoder, ModelConfig
-from jint8.models.families import COLUMNS, Source, from_stored, ignored, sources
+from jint8.models.families import Source, ignored, sources
 
 Progress = Callable[[int, int], None]
 
@@ -70,12 +72,18 @@ def read_params(
     skip: Patterns = (),
     include: Patterns = (),
     outliers: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of `model` out of `checkpoint`; see `jint8.load`."""
+    """The parameters of `model` out of `checkpoint`; see `jint8.load`.
+
+    With a mesh, each is divided among its devices, and of its rows only those are read that devices of this process
+    hold (all, where they hold some columns of each).
+    """
     wanted = _wanted(checkpoint, model, config, skip, include)
     if unknown := sorted(set(outliers or ()) - set(wanted)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
+    placed = decoder_shardings(_planned(wanted, config), mesh)
     total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
     done, lock = 0, threading.Lock()
 
@@ -92,12 +100,13 @@ def read_params(
         source, expected, axes = wanted[path]
         with jax.default_device(device):
             reader = Reader(checkpoint, source, config, model, tell)
-            w = reader.read(expected.shape, quantized=axes is not None)
-            found = (outliers or {}).get(path)
-            try:
-                return w if found is None or not isinstance(w, QTensor) else reader.with_outliers(w, found)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{path}: {error}") from None
+            return reader.read(
+                path,
+                expected.shape,
+                quantized=axes is not None,
+                outliers=(outliers or {}).get(path),
+                sharding=placed.get(path),
+            )
 
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
@@ -118,9 +127,13 @@ def planned_params(
     checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
+    return _planned(_wanted(checkpoint, model, config, skip, include), config)
+
+
+def _planned(wanted: Mapping[str, Wanted], config: Config) -> dict[str, Any]:
     planned: dict[str, Any] = {}
-    for path, (_, expected, axes) in _wanted(checkpoint, model, config, skip, include).items():
-        planned[path] = expected if axes is None else _planned(expected, axes, config)
+    for path, (_, expected, axes) in wanted.items():
+        planned[path] = expected if axes is None else _quantized(expected, axes, config)
     return planned
 
 
@@ -139,11 +152,11 @@ def planned_tree(
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = leaf if axes is None else _planned(leaf, axes, config)
+        node[last] = leaf if axes is None else _quantized(leaf, axes, config)
     return tree
 
 
-def _planned(leaf: jax.ShapeDtypeStruct, axes: tuple[int, ...], config: Config) -> Any:
+def _quantized(leaf: jax.ShapeDtypeStruct, axes: tuple[int, ...], config: Config) -> Any:
     return jax.eval_shape(functools.partial(quantize_weight, contract_axes=axes, config=config), leaf)
 
 
@@ -214,85 +227,109 @@ class Reader:
     source: Source
     config: Config
     model: Decoder | Encoder
-    tell: Callable[[int], None]  # bytes that have been read
+    tell: Callable[[int], None]  # bytes that are done with
 
-    def read(self, shape: tuple[int, ...], *, quantized: bool) -> jax.Array | QTensor:
-        """The parameter. Raises ValueError, naming file and tensor, for values that it can't have."""
-        scheme = SCHEMES[self.config.scheme]
-        if quantized and scheme.weights == "channel" and not scheme.affine:
-            return self._int8_rows(shape)
-        pieces = [self._named(name, self._convert, quantized) for name in self.source.tensors]
+    def read(
+        self, path: str, shape: tuple[int, ...], *, quantized: bool, outliers: Any = None, sharding: Any = None
+    ) -> jax.Array | QTensor:
+        """The parameter. Raises ValueError, naming file and tensor, for values that it can't have.
 
-        def stack(*rows: jax.Array) -> jax.Array:
-            array = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-            return array.reshape(*shape[:-1], -1) if len(shape) == 3 else array
-
-        return jax.tree.map(stack, *pieces)
-
-    def with_outliers(self, w: QTensor, outliers: Any) -> QTensor:
-        """`w` with calibrated outlier columns, whose values are read in floating point once more."""
-        stack = tuple(range(w.ndim - 2))
-        config, index = check_outliers(outliers, w.shape, (w.ndim - 1,), stack, self.config)
-        if index.shape[-1] == 0:
-            return dataclasses.replace(w, config=config)
-        columns = np.asarray(index).reshape(-1, index.shape[-1])
-        columns = np.repeat(columns, math.prod(w.shape[:-1]) // len(columns), axis=0)  # of each row
-        values, start = np.zeros(columns.shape, np.float32), 0
-        for name in self.source.tensors:
-            value = self._int8(name) if bitsandbytes.is_int8_weight(self.checkpoint, name) else self._floats(name)
-            stop = start + len(value)
-            found = np.take_along_axis(value, np.minimum(columns[start:stop], value.shape[1] - 1), axis=1)
-            values[start:stop] = np.where(columns[start:stop] < value.shape[1], found.astype(np.float32), 0)
-            start = stop
-        rows = scaled(jnp.asarray(values.reshape(*w.shape[:-1], -1)), w.scale)
-        index = index.reshape(*w.shape[:-2], 1, -1)
-        return dataclasses.replace(w, outlier_rows=rows, outlier_index=index, config=config)
-
-    def _int8_rows(self, shape: tuple[int, ...]) -> QTensor:
-        rows, k = math.prod(shape[:-1]), shape[-1]
-        q, scale, start = aligned((rows, k), np.int8), aligned((rows, 1), np.float32), 0
-        for name in self.source.tensors:
-            start = self._named(name, self._fill, q, scale, start)
-        q, scale = q.reshape(shape), scale.reshape(*shape[:-1], 1)
-        return QTensor(jnp.asarray(q), jnp.asarray(scale), dtype=self.model.dtype, config=self.config)
-
-    def _fill(self, name: str, q: np.ndarray, scale: np.ndarray, start: int) -> int:
-        """Rows of a tensor from `start` on; returns where they end."""
-        if bitsandbytes.is_int8_weight(self.checkpoint, name):
-            rows, scales = self._bitsandbytes(name)
-            stop = start + len(rows)
-            q[start:stop], scale[start:stop] = rows, scales
-        else:
-            value = self._floats(name)
-            stop = start + len(value)
-            quantize_rows(value, q[start:stop], scale[start:stop])
-        return stop
-
-    def _convert(self, name: str, quantized: bool) -> jax.Array | QTensor:
-        """A tensor as a piece of the parameter."""
-        if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
-            return jnp.asarray(self._int8(name)).astype(self.model.dtype)
-        value = self._floats(name)
-        check_finite(value)
-        array = jnp.array(value)  # a copy: without one the array would lie in the mapped file
+        Args:
+          path: of the parameter, for messages.
+          shape: of it.
+          quantized: whether it is to be a `QTensor`.
+          outliers: calibrated outlier columns, whose values it keeps in 16 bits as well.
+          sharding: of it, in a `QTensor` where it is one; None is one device.
+        """
         if not quantized:
-            return array.astype(self.model.dtype)
-        w = quantize_weight(array, contract_axes=(array.ndim - 1,), config=self.config)
-        return dataclasses.replace(w, dtype=self.model.dtype)
+            return self._assembled({"": Assembly(shape, self.model.dtype, sharding)})[""]
+        of_rows = None if sharding is None else sharding.scale
+        arrays = {
+            "q": Assembly(shape, np.int8, None if sharding is None else sharding.q),
+            "scale": Assembly((*shape[:-1], 1), np.float32, of_rows),
+        }
+        if SCHEMES[self.config.scheme].affine:
+            arrays["zero"] = Assembly((*shape[:-1], 1), np.float32, of_rows)
+        config, columns, more = self.config, None, dict[str, Any]()
+        if outliers is not None:
+            axes = tuple(range(len(shape)))
+            try:
+                config, index = check_outliers(outliers, shape, axes[-1:], axes[:-2], self.config)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from None
+            index = np.asarray(index)
+            if count := index.shape[-1]:
+                arrays["outlier_rows"] = Assembly((*shape[:-1], count), np.float16, of_rows)
+                columns = np.repeat(index.reshape(-1, count), shape[-2], axis=0)  # of each row
+                whole = None if of_rows is None else NamedSharding(of_rows.mesh, PartitionSpec())
+                more["outlier_index"] = place(index.reshape(*shape[:-2], 1, count), whole)
+        return QTensor(**self._assembled(arrays, columns), **more, dtype=self.model.dtype, config=config)
 
-    def _floats(self, name: str) -> np.ndarray:
-        value = self.checkpoint.read(name)
+    def _assembled(self, arrays: dict[str, Assembly], columns: np.ndarray | None = None) -> dict[str, Any]:
+        order, start = self.source.order, 0
+        places = None if order is None else np.argsort(order)
+        for name in self.source.tensors:
+            rows = self.checkpoint.tensors[name].shape[-1 if self._transposed(name) else 0]
+            at = np.arange(start, start + rows) if places is None else places[start : start + rows]
+            self._named(name, self._fill, arrays, columns, at)
+            start += rows
+        return {field: assembly.array() for field, assembly in arrays.items()}
+
+    def _fill(self, name: str, arrays: dict[str, Assembly], columns: np.ndarray | None, at: np.ndarray) -> None:
+        """Puts a tensor's rows, which are those of the numbers `at`: of these, the ones that devices of ours hold."""
+        held = np.flatnonzero(next(iter(arrays.values())).holds(at))
+        if not len(held):
+            return
+        rows = slice(int(held[0]), int(held[-1]) + 1)
+        if SCHEMES[self.config.scheme].weights == "tensor":  # its scale is that of all rows
+            rows = slice(0, len(at))
+        start = rows.start
+        for values, pieces in self._quantized(name, rows) if "q" in arrays else self._float(name, rows):
+            those = at[start : start + len(values)]
+            if columns is not None:
+                pieces["outlier_rows"] = _outlier_rows(values, columns[those], pieces["scale"])
+            for field, piece in pieces.items():
+                arrays[field].put(those, piece)
+            start += len(values)
+
+    def _quantized(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Rows of a tensor, as they are in the checkpoint and as arrays of a `QTensor`, from top to bottom."""
+        scheme = SCHEMES[self.config.scheme]
+        if bitsandbytes.is_int8_weight(self.checkpoint, name):
+            q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
+            yield q, {"q": q, "scale": scale}
+            return
+        value = self._read(name, rows)
+        if scheme.weights == "channel" and not scheme.affine:
+            for some, steps, scale in quantized_rows(value):
+                yield value[some], {"q": steps, "scale": scale}
+            return
+        check_finite(value)
+        w = quantize_weight(jnp.array(value), contract_axes=(value.ndim - 1,), config=self.config)
+        fields = {"q": w.q, "scale": w.scale} | ({} if w.zero is None else {"zero": w.zero})
+        yield value, {field: np.asarray(array) for field, array in fields.items()}
+
+    def _float(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Rows of a tensor, in floating point."""
+        if bitsandbytes.is_int8_weight(self.checkpoint, name):  # a part of a product of which another part isn't int8
+            q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
+            value = q * scale
+        else:
+            value = self._read(name, rows)
+            check_finite(value)
+        yield value, {"": cast(value, self.model.dtype)}
+
+    def _read(self, name: str, rows: slice) -> np.ndarray:
+        if self._transposed(name):
+            value = self.checkpoint.read(name).T[rows]
+        else:
+            value = self.checkpoint.read_rows(name, rows.start, rows.stop)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"Expected floating point values, got {value.dtype}.")
-        return from_stored(value, self.source.layout, self.model.config)
+        return value
 
-    def _int8(self, name: str) -> np.ndarray:
-        rows, scales = self._bitsandbytes(name)
-        return rows * scales
-
-    def _bitsandbytes(self, name: str) -> Iterator[np.ndarray]:
-        layout = bitsandbytes.int8_layout(self.source)
-        return (from_stored(x, layout, self.model.config) for x in bitsandbytes.read_weight(self.checkpoint, name))
+    def _transposed(self, name: str) -> bool:
+        return self.source.transposed and not bitsandbytes.is_int8_weight(self.checkpoint, name)
 
     def _named(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """`function(name, ...)`, whose errors name file and tensor."""
@@ -303,6 +340,16 @@ class Reader:
             raise ValueError(f"{info.file}: tensor {name!r}: {error}") from None
         self.tell(info.nbytes)
         return result
+
+
+def _outlier_rows(values: np.ndarray, columns: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The values of rows in the columns of each, in units of `scale`; int8 ones are. 0 where a column isn't used."""
+    k = values.shape[1]
+    found = np.take_along_axis(values, np.minimum(columns, k - 1), axis=1).astype(np.float32)
+    if values.dtype != np.int8:
+        usable = scale >= SMALLEST_NORMAL
+        found = np.where(usable, found / np.where(usable, scale, 1), 0)
+    return np.where(columns < k, found, 0).astype(np.float16)
 
 
 def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: ModelConfig) -> None:
@@ -322,7 +369,7 @@ def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]
     got = []
     for info in infos:
         int8 = bitsandbytes.is_int8_weight(checkpoint, info.name)
-        transposed = source.layout == COLUMNS and len(info.shape) == 2 and not int8
+        transposed = source.transposed and not int8
         stored = info.shape[::-1] if transposed else info.shape
         if stored[1:] != width or not stored:
             expected = ["n", *map(str, width)][:: -1 if transposed else 1]

@@ -14,7 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from jint8._assemble import decoder_shardings, place
 from jint8._bitsandbytes import to_tensors
 from jint8._language_model import LanguageModel
 from jint8._params import with_config
@@ -116,6 +119,7 @@ def read_saved(
     *,
     config: Config | None = None,
     dtype: Any = None,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The parameters of a saved model.
@@ -125,6 +129,7 @@ def read_saved(
       expected: the shape of each parameter, by path.
       config: rewrites that of every `QTensor`; None keeps them.
       dtype: of the parameters in floating point, and of what a `QTensor` stands for; None keeps them.
+      mesh: divides them among its devices, of which each gets what it holds; None is one device.
       progress: called with (bytes read so far, bytes in all).
 
     Raises:
@@ -142,13 +147,15 @@ def read_saved(
     total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
     params: dict[str, Any] = {}
     for path, fields in names.items():
-        arrays = {field: jnp.array(checkpoint.read(name)) for field, name in fields.items()}
+        arrays = {field: checkpoint.read(name) for field, name in fields.items()}  # in the mapped file
         try:
             leaf = _leaf(checkpoint, arrays, weights.get(path), expected[path].shape)
         except (KeyError, TypeError, ValueError) as error:
             file = checkpoint.tensors[next(iter(fields.values()))].file
             got = ", ".join(f"{field} {array.dtype}{array.shape}".lstrip() for field, array in arrays.items())
             raise ValueError(f"{file}: tensor {path!r}: Expected {error}, got {got}.") from None
+        placed = decoder_shardings({path: leaf}, mesh)
+        leaf = jax.tree.map(place, leaf, *placed.values()) if placed else jax.tree.map(jnp.array, leaf)
         if dtype is not None:
             leaf = dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if is_qtensor(leaf) else leaf.astype(dtype)
         *parents, last = path.split("/")
@@ -187,7 +194,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _leaf(
-    checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], described: dict[str, Any] | None, shape: tuple[int, ...]
+    checkpoint: Jint8Checkpoint, arrays: dict[str, np.ndarray], described: dict[str, Any] | None, shape: tuple[int, ...]
 ) -> Any:
     """A parameter out of its arrays. Raises with what was expected of them."""
     wanted = [""] if described is None else described["arrays"]
@@ -199,7 +206,7 @@ def _leaf(
     return leaf
 
 
-def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, jax.Array], static: dict[str, Any]) -> QTensor:
+def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, np.ndarray], static: dict[str, Any]) -> QTensor:
     fields: dict[str, Any] = {name: _tuples(value) for name, value in static.items()} | arrays
     fields |= {"dtype": jnp.dtype(static["dtype"]), "config": _decode_config(checkpoint, static["config"])}
     w = QTensor(**fields)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from jint8._outliers import (
     BLOCK,
@@ -47,32 +48,50 @@ class Weight(NamedTuple):
     outlier_index: jax.Array | None = None  # int32[c]: which columns; k where a slot isn't used
 
 
+class Divided(NamedTuple):
+    """Devices that each hold a part of the contracted features of `x` and of the weight."""
+
+    mesh: Mesh
+    axis: str  # of the mesh
+
+
 def choose(m: int) -> str:
     """The path for `m` rows."""
     return "xla_digits" if m <= FEW_ROWS else "xla_gather"
 
 
 # jit, because outside of one the gather's loop would be compiled at every call
-@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "k_last", "implementation", "dtype", "divided"))
 def product(
-    x: jax.Array, w: Weight, bias: jax.Array | None, config: Config, *, k_last: bool, implementation: str, dtype: Any
+    x: jax.Array,
+    w: Weight,
+    bias: jax.Array | None,
+    config: Config,
+    *,
+    k_last: bool,
+    implementation: str,
+    dtype: Any,
+    divided: Divided | None = None,
 ) -> jax.Array:
     """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     if implementation == "dequantize":
         y = float_product(x.astype(jnp.float32), w, k_last=k_last)
     else:
-        y = _int8_product(x, w, config, k_last, implementation)
+        y = _int8_product(x, w, config, k_last, implementation, divided)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
-def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str):
+def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str, divided: Divided | None):
     parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
     k = x.shape[1]
-    longest = MAX_GATHERED_K if implementation == "xla_gather" and parts.outliers is not None else MAX_K
+    divided = divided if k <= MAX_K else None
+    gathers = implementation == "xla_gather" and parts.outliers is not None
+    # slices of divided features would be sent around: better narrow digits, which still are 15 bits
+    longest = MAX_GATHERED_K if gathers and divided is None else MAX_K
     total = jnp.float32(0)
     for start in range(0, k, longest):
         piece = _slice_k(x, parts, w, k_last, start, min(start + longest, k)) if k > longest else (x, parts, w)
-        total = total + _product_of_split(*piece, k_last=k_last)
+        total = total + _product_of_split(*piece, k_last=k_last, divided=divided)
     return total * w.scale
 
 
@@ -112,15 +131,22 @@ def column_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
     return y * w.scale
 
 
-def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
+def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divided | None) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
     rows, m = [parts.q], len(x)
     if parts.outliers is not None and parts.outliers.digits is not None:
         rows.append(parts.outliers.digits)
     if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
         rows.append(jnp.ones_like(parts.q[:1]))
-    stacked = jnp.concatenate(rows)
-    sums = _without_zero(int8_dot(stacked, w.q, k_last), _row_sum(stacked), w)
+    stacked, gathered = jnp.concatenate(rows), None
+    if parts.outliers is None or parts.outliers.digits is not None:  # a product that XLA divides by itself
+        exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)
+    elif divided is None:
+        exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)
+        gathered = gathered_product(x, parts.outliers, w.q, k_last)
+    else:
+        exact, gathered = divided_product(x, stacked, parts.outliers, w.q, k_last, divided)
+    sums = _without_zero(exact, w)
     regular = sums[: len(parts.q)]
     if parts.zero is not None:  # sum_k (q - zero) w
         regular = regular - parts.zero * sums[-1:]
@@ -128,13 +154,14 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool) -> jax.Array:
     if parts.outliers is None:
         return out
     if parts.outliers.digits is None:
-        return out + _without_zero(*gathered_product(x, parts.outliers, w.q, k_last), w)
+        return out + _without_zero(gathered, w)
     outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
     return out + join_digits(outlier, m) * parts.outliers.step
 
 
-def _without_zero(acc, row_sum, w: Weight):
-    """Exact `sum_k q wq` to float32 `sum_k q (wq - wzero)`."""
+def _without_zero(sums, w: Weight):
+    """Exact `sum_k q wq`, with the row sums of q, to float32 `sum_k q (wq - wzero)`."""
+    acc, row_sum = sums
     out = acc.astype(jnp.float32)
     return out if w.zero is None else out - row_sum.astype(jnp.float32) * w.zero
 
@@ -158,56 +185,108 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array,
     in int32 over all: the order of the columns depends on all rows, what a row gets doesn't.
     """
     m, k = x.shape
-    n = q.shape[0] if k_last else q.shape[1]
     wide = wide_digit(k)
-    # the outlier columns, and behind the last k, which is out of bounds and read as 0 below
-    index = jnp.sort(jnp.where(outliers.columns, jnp.arange(k, dtype=jnp.int32), k))
-    index = jnp.pad(index, (0, BLOCK + -k % BLOCK), constant_values=k)
-
-    def only_outliers(values):
-        limit = outliers.limit
-        return values if limit is None else jnp.where(outlier_elements(values, limit), values, 0)
-
-    def columns(block):
-        chosen = lax.dynamic_slice_in_dim(index, block * BLOCK, BLOCK)
-        x_block = jnp.take(x, chosen, axis=1, mode="fill", fill_value=0)
-        w_block = jnp.take(q, chosen, axis=1 if k_last else 0, mode="fill", fill_value=0)
-        return only_outliers(x_block), w_block.astype(jnp.float32)
-
-    def sums(x_block, w_block, step):  # [2 m, n] and [2 m, 1]
-        rows = wide_digits(x_block, step, wide)
-        product = _dot(rows, w_block, k_last, jnp.float32, lax.Precision.HIGHEST)
-        return product, jnp.sum(rows, axis=1, keepdims=True)
-
-    def joined(parts, step):
-        high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
-        return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
-
-    def zeros(rows, dtype):
-        return varying_as(jnp.zeros((rows, n), dtype), x, q), varying_as(jnp.zeros((rows, 1), dtype), x)
+    gathered = _Gathered(x, outliers, q, k_last, wide)
 
     def none():
-        return zeros(m, jnp.float32)
+        return gathered.zeros(m, jnp.float32)
 
     def one():
-        x_block, w_block = columns(0)
+        x_block, w_block = gathered.columns(0)
         step = wide_step(x_block, wide)
-        return joined(sums(x_block, w_block, step), step)
+        return _join_wide(gathered.sums(x_block, w_block, step), step, wide)
 
     def many():
-        step = wide_step(only_outliers(jnp.where(outliers.columns, x, 0)), wide)
+        step = wide_step(_only_outliers(x, outliers), wide)
+        return _join_wide(gathered.all_sums(step), step, wide)
+
+    index = gathered.index
+    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k)  # 2 stands for all larger numbers
+    return lax.switch(blocks, (none, one, many))
+
+
+def divided_product(x, stacked, outliers: Outliers, q, k_last: bool, divided: Divided):
+    """The sums of the int8 rows `stacked`, exact, and those of `gathered_product`, over divided features.
+
+    Each device gathers columns of its own, or they would be sent around, and then the devices sum up integers.
+    """
+    mesh, axis = divided
+    outer = jax.sharding.get_abstract_mesh()  # within another shard_map: the rest of the same mesh
+    wide = wide_digit(x.shape[1])
+    step = wide_step(_only_outliers(x, outliers), wide)
+
+    def sums(x, stacked, outliers, q, step):
+        exact = int8_dot(stacked, q, k_last), _row_sum(stacked)
+        return lax.psum((exact, _Gathered(x, outliers, q, k_last, wide).all_sums(step)), axis)
+
+    whole: Any = PartitionSpec()
+    by_column: Any = PartitionSpec(axis)
+    columns = PartitionSpec(None, axis)
+    exact, parts = jax.shard_map(
+        sums,
+        mesh=mesh if outer.empty else outer,
+        axis_names={axis},
+        in_specs=(columns, columns, Outliers(by_column, whole), columns if k_last else by_column, whole),
+        out_specs=whole,
+        check_vma=False,  # the loops' sums begin as the same zeros everywhere
+    )(x, stacked, outliers, q, step)
+    return exact, _join_wide(parts, step, wide)
+
+
+class _Gathered:
+    """The columns that hold outliers, out of `x[m, k]` and out of the weights."""
+
+    def __init__(self, x, outliers: Outliers, q, k_last: bool, wide: int):
+        self.x, self.outliers, self.q, self.k_last, self.wide = x, outliers, q, k_last, wide
+        k = x.shape[1]
+        # the outlier columns, and behind the last k, which is out of bounds and read as 0 below
+        index = jnp.sort(jnp.where(outliers.columns, jnp.arange(k, dtype=jnp.int32), k))
+        self.index = jnp.pad(index, (0, BLOCK + -k % BLOCK), constant_values=k)
+
+    def columns(self, block):
+        chosen = lax.dynamic_slice_in_dim(self.index, block * BLOCK, BLOCK)
+        x_block = jnp.take(self.x, chosen, axis=1, mode="fill", fill_value=0)
+        w_block = jnp.take(self.q, chosen, axis=1 if self.k_last else 0, mode="fill", fill_value=0)
+        return _over_limit(x_block, self.outliers), w_block.astype(jnp.float32)
+
+    def sums(self, x_block, w_block, step):
+        """Of the digits, `[2 m, n]` and `[2 m, 1]`."""
+        rows = wide_digits(x_block, step, self.wide)
+        product = _dot(rows, w_block, self.k_last, jnp.float32, lax.Precision.HIGHEST)
+        return product, jnp.sum(rows, axis=1, keepdims=True)
+
+    def zeros(self, rows: int, dtype):
+        """Sums of nothing."""
+        n = self.q.shape[0] if self.k_last else self.q.shape[1]
+        per_channel, per_row = jnp.zeros((rows, n), dtype), jnp.zeros((rows, 1), dtype)
+        return varying_as(per_channel, self.x, self.q), varying_as(per_row, self.x)
+
+    def all_sums(self, step):
+        """`sums` of all blocks, in int32."""
+        m, k = self.x.shape
 
         def body(carry):
             block, *parts = carry
-            x_block, w_block = columns(block)
-            more = (part.astype(jnp.int32) for part in sums(x_block, w_block, step))
+            x_block, w_block = self.columns(block)
+            more = (part.astype(jnp.int32) for part in self.sums(x_block, w_block, step))
             return block + 1, *map(jnp.add, parts, more)
 
-        init = (jnp.int32(0), *zeros(2 * m, jnp.int32))
-        return joined(lax.while_loop(lambda carry: index[carry[0] * BLOCK] < k, body, init)[1:], step)
+        init = (jnp.int32(0), *self.zeros(2 * m, jnp.int32))
+        return lax.while_loop(lambda carry: self.index[carry[0] * BLOCK] < k, body, init)[1:]
 
-    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k)  # 2 stands for all larger numbers
-    return lax.switch(blocks, (none, one, many))
+
+def _only_outliers(x, outliers: Outliers):
+    return _over_limit(jnp.where(outliers.columns, x, 0), outliers)
+
+
+def _over_limit(values, outliers: Outliers):
+    return values if outliers.limit is None else jnp.where(outlier_elements(values, outliers.limit), values, 0)
+
+
+def _join_wide(parts, step, wide: int):
+    """float32 sums of outliers, of their wide digits' sums."""
+    high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
+    return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
 
 
 def varying_as(value: jax.Array, *arrays: jax.Array) -> jax.Array:

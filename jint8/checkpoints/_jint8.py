@@ -25,7 +25,7 @@ METADATA = "jint8.json"
 MANIFEST = "SHA256SUMS"  # as sha256sum writes and checks it
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-VERSION = 1
+VERSION = 2  # 1 had the rows of fused projections in another order
 
 
 class Jint8Checkpoint(SafetensorsCheckpoint):
@@ -40,7 +40,10 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
     def __init__(self, path: Path):
         self.metadata = read_json(path / METADATA)
         if (version := self.metadata.get("version")) != VERSION:
-            raise ValueError(f"{path / METADATA}: Expected format version {VERSION}, got {version!r}")
+            raise ValueError(
+                f"{path / METADATA}: Expected format version {VERSION}, got {version!r}: convert the original "
+                "checkpoint again, by this version of jint8"
+            )
         super().__init__(path)
 
     def tokenizer(self) -> Tokenizer | None:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
 from jint8.models._config import ModelConfig
+from jint8.models._fused import split_heads
 from jint8.models._layers import Linear, Norm, softcap
 from jint8.models._rope import Rotary, rotate
 
@@ -42,11 +44,15 @@ def context(tokens: jax.Array, slot: jax.Array | int = 0, first: jax.Array | Non
     return Context(jnp.int32(slot), first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
 
 
-def make_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
-    """An empty cache of `length` slots."""
+def make_cache(
+    config: ModelConfig, batch: int, length: int, dtype=jnp.float32, sharding: NamedSharding | None = None
+) -> list[LayerCache]:
+    """An empty cache of `length` slots; `sharding`: of its arrays, which all begin with batch and key-value heads."""
     key = (batch, config.num_kv_heads, config.head_dim, length)
     value = (batch, config.num_kv_heads, length, config.head_dim)
-    return [LayerCache(jnp.zeros(key, dtype), jnp.zeros(value, dtype)) for _ in range(config.num_layers)]
+
+    make = functools.partial(jnp.zeros, dtype=dtype, device=sharding)
+    return [LayerCache(make(key), make(value)) for _ in range(config.num_layers)]
 
 
 class Attention(nn.Module):
@@ -56,11 +62,13 @@ class Attention(nn.Module):
       config: of the model.
       window: how many of the latest keys a query sees; 0 means all.
       dtype: of freshly made parameters.
+      mesh: devices that weights and cache are divided among.
     """
 
     config: ModelConfig
     window: int = 0
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -70,17 +78,16 @@ class Attention(nn.Module):
         c = self.config
         b, s, _ = x.shape
         groups = c.num_heads // c.num_kv_heads
-        qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(b, s, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, self.mesh, name="qkv")(x)
+        q, k, v = split_heads(qkv, c)
         if c.qk_norm:
             q, k = Norm(c, self.dtype, name="q_norm")(q), Norm(c, self.dtype, name="k_norm")(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q = q * (c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale)
-        q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(b, c.num_kv_heads, groups * s, c.head_dim)
-        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # (b, kv_heads, d, s) and (b, kv_heads, s, d)
+        q = q.transpose(0, 2, 3, 1, 4).reshape(b, c.num_kv_heads, groups * s, c.head_dim)
+        k = k[:, :, :, 0].transpose(0, 2, 3, 1)  # (b, kv_heads, d, s)
+        v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
         if cache is not None:
             k = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, at.slot))
             v = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, at.slot, 0))
@@ -105,7 +112,8 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(*q.shape[:3], length)
         out = multiply(weights, v).reshape(b, c.num_heads, s, c.head_dim)
         out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
-        return Linear(c.hidden_size, c.out_bias, self.dtype, name="out")(mask(out, at)), cache
+        project = Linear(c.hidden_size, c.out_bias, self.dtype, self.mesh, row_parallel=True, name="out")
+        return project(mask(out, at)), cache
 
 
 def mask(x: jax.Array, at: Context) -> jax.Array:

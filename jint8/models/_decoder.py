@@ -8,13 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from jint8._layers import lookup
 from jint8._matmul import matmul
 from jint8._types import is_qtensor
 from jint8.models._attention import Attention, Context, LayerCache, context, mask
 from jint8.models._config import ModelConfig
-from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, project, softcap
+from jint8.models._fused import split_gate
+from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, implementation, project, softcap
 from jint8.models._rope import Rotary, rotary
 
 
@@ -23,16 +25,18 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, at: Context) -> jax.Array:
         """`x[b, s, d]` -> the same shape."""
         c = self.config
         if c.gated:
-            h = gate(Linear(2 * c.intermediate_size, c.mlp_bias, self.dtype, name="gate_up")(x), c)
+            h = gate(Linear(2 * c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="gate_up")(x), c)
         else:
-            h = ACTIVATIONS[c.activation](Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="up")(x))
-        return Linear(c.hidden_size, c.mlp_bias, self.dtype, name="down")(mask(h, at))
+            h = Linear(c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="up")(x)
+            h = ACTIVATIONS[c.activation](h)
+        return Linear(c.hidden_size, c.mlp_bias, self.dtype, self.mesh, row_parallel=True, name="down")(mask(h, at))
 
 
 class Experts(nn.Module):
@@ -59,9 +63,9 @@ class Experts(nn.Module):
 
 
 def gate(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
-    """`activation(gate) * up` of `[..., gate and up]`."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return ACTIVATIONS[config.activation](gate) * up
+    """`activation(gate) * up` of `gate_up[..., 2 n]` -> `[..., n]`."""
+    gate, up = split_gate(gate_up)
+    return (ACTIVATIONS[config.activation](gate) * up).reshape(*gate_up.shape[:-1], -1)
 
 
 class Block(nn.Module):
@@ -71,11 +75,13 @@ class Block(nn.Module):
       config: of the model.
       window: of its attention.
       dtype: of freshly made parameters.
+      mesh: devices that it is divided among.
     """
 
     config: ModelConfig
     window: int = 0
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -83,8 +89,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x[b, s, d]` -> the same shape, and the cache."""
         c = self.config
-        attention = Attention(c, self.window, self.dtype, name="attention")
-        mlp = (Experts if c.experts else MLP)(c, self.dtype, name="mlp")
+        attention = Attention(c, self.window, self.dtype, self.mesh, name="attention")
+        mlp = Experts(c, self.dtype, name="mlp") if c.experts else MLP(c, self.dtype, self.mesh, name="mlp")
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return Norm(c, self.dtype, name=name)(x)
@@ -109,10 +115,12 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes and choices.
       dtype: of activations, and of freshly made parameters.
+      mesh: devices that parameters and cache are divided among, as `partition_specs` says; None is one device.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -150,7 +158,7 @@ class Decoder(nn.Module):
         for i in range(c.num_layers):
             layer_cache = None if cache is None else cache[i]
             window = c.windows[i] if c.windows else 0
-            block = Block(c, window, self.dtype, name=f"layers_{i}")
+            block = Block(c, window, self.dtype, self.mesh, name=f"layers_{i}")
             x, layer_cache = block(x, at, local_angles if window else angles, layer_cache)
             new_cache.append(layer_cache)
         if last:
@@ -160,10 +168,12 @@ class Decoder(nn.Module):
         x = mask(x, at)
         if c.embedding_size:
             x = Linear(c.embedding_size, dtype=self.dtype, name="project_out")(x)
-        if c.tie_embeddings:
-            logits = matmul(x, embedding) if is_qtensor(embedding) else project(x, embedding)
+        if not c.tie_embeddings:
+            logits = Linear(c.vocab_size, dtype=self.dtype, mesh=self.mesh, name="lm_head")(x)
+        elif is_qtensor(embedding):
+            logits = matmul(x, embedding, implementation=implementation(self.mesh))
         else:
-            logits = Linear(c.vocab_size, dtype=self.dtype, name="lm_head")(x)
+            logits = project(x, embedding)
         return softcap(logits.astype(jnp.float32), c.logit_softcap), None if cache is None else new_cache
 
 

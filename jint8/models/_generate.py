@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jint8.models._attention import LayerCache, context, make_cache
+from jint8._types import SCHEMES, is_qtensor
+from jint8.models._attention import Context, LayerCache, context, make_cache
 from jint8.models._decoder import Decoder
+from jint8.models._partition import batch_axis, heads_axis
 
 CHUNK = 512  # longest part of a prompt that goes through the model at once: attention's scores grow with it
 SLOTS = 128  # the cache's length is a multiple of this, so that programs are shared by requests of similar length
@@ -69,7 +72,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling, knobs: Knobs) 
     return jnp.take_along_axis(index, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "sampling", "eos"))
+@functools.partial(jax.jit, static_argnames=("model", "slots", "sampling", "eos"), donate_argnames=("cache",))
 def prefill(
     model: Decoder,
     params: Any,
@@ -89,12 +92,12 @@ def prefill(
     b, s = prompt.shape
     begin = 0 if cache is None else s - CHUNK
     if cache is None:
-        cache = make_cache(model.config, b, slots, model.dtype)
+        cache = empty_cache(model, params, b, slots)
     rest = prompt[:, begin:]
     logits, cache = _apply(model, params, rest, context(rest, begin, first), cache, last=True)
     tokens = jnp.zeros((b, slots), jnp.int32).at[:, :s].set(prompt)
     state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key)
-    return _append(logits[:, -1], state, sampling, knobs, eos)
+    return _whole(_append(logits[:, -1], state, sampling, knobs, eos), model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
@@ -113,11 +116,49 @@ def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling
         logits, cache = _apply(model, params, token, at, state.cache)
         return _append(logits[:, -1], state._replace(cache=cache), sampling, knobs, eos)
 
-    return lax.while_loop(lambda s: (s.slot < until) & ~jnp.all(s.done), body, state)
+    state = lax.while_loop(lambda s: (s.slot < until) & ~jnp.all(s.done), body, state)
+    return _whole(state, model.mesh)
 
 
-def _apply(model: Decoder, params, *args, **kwargs) -> tuple[jax.Array, list[LayerCache]]:
-    return model.apply(params, *args, **kwargs)  # type: ignore[return-value]
+def empty_cache(model: Decoder, params: Any, batch: int, slots: int) -> list[LayerCache]:
+    """A cache for a generation, on the devices of the model's mesh: divided by key-value heads and by batch.
+
+    Where the devices don't divide the key-value heads, each has all of them.
+    """
+    mesh, sharding = model.mesh, None
+    if mesh is not None:
+        axes = _batch_axis(model, params, batch), heads_axis(mesh, model.config.num_kv_heads)
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return make_cache(model.config, batch, slots, model.dtype, sharding)
+
+
+def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
+    """The axis of the model's mesh over which rows of a batch are divided: none where they depend on each other."""
+    for config in {leaf.config for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)}:
+        if SCHEMES[config.scheme].activations == "tensor" or (config.decomposes and config.outliers == "batch"):
+            return None
+    return batch_axis(model.mesh, batch)
+
+
+def _apply(model: Decoder, params, tokens, at: Context, cache, last: bool = False) -> Any:
+    """Logits and cache; where the batch is divided, of each part of it without a look at the others."""
+
+    def apply(params, tokens, at, cache):
+        return model.apply(params, tokens, at, cache, last=last)
+
+    axis = _batch_axis(model, params, len(tokens))
+    if axis is None:
+        return apply(params, tokens, at, cache)
+    whole: Any = PartitionSpec()
+    rows: Any = PartitionSpec(axis)
+    return jax.shard_map(
+        apply,
+        mesh=model.mesh,
+        axis_names={axis},
+        in_specs=(whole, rows, Context(whole, rows, rows, rows), rows),
+        out_specs=rows,
+        check_vma=False,  # parameters and positions are the same everywhere
+    )(params, tokens, at, cache)
 
 
 def _append(logits, state: State, sampling, knobs, eos) -> State:
@@ -128,6 +169,14 @@ def _append(logits, state: State, sampling, knobs, eos) -> State:
     done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
     tokens = lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.slot))
     return state._replace(tokens=tokens, slot=jnp.int32(state.slot + 1), done=done, key=key)
+
+
+def _whole(state: State, mesh: Mesh | None) -> State:
+    """The state with all but the cache whole on each device of the mesh, so that every process can read it."""
+    if mesh is None:
+        return state
+    rest = state._replace(cache=[])
+    return lax.with_sharding_constraint(rest, NamedSharding(mesh, PartitionSpec()))._replace(cache=state.cache)
 
 
 def bucket(length: int) -> int:
@@ -155,7 +204,7 @@ def start(
     first = jnp.asarray(starts) if starts.any() else None
     cache = None
     if is_long(prompts):
-        cache = make_cache(model.config, b, slots, model.dtype)
+        cache = empty_cache(model, params, b, slots)
         for end in range(length % CHUNK or CHUNK, length, CHUNK):
             begin = max(0, end - CHUNK)
             cache = extend(model, params, padded[:, begin:end], jnp.int32(begin), first, cache)

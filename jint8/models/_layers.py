@@ -11,11 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from jint8._matmul import matmul
+from jint8._matmul import divided_matmul, matmul
 from jint8._ragged import ragged_dot
 from jint8._types import is_qtensor
 from jint8.models._config import ModelConfig
+from jint8.models._partition import model_axis
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -34,11 +36,15 @@ class Linear(nn.Module):
       features: n.
       use_bias: whether there is a bias.
       dtype: of freshly made parameters.
+      mesh: devices that the weight is divided among; see `partition_specs`.
+      row_parallel: whether that is by its contracted features, rather than by its output channels.
     """
 
     features: int
     use_bias: bool = False
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+    row_parallel: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,14 +52,21 @@ class Linear(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
         weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
-        if is_qtensor(weight):
-            y = matmul(x, weight, bias=bias)
+        if is_qtensor(weight) and self.mesh is not None and self.row_parallel:
+            y = divided_matmul(x, weight, bias=bias, mesh=self.mesh, axis=model_axis(self.mesh))
+        elif is_qtensor(weight):
+            y = matmul(x, weight, bias=bias, implementation=implementation(self.mesh))
         else:
             y = project(x, weight)
             y = y if bias is None else y + bias.astype(y.dtype)
         if self.has_variable("params", "lora_a"):
             y = y + project(project(x, self.get_variable("params", "lora_a")), self.get_variable("params", "lora_b"))
         return y
+
+
+def implementation(mesh: Mesh | None) -> str | None:
+    """Of products on a mesh: the GPU kernels know one device, and XLA would send them all weights."""
+    return None if mesh is None else "xla"
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -39,10 +39,7 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
       >>> tuple(partition_specs(params, jax.make_mesh((1,), ("model",)))["layers_0"]["mlp"]["down"]["weight"])
       (None, 'model')
     """
-    if axis is None:
-        axis = "model" if "model" in mesh.shape or len(mesh.shape) != 1 else next(iter(mesh.shape))
-    if axis not in mesh.shape:
-        raise ValueError(f"Expected a mesh with an axis {axis!r}, got {tuple(mesh.shape)}.")
+    axis = model_axis(mesh, axis)
 
     def spec(path, leaf):
         *_, layer, name = "", *path_string(path).split("/")
@@ -56,3 +53,24 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
         return PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, params, is_leaf=is_qtensor)
+
+
+def model_axis(mesh: Mesh, axis: str | None = None) -> str:
+    """The axis of the mesh over which a model is divided. Raises ValueError where there is none."""
+    if axis is None:
+        axis = "model" if "model" in mesh.shape or len(mesh.shape) != 1 else next(iter(mesh.shape))
+    if axis not in mesh.shape:
+        raise ValueError(f"Expected a mesh with an axis {axis!r}, got {tuple(mesh.shape)}.")
+    return axis
+
+
+def batch_axis(mesh: Mesh | None, batch: int) -> str | None:
+    """The axis of the mesh over which a batch is divided: `"data"`, where there is one that divides it."""
+    if mesh is None or "data" not in mesh.shape or model_axis(mesh) == "data" or batch % mesh.shape["data"]:
+        return None
+    return "data"
+
+
+def heads_axis(mesh: Mesh, heads: int) -> str | None:
+    """The axis of the mesh over which key-value heads are divided, as the weights are; None where that doesn't go."""
+    return None if heads % mesh.shape[model_axis(mesh)] else model_axis(mesh)

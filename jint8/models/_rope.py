@@ -13,7 +13,7 @@ from jint8.models._config import Rope
 
 
 class Rotary(NamedTuple):
-    """Sines and cosines of rotary positions, float32 `[b, s, 1, d]`: the two halves of `d` are the pairs."""
+    """Sines and cosines of rotary positions, float32 `[b, s, 1, 1, d]`: the two halves of `d` are the pairs."""
 
     sin: jax.Array  # with the sign that its half is multiplied by
     cos: jax.Array
@@ -21,7 +21,7 @@ class Rotary(NamedTuple):
 
 def rotary(positions: jax.Array, rope: Rope) -> Rotary:
     """`Rotary` of `positions[b, s]`."""
-    angle = positions[..., None, None].astype(jnp.float32) * _frequencies(positions, rope)  # [b, s, 1, half]
+    angle = positions[..., None, None, None].astype(jnp.float32) * _frequencies(positions, rope)  # [b, s, 1, 1, half]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     if rope.scale != 1:
         sin, cos = sin * rope.scale, cos * rope.scale
@@ -34,7 +34,7 @@ def _frequencies(positions: jax.Array, rope: Rope):
     frequencies = np.asarray(rope.frequencies, np.float32)
     if not rope.long and not rope.ntk:
         return frequencies
-    length = (jnp.max(positions, axis=1) + 1)[:, None, None, None]
+    length = (jnp.max(positions, axis=1) + 1)[:, None, None, None, None]
     if rope.long:
         return jnp.where(length > rope.trained, np.asarray(rope.long, np.float32), frequencies)
     # with base * stretch ** (d / (d - 2)) the slowest pair turns `stretch` times slower, the fastest as before
@@ -43,7 +43,7 @@ def _frequencies(positions: jax.Array, rope: Rope):
 
 
 def rotate(x: jax.Array, at: Rotary) -> jax.Array:
-    """Rotary positions on `x[b, s, heads, d]`, or on its first dimensions where `at` has fewer."""
+    """Rotary positions on `x[b, s, kv_heads, group, d]`, or on its first dimensions where `at` has fewer."""
     rotated = at.cos.shape[-1]
     if rotated < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :rotated], at), x[..., rotated:]], axis=-1)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jint8
+from jint8._matmul import divided_matmul
 
 MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 BOTH = ("data", "model")
@@ -17,6 +18,7 @@ LAYOUTS = {  # of the weight [n, k], and of x [m, k]
     "row": (P(None, BOTH), P(None, BOTH)),
     "column_and_row": (P("data", "model"), P(None, "model")),
     "batch": (P(), P(BOTH, None)),
+    "model": (P(None, "model"), P(None, "model")),
 }
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
@@ -36,12 +38,17 @@ def values(m, n, k):
     return jnp.asarray(x), jnp.asarray(rng.standard_normal((n, k), dtype=np.float32))
 
 
+def divided(x, w):
+    return divided_matmul(x, w, mesh=MESH, axis="model")
+
+
 def compare(x, w, config, layout):
+    product = divided if layout == "model" else jint8.matmul
     w_spec, x_spec = LAYOUTS[layout]
     w = jint8.quantize(w, contract_axes=(1,), config=config)
     sharded = jax.device_put(w, jint8.shardings(w, w_spec, mesh=MESH))
     x_sharded = jax.device_put(x, jax.sharding.NamedSharding(MESH, x_spec))
-    program = jax.jit(jint8.matmul).lower(x_sharded, sharded).compile()
+    program = jax.jit(product).lower(x_sharded, sharded).compile()
     want, got = np.asarray(jint8.matmul(x, w)), np.asarray(program(x_sharded, sharded))
     per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(sharded))
     return want, got, COLLECTIVE.findall(program.as_text()), per_device, w.nbytes
@@ -50,7 +57,7 @@ def compare(x, w, config, layout):
 found = {}
 for layout in LAYOUTS:
     for m in (1, 64):
-        if (layout, m) == ("batch", 1):
+        if (layout, m) in [("batch", 1), ("model", 1)]:
             continue
         want, got, *_ = compare(*integers(m, 256, 512), jint8.Config(threshold=200.0), layout)
         equal = bool((want == got).all())

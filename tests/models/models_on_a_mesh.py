@@ -1,7 +1,11 @@
-"""Logits and greedy tokens of fixtures on a mesh of eight devices and on one, as JSON; see `test_mesh.py`."""
+"""Logits and greedy tokens of fixtures on a mesh of eight devices and on one, as JSON; see `test_mesh.py`.
+
+Arguments: the fixtures, those of which tokens are wanted with a `+` behind them.
+"""
 
 import json
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -9,22 +13,40 @@ from family_files import DIRECTORY, expected
 
 import jint8
 
-mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
-found = {}
-for name in sys.argv[1:]:
+LENGTHS = (11, 7, 4, 9)  # of prompts
+MESH = jax.make_mesh((2, 4), ("data", "model"))
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def greedy(model, tokens):
+    """Tokens, and how many programs were compiled after the second step."""
+    steps = model.generate_tokens([tokens[0, :n].tolist() for n in LENGTHS], max_tokens=4, every=1)
+    found = [next(steps), next(steps)]
+    before = len(compiled)
+    found += list(steps)
+    return np.concatenate(found, axis=1).tolist(), len(compiled) - before
+
+
+def compare(name, with_tokens):
     alone = jint8.load(DIRECTORY / name, dtype="float32")
-    divided = jint8.load(DIRECTORY / name, dtype="float32", mesh=mesh)
+    divided = jint8.load(DIRECTORY / name, dtype="float32", mesh=MESH)
     tokens = expected(name)["tokens"][:1]
-    want, got = np.asarray(alone.logits(tokens)), np.asarray(divided.logits(tokens))
-    greedy = [
-        np.concatenate(list(model.generate_tokens([tokens[0, :11].tolist()], max_tokens=3)), axis=1).tolist()
-        for model in (alone, divided)
-    ]
+    # of few tokens, whose programs compile in half the time: the prompts below are longer
+    want, got = (np.asarray(model.logits(tokens[:, :2])) for model in (alone, divided))
     leaves = jax.tree.leaves(divided.params)
-    found[name] = {
+    result = {
         "error": float(np.abs(got - want).max() / np.abs(want).max()),
-        "greedy": greedy,
         "bytes": sum(leaf.nbytes for leaf in leaves),
         "bytes_per_device": sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves),
     }
-print(json.dumps(found))
+    if with_tokens:
+        result["greedy"], _ = greedy(alone, tokens)
+        result["greedy_divided"], result["compiled_late"] = greedy(divided, tokens)
+    return result
+
+
+warnings.simplefilter("error")  # such as that of a cache that can't be donated
+print(json.dumps({name.rstrip("+"): compare(name.rstrip("+"), name.endswith("+")) for name in sys.argv[1:]}))

@@ -45,18 +45,19 @@ def test_no_further_from_the_float_model_than_bitsandbytes(name):
 def test_values_as_stored():
     params, stored = load(SAVED / "llama").params, tensors(SAVED / "llama")
     qkv = params["layers_1"]["attention"]["qkv"]["weight"]
-    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
-    np.testing.assert_array_equal(qkv.q, np.concatenate([stored[f"{name}.weight"] for name in names]))
-    scale = np.concatenate([stored[f"{name}.SCB"] for name in names]) / np.float32(127)
-    np.testing.assert_array_equal(qkv.scale[:, 0], scale)
+
+    def by_group(what):  # of two key-value heads: the rows of two query heads, the key's, the value's
+        q, k, v = (stored[f"model.layers.1.self_attn.{name}_proj.{what}"] for name in "qkv")
+        return np.concatenate([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
+
+    np.testing.assert_array_equal(qkv.q, by_group("weight"))
+    np.testing.assert_array_equal(qkv.scale[:, 0], by_group("SCB") / np.float32(127))
 
 
 def test_values_of_interleaved_heads():
     qkv = load(SAVED / "bloom").params["layers_0"]["attention"]["qkv"]["weight"]
     name = "transformer.h.0.self_attention.query_key_value"
-    rows = tensors(SAVED / "bloom")[f"{name}.weight"].reshape(6, 3, 6, 36)
-    np.testing.assert_array_equal(qkv.q[:36].reshape(6, 6, 36), rows[:, 0])  # queries
-    np.testing.assert_array_equal(qkv.q[72:].reshape(6, 6, 36), rows[:, 2])  # values
+    np.testing.assert_array_equal(qkv.q, tensors(SAVED / "bloom")[f"{name}.weight"])
 
 
 def test_options_of_the_checkpoint():
@@ -126,9 +127,10 @@ def test_a_part_of_a_product_in_floating_point(tmp_path):
     safetensors.numpy.save_file(kept, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((SAVED / "llama" / "config.json").read_text())
     qkv = load(tmp_path).params["layers_0"]["attention"]["qkv"]["weight"]
-    np.testing.assert_array_equal(qkv[:32], original)
-    k = load(SAVED / "llama").params["layers_0"]["attention"]["qkv"]["weight"].dequantize()[32:]
-    np.testing.assert_array_equal(qkv[32:], k)
+    groups = qkv.reshape(2, 32, 32)  # each with the rows of two query heads above those of its key and its value
+    np.testing.assert_array_equal(groups[:, :16].reshape(32, 32), original)
+    int8 = load(SAVED / "llama").params["layers_0"]["attention"]["qkv"]["weight"].dequantize()
+    np.testing.assert_array_equal(groups[:, 16:], int8.reshape(2, 32, 32)[:, 16:])
 
 
 def change(name, value):

@@ -1,17 +1,12 @@
 """The families of decoders: one file each, or one for those that share their names."""
 
-from jint8.models.families._family import COLUMNS as COLUMNS
-from jint8.models.families._family import HEADS as HEADS
-from jint8.models.families._family import ROWS as ROWS
 from jint8.models.families._family import Family as Family
-from jint8.models.families._layout import from_stored as from_stored
+from jint8.models.families._layout import Source as Source
 from jint8.models.families._layout import split as split
 from jint8.models.families._layout import split_sizes as split_sizes
-from jint8.models.families._layout import to_stored as to_stored
 from jint8.models.families._registry import ENCODERS as ENCODERS
 from jint8.models.families._registry import FAMILIES as FAMILIES
 from jint8.models.families._registry import HEAD as HEAD
-from jint8.models.families._registry import Source as Source
 from jint8.models.families._registry import encoder_config as encoder_config
 from jint8.models.families._registry import family as family
 from jint8.models.families._registry import ignored as ignored

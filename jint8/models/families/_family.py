@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from jint8.models._config import ModelConfig
 from jint8.models.families._fields import Fields
 
-ROWS, COLUMNS, HEADS = "rows", "columns", "heads"
+COLUMNS, HEADS = "columns", "heads"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,9 @@ class Family:
       modules: from our module, or parameter, to their modules, whose tensors are stacked above each other. `{i}` stands
         for the number of a layer, `{e}` for that of each expert in turn.
       prefixes: what may stand in front of all names but the output head's, the usual one first.
-      layouts: of modules whose weights aren't stored as rows `[n, k]`: `COLUMNS` is `[k, n]`; `HEADS` has each head's
-        query, key and value rows next to each other.
+      layouts: of modules whose weights aren't stored as rows `[n, k]`, queries above keys above values, the gate above
+        the other factor: `COLUMNS` is `[k, n]`; `HEADS` has each head's query, key and value rows next to each other,
+        as the decoder has them.
       unused: patterns of tensors that aren't parameters, such as masks.
     """
 

@@ -1,31 +1,27 @@
-"""Tensors as checkpoints have them, and as the decoder has them: `[n, k]`, queries above keys above values."""
+"""Tensors as checkpoints have them, and the rows of the parameters that they make up."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from jint8.models._config import ModelConfig
-from jint8.models.families._family import COLUMNS, HEADS
 
 
-def from_stored(value: np.ndarray, layout: str, config: ModelConfig) -> np.ndarray:
-    """A tensor of a checkpoint in the decoder's order."""
-    if layout == COLUMNS and value.ndim == 2:
-        return value.T
-    if layout == HEADS:
-        heads = value.reshape(config.num_heads, 3, config.head_dim, *value.shape[1:])
-        return heads.swapaxes(0, 1).reshape(value.shape)
-    return value
+class Source(NamedTuple):
+    """The tensors of a checkpoint that make up a parameter.
 
+    Attributes:
+      tensors: their names; stacked above each other they have the parameter's rows.
+      transposed: stored as `[k, n]`.
+      order: for each row of the parameter, which of the stacked rows it is; None where the order is the same.
+    """
 
-def to_stored(value: np.ndarray, layout: str, config: ModelConfig) -> np.ndarray:
-    """The inverse of `from_stored`."""
-    if layout == HEADS:
-        parts = value.reshape(3, config.num_heads, config.head_dim, *value.shape[1:])
-        return parts.swapaxes(0, 1).reshape(value.shape)
-    return from_stored(value, layout, config)
+    tensors: tuple[str, ...]
+    transposed: bool = False
+    order: np.ndarray | None = None
 
 
 def split_sizes(shape: tuple[int, ...], path: str, count: int, config: ModelConfig) -> list[int]:
@@ -37,8 +33,11 @@ def split_sizes(shape: tuple[int, ...], path: str, count: int, config: ModelConf
     return [rows // count] * count
 
 
-def split(parameter: np.ndarray, path: str, count: int, config: ModelConfig) -> list[np.ndarray]:
-    """The `count` tensors that a parameter was made of, from top to bottom."""
+def split(parameter: np.ndarray, path: str, source: Source, config: ModelConfig) -> list[np.ndarray]:
+    """The tensors that a parameter was made of, with their rows first."""
+    sizes = split_sizes(parameter.shape, path, len(source.tensors), config)
     if parameter.ndim == 3:  # experts
         parameter = parameter.reshape(-1, parameter.shape[-1])
-    return np.split(parameter, np.cumsum(split_sizes(parameter.shape, path, count, config))[:-1])
+    if source.order is not None:
+        parameter = parameter[np.argsort(source.order)]
+    return np.split(parameter, np.cumsum(sizes)[:-1])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 from jint8.models._config import ModelConfig
+from jint8.models._fused import row_order
 from jint8.models.families._bert import BERT
 from jint8.models.families._bloom import BLOOM
-from jint8.models.families._family import ROWS, Family
+from jint8.models.families._family import COLUMNS, HEADS, Family
 from jint8.models.families._gemma import GEMMA2, GEMMA3
 from jint8.models.families._gpt2 import GPT2
+from jint8.models.families._layout import Source
 from jint8.models.families._llama import LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3
 from jint8.models.families._neox import GPT_NEOX
 from jint8.models.families._opt import OPT
@@ -33,13 +35,6 @@ FAMILIES: Mapping[str, Family] = {
 }
 ENCODERS: Mapping[str, Family] = {"bert": BERT}
 HEAD = "lm_head"
-
-
-class Source(NamedTuple):
-    """The tensors of a checkpoint that make up a parameter, one above the other."""
-
-    tensors: tuple[str, ...]
-    layout: str = ROWS
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -133,7 +128,9 @@ def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str])
         experts = range(config.experts) if "{e}" in theirs[0] else range(1)
         start = "" if module == HEAD else prefix
         names = tuple(f"{start}{name.format(i=layer and layer[1], e=e)}.{leaf}" for e in experts for name in theirs)
-        found[path] = Source(names, own.layouts.get(module, ROWS))
+        layout = own.layouts.get(module)
+        transposed = layout == COLUMNS and leaf == "weight"
+        found[path] = Source(names, transposed, None if layout == HEADS else row_order(module, config))
     return found
 
 
