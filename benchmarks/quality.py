@@ -9,8 +9,9 @@ The text is the language reference that every Python carries (`pydoc_data.topics
 result, results/quality.json. Sequences of 512 tokens, one to a call. Static outliers are calibrated on the text that
 comes with the package. What is measured is added to the rows of the same text that are there already.
 
-Variants of the model compute the same function in floating point (`jint8.analysis.inject_outliers`): `planted` has six
-feature dimensions that are 64 times larger, `broad` half of all dimensions 8 times, as some families have.
+Variants of the model compute the same function in floating point (`jint8.analysis.inject_outliers`): in `planted` six
+feature dimensions, drawn at random, are 64 times larger; in `own` six of which one is the model's own largest; in
+`broad` half of all dimensions 8 times, as some families have.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 
 THRESHOLDS = (0.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0)
-PLANTED = (17, 101, 200, 333, 404, 555)
+PLANTED = (23, 154, 177, 292, 364, 485)
+OWN = (17, 101, 200, 333, 404, 555)  # 17 is SmolLM2's own outlier feature
 SCHEMES = ("llm.int8", "llm.int8-zp", "vector-zp", "vector", "row+dec", "row", "zeropoint", "absmax")
 ENCODED = 256  # texts, to each encoder
 VARIANTS = {
     "plain": lambda params: params,
     "planted": lambda params: inject_outliers(params, PLANTED, 64.0),
+    "own": lambda params: inject_outliers(params, OWN, 64.0),
     "broad": lambda params: inject_outliers(params, range(0, 576, 2), 8.0),
 }
 

@@ -14,14 +14,6 @@ QKV = "layers_0/attention/qkv/weight"
 TEXT = "Jackdaws love my big sphinx of quartz. " * 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small programs that run once: compiling them is what the tests' time goes into."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def static(llama):
     return jint8.load(llama, config=STATIC, dtype="float32")

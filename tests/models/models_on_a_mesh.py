@@ -5,7 +5,9 @@ Arguments: the fixtures, those of which tokens are wanted with a `+` behind them
 
 import json
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -48,5 +50,20 @@ def compare(name, with_tokens):
     return result
 
 
+def save_and_load(path):
+    """Whether a divided model with an adapter comes back with the same values on the same devices."""
+    adapter = DIRECTORY.parent / "adapters" / "llama"
+    alone, divided = (jint8.load(DIRECTORY / "llama", adapter=adapter, mesh=mesh) for mesh in (None, MESH))
+    jint8.save(path, divided)
+    again = jint8.load(path, mesh=MESH)
+    trees = (alone.params, divided.params, again.params)
+    equal = jax.tree.map(lambda one, *others: all(bool((one == np.asarray(x)).all()) for x in others), *trees)
+    places = jax.tree.map(lambda one, other: one.sharding == other.sharding, divided.params, again.params)
+    return all(jax.tree.leaves(equal)) and all(jax.tree.leaves(places))
+
+
 warnings.simplefilter("error")  # such as that of a cache that can't be donated
-print(json.dumps({name.rstrip("+"): compare(name.rstrip("+"), name.endswith("+")) for name in sys.argv[1:]}))
+found = {name.rstrip("+"): compare(name.rstrip("+"), name.endswith("+")) for name in sys.argv[1:]}
+with tempfile.TemporaryDirectory() as directory:
+    found["saved"] = save_and_load(Path(directory, "int8"))
+print(json.dumps(found))

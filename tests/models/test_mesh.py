@@ -40,6 +40,10 @@ def test_the_loop_is_compiled_once(found, name):
     assert found[name]["compiled_late"] == 0
 
 
+def test_saved_and_loaded_with_an_adapter(found):
+    assert found["saved"]
+
+
 def test_each_device_holds_about_its_share(found):
     assert found["llama"]["bytes_per_device"] < 0.3 * found["llama"]["bytes"]
 
