@@ -1,6 +1,7 @@
 """Int8 trees through what users save trees with: bit for bit the same afterwards."""
 
 import pickle
+from pathlib import Path
 
 import cases
 import flax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from virtual_devices import run_on_eight_devices
 
 import jint8
 
@@ -94,6 +96,12 @@ def test_orbax_of_an_nnx_model(tmp_path):
         graphdef, state = nnx.split(abstract)
         restored = nnx.merge(graphdef, checkpointer.restore(tmp_path / "checkpoint", state))
     assert jnp.array_equal(restored(X), model(X))
+
+
+def test_orbax_onto_another_mesh(tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint isn't installed")
+    found = run_on_eight_devices(Path(__file__).parent / "orbax_on_a_mesh.py", tmp_path / "checkpoint")
+    assert found == {"structure": True, "values": True, "places": True, "part": [64, 32]}  # of [n, k]: k by 4
 
 
 @pytest.mark.parametrize("name", ["plain", "scanned"])
