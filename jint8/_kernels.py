@@ -3,6 +3,9 @@
 Which platform a program is for is known when it is lowered, not when it is traced; an exported program may be for
 several. So where a GPU is in sight the product is a primitive with two lowerings: the kernels for CUDA, XLA for the
 rest. (`lax.platform_dependent` lowers the kernels for the other platforms as well, which Pallas refuses.)
+
+XLA can't divide a kernel among devices: it would send all weights to each. So in a program that it divides, its own
+product runs; within `jax.shard_map`, where each device has its part, the kernels do.
 """
 
 from __future__ import annotations
@@ -111,18 +114,36 @@ def _batch(args, axes, *, call, tree, mapped):
 
 _product_p = Primitive("llm_int8_product")
 _product_p.def_impl(lambda *leaves, **static: _jitted(**static)(*leaves))
-_product_p.def_abstract_eval(
-    lambda *avals, **static: jax.core.ShapedArray(*_shape_and_dtype(_function(_off_gpu, **static), avals))
-)
 batching.primitive_batchers[_product_p] = _batch
-for _run, _platform in ((_off_gpu, None), (_on_gpu, "cuda")):
-    mlir.register_lowering(
-        _product_p,
-        mlir.lower_fun(lambda *leaves, run=_run, **static: _function(run, **static)(*leaves), multiple_results=False),
-        platform=_platform,
+
+
+@_product_p.def_abstract_eval
+def _abstract(*avals, **static):
+    types = [aval.manual_axis_type for aval in avals]  # what varies over which devices, under shard_map
+    varying = frozenset().union(*(t.varying for t in types))
+    leaves = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+    out = jax.eval_shape(_function(_off_gpu, **static), *leaves)
+    return avals[0].update(
+        shape=out.shape, dtype=out.dtype, weak_type=False, manual_axis_type=types[0].update(varying=varying)
     )
 
 
-def _shape_and_dtype(fun, avals):
-    out = jax.eval_shape(fun, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-    return out.shape, out.dtype
+def _lower(ctx, *args, run, **static):
+    flat = lambda *leaves: _function(run, **static)(*leaves)
+    return mlir.lower_fun(flat, multiple_results=False)(ctx, *args)
+
+
+def _lower_for_cuda(ctx, *args, **static):
+    return _lower(ctx, *args, run=_off_gpu if _is_divided(ctx.module_context.axis_context) else _on_gpu, **static)
+
+
+def _is_divided(context: Any) -> bool:
+    """Whether XLA divides the program that is lowered: it is for several devices, and not in a `shard_map` of all."""
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return getattr(context, "num_devices", 1) > 1
+    return mesh.size > 1 and not context.manual_axes >= {*mesh.axis_names}
+
+
+mlir.register_lowering(_product_p, functools.partial(_lower, run=_off_gpu))
+mlir.register_lowering(_product_p, _lower_for_cuda, platform="cuda")

@@ -258,10 +258,9 @@ class _Gathered:
     def zeros(self, rows: int, dtype):
         """Sums of nothing."""
         n = self.q.shape[0] if self.k_last else self.q.shape[1]
-        # they depend on the data: XLA would make constants at the program's start and hold those of all layers
+        # a zero that depends on the data: constants of all layers are made at the program's start and held until used
         zero = jnp.minimum(self.index[0], 0).astype(dtype)
-        per_channel, per_row = jnp.full((rows, n), zero), jnp.full((rows, 1), zero)
-        return varying_as(per_channel, self.x, self.q), varying_as(per_row, self.x)
+        return varying_as(jnp.full((rows, n), zero), self.x, self.q), varying_as(jnp.full((rows, 1), zero), self.x)
 
     def all_sums(self, step):
         """`sums` of all blocks, in int32."""

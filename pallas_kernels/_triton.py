@@ -64,6 +64,7 @@ def call(
     def whole(a):
         return pl.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))
 
+    args, out = _varying(args, out)
     # The type of the parameters picks the backend; without them the default differs between versions of JAX.
     params: Any = plt.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return tuple(
@@ -77,3 +78,12 @@ def call(
             interpret=interpret,
         )(*args)
     )
+
+
+def _varying(args, out):
+    """Both, counted by `jax.shard_map` as varying over the devices that any of `args` varies over."""
+    types = [jax.typeof(a).manual_axis_type for a in args]
+    axes = frozenset().union(*(t.varying for t in types))
+    more = [tuple(axes - t.varying) for t in types]
+    args = [lax.pcast(a, new, to="varying") if new else a for a, new in zip(args, more, strict=True)]
+    return args, [o.update(manual_axis_type=types[0].update(varying=axes)) for o in out]

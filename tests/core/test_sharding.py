@@ -120,27 +120,3 @@ def test_a_product_of_many_rows_and_divided_features_sends_no_columns(on_eight_d
 def test_a_row_parallel_product_of_one_row_reduces_its_scales_and_its_sums(on_eight_devices):
     assert on_eight_devices["row 1"]["collectives"] == ["all-reduce"] * len(on_eight_devices["row 1"]["collectives"])
     assert 1 <= len(on_eight_devices["row 1"]["collectives"]) <= 3
-
-
-@pytest.fixture(scope="module")
-def modes():
-    return run_on_eight_devices(Path(__file__).parent / "sharding_modes.py")
-
-
-@pytest.mark.parametrize("layout", ["column", "row", "batch"])
-def test_a_mesh_with_explicit_axes(modes, layout):
-    assert modes["explicit"][layout] < 1e-6
-
-
-def test_einsum_on_a_mesh_with_explicit_axes(modes):
-    assert modes["explicit einsum"] < 1e-6
-
-
-@pytest.mark.parametrize("product", ["column", "kernel"])
-def test_each_device_multiplies_its_channels_in_shard_map(modes, product):
-    assert modes[f"manual {product}"] < (1e-6 if product == "column" else 1e-4)  # kernels' outliers have 16 bits
-
-
-def test_each_device_quantizes_its_features_in_shard_map(modes):
-    """A scale and outlier columns of each device's own: finer than those of the whole row."""
-    assert modes["manual row, off"] < 1.05 * modes["one device, off"]
