@@ -3,7 +3,8 @@
 MODEL is a directory of a checkpoint, its config.json, a GGUF file, or the name of a known size. The model is divided
 among the devices as `jint8.load(mesh=)` does it, and its programs are compiled for as many virtual CPU devices, with
 one and with two layers; more layers are on the line through both. Weights, cache and collectives follow from shapes and
-shardings; temporaries are those of XLA's CPU backend, which multiplies 16-bit floats in float32.
+shardings. Temporaries are those of XLA's CPU backend, with float32 activations; those of experts hold copies of all
+their weights, which its grouped products make.
 
 JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype; per_device {int8
 {projections, scales, embeddings, others, weights, cache, prefill, decode, needed}, float {weights}}, in bytes;
@@ -117,7 +118,7 @@ def plan(
     import jax.numpy as jnp
 
     from jint8 import Config
-    from jint8._capacity import capacity, in_slots, longest_context
+    from jint8._capacity import capacity, in_slots, longest_context, model_mesh
     from jint8.models import model_config
 
     decoder = model_config(config)
@@ -129,6 +130,7 @@ def plan(
         raise ValueError(
             f"Expected --context of at most {positions}, which the model has positions for, got {args.context}"
         )
+    model_mesh(decoder, devices)  # raises
 
     @functools.cache
     def at(context: int) -> Capacity:

@@ -3,11 +3,13 @@
 import math
 from pathlib import Path
 
+import jax
 import pytest
 from family_files import DIRECTORY
 from virtual_devices import run_on_eight_devices
 
-from jint8._capacity import known_models, longest_context
+from jint8._capacity import known_models, longest_context, model_mesh
+from jint8._collectives import KINDS
 from jint8._read import abstract_params
 from jint8.cli import _plan
 from jint8.models import Decoder, model_config
@@ -89,27 +91,45 @@ def test_longest_context(needed, room, limit, longest):
 
 @pytest.fixture(scope="module")
 def found():
-    return run_on_eight_devices(Path(__file__).parents[1] / "models" / "capacity_on_a_mesh.py")
+    return run_on_eight_devices(Path(__file__).parents[1] / "models" / "capacity_on_a_mesh.py", optimized=False)
 
 
 def test_one_and_two_layers_say_what_three_take(found):
-    along, full = found["along"], found["full"]
+    int8, full = found["plan"]["per_device"]["int8"], found["full"]
     for temporaries in ("prefill", "decode"):
-        assert along.pop(temporaries) == pytest.approx(full.pop(temporaries), rel=0.1)
-    assert along == full
+        assert int8[temporaries] == pytest.approx(full[temporaries], rel=0.05)
+    assert int8["cache"] == 4 * full["cache size"]
+    of_full = [
+        {"kind": kind, "count": full[f"token {kind}"], "bytes": full[f"token {kind} bytes"], "per": "token"}
+        for kind in KINDS
+        if f"token {kind}" in full
+    ]
+    assert found["plan"]["collectives"] == of_full
     assert full["token all-reduce"] >= 2 * 3  # of the row-parallel products in each layer
 
 
-def test_weights_are_those_of_a_loaded_model(found):
+def test_weights_and_cache_are_what_the_program_takes(found):
     int8 = found["plan"]["per_device"]["int8"]
-    assert int8["weights"] == found["loaded"]
+    tokens, rest = 4 * 128, 64  # and counters, the key and the end
+    assert 0 < found["full"]["arguments"] - int8["weights"] - int8["cache"] - tokens < rest
     assert int8["weights"] == sum(int8[name] for name in ("projections", "scales", "embeddings", "others"))
 
 
 def test_cache_and_verdicts(found):
     plan = found["plan"]
     int8 = plan["per_device"]["int8"]
-    assert int8["cache"] == 2 * 2 * 128 * 2 * 8 * 4  # layers, keys and values, slots, 2 of 4 heads of 8, float32
+    assert int8["cache"] == 3 * 2 * 128 * 2 * 8 * 4  # layers, keys and values, slots, 2 of 4 heads of 8, float32
     assert int8["needed"] == int8["weights"] + int8["cache"] + max(int8["prefill"], int8["decode"])
     assert plan["fits"] is (int8["needed"] <= plan["memory"] - plan["reserve"])
     assert (plan["longest_context"], plan["longest_by"]) == (48, "positions")
+
+
+def test_devices_that_do_not_divide_the_heads():
+    config = model_config(known_models()["smollm2-135m"]["config"])
+    with pytest.raises(ValueError, match="Expected a number of devices that divides the model's 9 heads, got 8"):
+        model_mesh(config, 8)
+
+
+def test_more_devices_than_jax_has_started_with(run_error):
+    jax.devices()
+    assert "Expected a process in which JAX hasn't started" in run_error("plan", "opt-175b", "--mesh", "8x24GiB")

@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LAUNCH = EXAMPLES / "launch.py"
 PATH = [Path(jint8.__file__).parents[1], Path(__file__).parents[1]]
 ENV = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device in each process
-ENV |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, PATH))}
+ENV |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join(map(str, PATH))}
 free_address = runpy.run_path(str(LAUNCH))["free_address"]
 LIMIT = 120  # seconds, after which a hanging test fails
 
@@ -45,33 +45,22 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return jint8.load(DIRECTORY / "llama", dtype="float32")
-
-
 def test_there_are_two_processes(found):
     assert found["processes"] == 2
     assert found["bytes_here"] < 0.6 * found["bytes"]
 
 
-def test_logits(found, alone):
+def test_logits(found):
+    alone = jint8.load(DIRECTORY / "llama", dtype="float32")
     want = np.asarray(alone.logits(expected("llama")["tokens"][:1]))
     assert np.abs(np.array(found["logits"]) - want).max() < 1e-4 * np.abs(want).max()
 
 
-def test_greedy_tokens(found, alone):
-    tokens = expected("llama")["tokens"][0]
-    prompts = [tokens[:11].tolist(), tokens[5:9].tolist()]
-    want = np.concatenate(list(alone.generate_tokens(prompts, max_tokens=5)), axis=1)
-    assert found["greedy"] == want.tolist()
-
-
-def test_the_example_continues_a_prompt(tmp_path):
+def test_the_example_generates_the_greedy_tokens_of_one_device(tmp_path):
     checkpoint = make_llama_directory(tmp_path / "llama", seed=0)
-    done = launch(EXAMPLES / "many_processes.py", str(checkpoint), "--prompt", "hello", "--max-tokens", "6")
+    done = launch(EXAMPLES / "many_processes.py", str(checkpoint), "--prompt", "hello", "--max-tokens", "16")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(jint8.load(checkpoint).generate("hello", max_tokens=6) + "\n")
+    assert done.stdout.endswith(jint8.load(checkpoint).generate("hello", max_tokens=16) + "\n")
 
 
 def test_the_launcher_ends_the_others_when_a_process_is_killed():
@@ -82,7 +71,9 @@ def test_the_launcher_ends_the_others_when_a_process_is_killed():
 
 def test_without_it_they_end_by_themselves():
     coordinator = free_address()
-    others, killed = (worker("--die", "1", "--process", str(i), coordinator=coordinator) for i in range(2))
+    others, killed = (
+        worker("--die", "1", "--process", str(i), "--timeout", "10", coordinator=coordinator) for i in range(2)
+    )
     _, err = others.communicate(timeout=LIMIT)
     killed.communicate(timeout=LIMIT)
     assert killed.returncode == -signal.SIGKILL
