@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from harness import RESULTS, machine
 
 PROMPT = "The capital of France is"
-PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, CONTINUATION_TOKENS = 512, 32, 32, 24
+PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, CONTINUATION_TOKENS = 512, 32, 32, 16
 BATCHES = (1, 4, 16)
 
 
