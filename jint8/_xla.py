@@ -201,7 +201,7 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array,
         return _join_wide(gathered.all_sums(step), step, wide)
 
     index = gathered.index
-    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k)  # 2 stands for all larger numbers
+    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k).astype(jnp.int32)  # 2 stands for all larger numbers
     return lax.switch(blocks, (none, one, many))
 
 

@@ -7,13 +7,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-OPTIMIZED = ("core", "kernels")  # whose tests are about numbers, and run what users run
+# Tests of numbers, which run what users run.
+OPTIMIZED = ("test_matmul.py", "test_outliers.py", "test_quantize.py", "test_batch_independence.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly(request):
-    """Whole models of toy size run once: the time of their tests goes into optimizing programs."""
-    if request.path.parent.name in OPTIMIZED:
+    """Programs of toy size run once: the time of most tests goes into optimizing them."""
+    if request.path.name in OPTIMIZED:
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)
