@@ -5,14 +5,14 @@ library that names a leaf (plans, skip lists, error messages, checkpoints) uses 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-__all__ = ["Patterns", "leaf_paths", "matches", "path_group", "path_string"]
+__all__ = ["Patterns", "leaf_paths", "matches", "nested", "path_group", "path_string"]
 
 Patterns = str | Iterable[str] | Callable[[str], bool]
 
@@ -59,6 +59,23 @@ def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(path_string(key_path), leaf) for key_path, leaf in leaves]
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dictionaries that has these leaves: the inverse of `leaf_paths`.
+
+    Examples:
+      >>> nested({"dense/bias": 1, "dense/kernel": 2})
+      {'dense': {'bias': 1, 'kernel': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def matches(path: str, patterns: Patterns) -> bool:

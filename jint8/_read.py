@@ -21,7 +21,7 @@ from jint8._assemble import Assembly, decoder_shardings, place
 from jint8._host import cast, check_finite, quantized_rows
 from jint8._outlier_rows import check_outliers
 from jint8._params import OUTPUT_HEADS, standard_axes
-from jint8._paths import Patterns, leaf_paths, matches
+from jint8._paths import Patterns, leaf_paths, matches, nested
 from jint8._quantize import quantize as quantize_weight
 from jint8._types import SCHEMES, SMALLEST_NORMAL, Config, QTensor
 from jint8.checkpoints import Checkpoint
@@ -108,19 +108,12 @@ def read_params(
                 sharding=placed.get(path),
             )
 
-    params: dict[str, Any] = {}
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
         try:
-            for path, leaf in zip(wanted, workers.map(read, wanted), strict=True):
-                *parents, last = path.split("/")
-                node = params
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = leaf
+            return nested(dict(zip(wanted, workers.map(read, wanted), strict=True)))
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    return params
 
 
 def planned_params(
@@ -142,18 +135,14 @@ def planned_tree(
 ) -> dict[str, Any]:
     """The parameters of a checkpoint of `model`, as a tree and without values, as `planned_params` has them by path."""
     expected = abstract_params(model)
-    tree: dict[str, Any] = {}
+    planned: dict[str, Any] = {}
     for path, source in sources(model.config, expected, ()).items():
         leaf: Any = expected[path]
         axes = None
         if SCHEMES[config.scheme].weights is not None:
             axes = _quantized_axes(path, source, len(leaf.shape), skip, include)
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf if axes is None else _quantized(leaf, axes, config)
-    return tree
+        planned[path] = leaf if axes is None else _quantized(leaf, axes, config)
+    return nested(planned)
 
 
 def _quantized(leaf: jax.ShapeDtypeStruct, axes: tuple[int, ...], config: Config) -> Any:

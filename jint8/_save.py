@@ -21,7 +21,7 @@ from jint8._assemble import decoder_shardings, place
 from jint8._bitsandbytes import to_tensors
 from jint8._language_model import LanguageModel
 from jint8._params import with_config
-from jint8._paths import leaf_paths
+from jint8._paths import leaf_paths, nested
 from jint8._text_encoder import TextEncoder
 from jint8._types import SCHEMES, Config, QTensor, is_qtensor
 from jint8.checkpoints._huggingface import write_huggingface
@@ -158,15 +158,12 @@ def read_saved(
         leaf = jax.tree.map(place, leaf, *placed.values()) if placed else jax.tree.map(jnp.array, leaf)
         if dtype is not None:
             leaf = dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if is_qtensor(leaf) else leaf.astype(dtype)
-        *parents, last = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
+        params[path] = leaf
         done += sum(array.nbytes for array in arrays.values())
         if progress is not None:
             progress(done, total)
-    return params if config is None else with_config(params, config)
+    tree = nested(params)
+    return tree if config is None else with_config(tree, config)
 
 
 def _arrays(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
