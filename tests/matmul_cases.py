@@ -38,6 +38,14 @@ def _long_row_with(bad):
     return case._replace(bad_rows=(1,))
 
 
+def _not_finite_beside_outliers():
+    """More outlier columns than are gathered at a time: their sums go through integers, which hold no NaN."""
+    case = _sized((5,), 70, 8, outliers=65)
+    case.x[1, 60], case.x[2, 61], case.x[3, 1] = np.nan, -np.inf, np.nan
+    return case._replace(bad_rows=(1, 2, 3))
+
+
+NOT_FINITE = "not_finite_beside_65_outliers"
 SHAPES = {
     "rows=1": _sized((1,), 64, 16),
     "rows=33": _sized((33,), 64, 16),
@@ -47,6 +55,7 @@ SHAPES = {
     "k=1_n=1": _sized((3,), 1, 1, outliers=1),
     "outliers=32_of_33": _sized((4,), 33, 8, outliers=32),
     "outliers=65_of_70": _sized((4,), 70, 8, outliers=65),
+    NOT_FINITE: _not_finite_beside_outliers(),
     "nan_in_a_long_row": _long_row_with(np.nan),
     "inf_in_a_long_row": _long_row_with(np.inf),
     "leading=()": _sized((), 20, 6),

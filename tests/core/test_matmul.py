@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from matmul_cases import BEYOND_INT32, CASES, EXACT, SHAPES, VALUES
+from matmul_cases import BEYOND_INT32, CASES, EXACT, NOT_FINITE, SHAPES, VALUES
 
 import jint8
 from jint8._quantize import contract_last
@@ -64,7 +64,7 @@ def test_values(name, implementation):
 
 
 @int8_implementations
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", [*VALUES, NOT_FINITE])
 def test_values_by_token(name, implementation):
     check(name, implementation, config=jint8.Config(outliers="token"))
 
