@@ -6,8 +6,9 @@ A process that has some of the mesh's devices holds what these hold, and no arra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,13 +63,15 @@ class Assembly:
         for part in self._parts:
             at = part.place[rows]
             here = at >= 0
-            kept = values if here.all() else values[here]
-            part.values[_as_slice(at[here])] = kept if values.ndim == 1 else kept[:, part.columns]
+            at, kept = (at, values) if here.all() else (at[here], values[here])
+            kept = kept if values.ndim == 1 else kept[:, part.columns]
+            for run in _runs(at):
+                part.values[at[run.start] : at[run.start] + run.stop - run.start] = kept[run]
 
     def array(self) -> jax.Array:
         """The array, once all rows are there. It takes over the memory: the assembly can't be used afterwards."""
         if self.sharding is None:
-            return jnp.asarray(self._parts[0].values.reshape(self.shape))
+            return jax.device_put(self._parts[0].values.reshape(self.shape))  # jnp.asarray would copy it
         arrays = [
             jax.device_put(part.values.reshape(part.shape), device) for part in self._parts for device in part.devices
         ]
@@ -95,8 +98,7 @@ def _part(shape: tuple[int, ...], dtype: Any, bounds: tuple[tuple[int, int], ...
     return _Part(held, values, place.reshape(-1), slice(*bounds[-1]), devices)
 
 
-def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
-    """Numbers that follow each other as a slice, which NumPy copies faster."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows
+def _runs(numbers: np.ndarray) -> Iterator[slice]:
+    """Where numbers follow each other: NumPy copies slices faster than single rows."""
+    ends = (np.nonzero(numbers[1:] != numbers[:-1] + 1)[0] + 1).tolist()
+    return (slice(start, stop) for start, stop in itertools.pairwise([0, *ends, len(numbers)]) if start < stop)

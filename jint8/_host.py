@@ -15,7 +15,7 @@ import numpy as np
 
 from jint8._quantize import SMALLEST_NORMAL
 
-BLOCK = 1 << 18  # values in float32 at a time: two buffers that fit in the second-level cache
+BLOCK = 1 << 20  # values in float32 at a time: fewer cost time in Python, more leave the cache
 
 
 NOT_FINITE = "Expected finite weights, got NaN or infinity."
@@ -39,27 +39,37 @@ def quantized_rows(value: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.nd
     """Quantizes float `value[n, k]` with one scale per row.
 
     Yields:
-      A few rows at a time: which, their int8 values (as float32, in a buffer that the next rows go to) and the float32
-      scales `[rows, 1]`.
+      A few rows at a time: which, their int8 values (in a buffer that the next rows go to) and the float32 scales
+      `[rows, 1]`.
 
     Raises:
       ValueError: NaN or infinity in `value`.
     """
     n, k = value.shape
     rows = max(1, BLOCK // max(k, 1))
-    x, steps = (np.empty((min(rows, n), k), np.float32) for _ in range(2))
+    steps, q = (np.empty((min(rows, n), k), dtype) for dtype in (np.float32, np.int8))
     for start in range(0, n, rows):
         at = slice(start, min(start + rows, n))
-        block, y = x[: at.stop - start], steps[: at.stop - start]
-        to_float32(value[at], block)
-        np.abs(block, out=y)
+        x, out = steps[: at.stop - start], q[: at.stop - start]
+        scale = _absmax(value[at], x) / np.float32(127)
+        if not np.isfinite(scale).all():
+            raise ValueError(NOT_FINITE)
+        to_float32(value[at], x)
         with np.errstate(all="ignore"):  # rows of zeros
-            scale = y.max(axis=1, keepdims=True, initial=0) / np.float32(127)
-            if not np.isfinite(scale).all():
-                raise ValueError(NOT_FINITE)
-            np.rint(np.divide(block, scale, out=y), out=y)
-        y[scale[:, 0] < SMALLEST_NORMAL] = 0
-        yield at, y, scale
+            np.rint(np.divide(x, scale, out=x), out=x)
+        if (small := scale[:, 0] < SMALLEST_NORMAL).any():
+            x[small] = 0
+        np.copyto(out, x, casting="unsafe")
+        yield at, out, scale
+
+
+def _absmax(value: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    """Largest magnitude of each row of `value[n, k]`, float32 `[n, 1]`; infinity or NaN where a value isn't finite."""
+    if value.dtype == ml_dtypes.bfloat16:  # without the sign, bits are ordered as the values are, and NaN is on top
+        bits = np.bitwise_and(value.view(np.uint16), 0x7FFF, out=buffer.view(np.uint16)[:, : value.shape[1]])
+        return bits.max(axis=1, keepdims=True, initial=0).view(ml_dtypes.bfloat16).astype(np.float32)
+    to_float32(value, buffer)
+    return np.abs(buffer, out=buffer).max(axis=1, keepdims=True, initial=0)
 
 
 def to_float32(value: np.ndarray, out: np.ndarray) -> None:

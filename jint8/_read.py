@@ -83,7 +83,7 @@ def read_params(
     wanted = _wanted(checkpoint, model, config, skip, include)
     if unknown := sorted(set(outliers or ()) - set(wanted)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
-    placed = decoder_shardings(_planned(wanted, config), mesh)
+    placed = {} if mesh is None else decoder_shardings(_planned(wanted, config), mesh)
     total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
     done, lock = 0, threading.Lock()
 
