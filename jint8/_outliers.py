@@ -16,6 +16,7 @@ DIGIT_BASE = 255
 # Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
 OUTLIER_DIGITS = 3
 BLOCK = 32  # outlier columns that are gathered at a time
+MAX_EXACT = 64  # columns over which products of wide digits sum exactly in float32
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -161,7 +162,7 @@ def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
 def wide_digit(k: int) -> int:
     """The largest digit d of two in base `2 d + 1` whose products with int8 sum exactly.
 
-    In float32 over `BLOCK` columns, `2047 * 127 * BLOCK < 2**24`; in int32 over `k`. 2047 is as fine as three int8
+    In float32 over `MAX_EXACT` columns, `2047 * 127 * 64 < 2**24`; in int32 over `k`. 2047 is as fine as three int8
     digits; at k = 32768 it is 516, which is 20 bits.
     """
     return min(2047, (2**31 - 1) // (127 * max(k, 1)))

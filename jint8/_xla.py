@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jint8._outliers import (
     BLOCK,
     DIGIT_BASE,
+    MAX_EXACT,
     Outliers,
     Split,
     outlier_elements,
@@ -186,6 +187,10 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array,
     """
     m, k = x.shape
     wide = wide_digit(k)
+    if k <= MAX_EXACT:  # all columns are hardly more than a block
+        x = _only_outliers(x, outliers)
+        step = wide_step(x, wide)
+        return _join_wide(_wide_sums(x, q.astype(jnp.float32), k_last, step, wide), step, wide)
     gathered = _Gathered(x, outliers, q, k_last, wide)
 
     def none():
@@ -194,7 +199,7 @@ def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array,
     def one():
         x_block, w_block = gathered.columns(0)
         step = wide_step(x_block, wide)
-        return _join_wide(gathered.sums(x_block, w_block, step), step, wide)
+        return _join_wide(_wide_sums(x_block, w_block, k_last, step, wide), step, wide)
 
     def many():
         step = wide_step(_only_outliers(x, outliers), wide)
@@ -249,12 +254,6 @@ class _Gathered:
         w_block = jnp.take(self.q, chosen, axis=1 if self.k_last else 0, mode="fill", fill_value=0)
         return _over_limit(x_block, self.outliers), w_block.astype(jnp.float32)
 
-    def sums(self, x_block, w_block, step):
-        """Of the digits, `[2 m, n]` and `[2 m, 1]`."""
-        rows = wide_digits(x_block, step, self.wide)
-        product = _dot(rows, w_block, self.k_last, jnp.float32, lax.Precision.HIGHEST)
-        return product, jnp.sum(rows, axis=1, keepdims=True)
-
     def zeros(self, rows: int, dtype):
         """Sums of nothing."""
         n = self.q.shape[0] if self.k_last else self.q.shape[1]
@@ -263,17 +262,27 @@ class _Gathered:
         return varying_as(jnp.full((rows, n), zero), self.x, self.q), varying_as(jnp.full((rows, 1), zero), self.x)
 
     def all_sums(self, step):
-        """`sums` of all blocks, in int32."""
+        """`_wide_sums` of all outlier columns, in int32."""
         m, k = self.x.shape
+        if k <= MAX_EXACT:
+            x, w = _only_outliers(self.x, self.outliers), self.q.astype(jnp.float32)
+            return tuple(part.astype(jnp.int32) for part in _wide_sums(x, w, self.k_last, step, self.wide))
 
         def body(carry):
             block, *parts = carry
             x_block, w_block = self.columns(block)
-            more = (part.astype(jnp.int32) for part in self.sums(x_block, w_block, step))
+            sums = _wide_sums(x_block, w_block, self.k_last, step, self.wide)
+            more = (part.astype(jnp.int32) for part in sums)
             return block + 1, *map(jnp.add, parts, more)
 
         init = (jnp.int32(0), *self.zeros(2 * m, jnp.int32))
         return lax.while_loop(lambda carry: self.index[carry[0] * BLOCK] < k, body, init)[1:]
+
+
+def _wide_sums(x, w, k_last: bool, step, wide: int):
+    """Of the digits of `x[m, c]`, times float32 weights and alone: `[2 m, n]` and `[2 m, 1]`."""
+    rows = wide_digits(x, step, wide)
+    return _dot(rows, w, k_last, jnp.float32, lax.Precision.HIGHEST), jnp.sum(rows, axis=1, keepdims=True)
 
 
 def _only_outliers(x, outliers: Outliers):

@@ -9,14 +9,15 @@ import jint8
 from jint8._quantize import contract_last
 
 TOKEN = jint8.Config(outliers="token")  # a row's result is the same in any batch
-LAYERS, K, N = 3, 16, 5
+LAYERS, K, N = 3, 80, 5
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-X = normal(LAYERS, 4, K) * np.where(np.arange(K) == 7, 20, 1).astype(np.float32)
+# so many outlier columns that they are gathered in two blocks
+X = normal(LAYERS, 4, K) * np.where(np.arange(K) % 2 == 1, 60, 1).astype(np.float32)
 KERNELS = normal(LAYERS, K, N, seed=1)
 
 
@@ -100,7 +101,7 @@ def test_vmap_over_either_side(implementation):
 def test_vmap_in_batch_mode_decides_within_each_entry():
     w = jint8.quantize(KERNELS[0])
     x = X.copy()
-    x[1, 2, 3] = 50  # makes column 3 an outlier of entry 1 only
+    x[1, 2, 4] = 50  # makes column 4 an outlier of entry 1 only
     got = jax.vmap(jint8.matmul, (0, None))(x, w)
     for i in range(LAYERS):
         assert_equal(got[i], jint8.matmul(x[i], w))
