@@ -26,7 +26,7 @@ from jint8._read import planned_tree
 from jint8._sharding import shardings
 from jint8._types import Config, is_qtensor
 from jint8.models import Decoder, ModelConfig, partition_specs
-from jint8.models._generate import CHUNK, SLOTS, Knobs, Sampling, bucket, decode, prefill
+from jint8.models._generate import CHUNK, SLOTS, Knobs, Sampling, bucket, decode, prefill_at_once
 
 EMBEDDINGS = ("embedding", "positions", "lm_head")
 
@@ -210,7 +210,7 @@ def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant:
     knobs: Any = jax.eval_shape(lambda: Knobs(jnp.float32(0), jnp.float32(1)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     choice: Any = (Sampling(), knobs, ())
-    lowered = prefill.lower(model, params, prompt, None, key, None, slots, *choice)
+    lowered = prefill_at_once.lower(model, params, prompt, None, key, None, slots, *choice)
     begin = lowered.compile(_QUICKLY)
     state = jax.tree.map(_with_sharding, lowered.out_info, begin.output_shardings)
     step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), *choice).compile(_QUICKLY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from typing import Any
@@ -18,6 +17,7 @@ from jint8._params import with_config
 from jint8._types import Config
 from jint8.checkpoints import Tokenizer
 from jint8.models import Decoder, ModelConfig
+from jint8.models._forward import forward
 from jint8.models._generate import Knobs, Sampling, decode, is_long, start
 
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
@@ -238,9 +238,11 @@ def on_host(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _logits(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
-    return model.apply(params, tokens)[0]
+    return (forward if model.mesh is None else _forward_at_once)(model, params, tokens)[0]
+
+
+_forward_at_once = jax.jit(forward, static_argnames=("model",))
 
 
 def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -22,8 +22,8 @@ FEW_VALUES = 1 << 13  # up to which XLA's CPU backend is no faster in floating p
 def absmax(x: jax.Array, axis) -> jax.Array:
     """Maximum of `abs(x)` over `axis` in float32, size 1 kept there; NaN where a value isn't finite.
 
-    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton. So of few values it is the maximum of the bits
-    as integers; of many, where integers take up to ten times as long, NaN comes out of a sum of zeros.
+    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton. So of few values it is the maximum of their
+    bits as integers; of many, where integers take up to ten times as long, NaN comes out of a sum of zeros.
     """
     if x.size > FEW_VALUES:
         x = x.astype(jnp.float32)

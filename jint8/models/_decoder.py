@@ -122,7 +122,24 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     mesh: Mesh | None = None
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        init, width = nn.initializers.normal(0.02), c.embedding_size or c.hidden_size
+        self.embedding = self.param("embedding", init, (c.vocab_size, width), self.dtype)
+        if c.embedding_size:
+            self.project_in = Linear(c.hidden_size, dtype=self.dtype)
+            self.project_out = Linear(c.embedding_size, dtype=self.dtype)
+        if c.learned_positions is not None:
+            size = c.max_positions + c.learned_positions
+            self.positions = self.param("positions", init, (size, c.hidden_size), self.dtype)
+        if c.embedding_norm:
+            self.embedding_norm = Norm(c, self.dtype)
+        self.layers = [self.block(i) for i in range(c.num_layers)]
+        if c.final_norm:
+            self.norm = Norm(c, self.dtype)
+        if not c.tie_embeddings:
+            self.lm_head = Linear(c.vocab_size, dtype=self.dtype, mesh=self.mesh)
+
     def __call__(
         self, tokens: jax.Array, at: Context | None = None, cache: list[LayerCache] | None = None, last: bool = False
     ) -> tuple[jax.Array, list[LayerCache] | None]:
@@ -137,44 +154,57 @@ class Decoder(nn.Module):
         Returns:
           float32 `[b, s, vocab]`, and the cache (None without one).
         """
-        c = self.config
         at = context(tokens) if at is None else at
-        init, width = nn.initializers.normal(0.02), c.embedding_size or c.hidden_size
-        embedding = self.param("embedding", init, (c.vocab_size, width), self.dtype)
-        x = embed(embedding, tokens).astype(self.dtype)
+        x, angles = self.begin(tokens, at)
+        new_cache: list[Any] = []
+        for i, layer in enumerate(self.layers):
+            x, layer_cache = layer(x, at, angles[self.is_local(i)], None if cache is None else cache[i])
+            new_cache.append(layer_cache)
+        return self.end(x, at, last), None if cache is None else new_cache
+
+    @nn.nowrap
+    def block(self, i: int) -> Block:
+        """Layer `i`; those of the same kind are equal."""
+        window = self.config.windows[i] if self.config.windows else 0
+        return Block(self.config, window, self.dtype, self.mesh, parent=None)
+
+    @nn.nowrap
+    def is_local(self, i: int) -> bool:
+        """Whether layer `i` sees a window only, and takes the second of `begin`'s angles."""
+        return bool(self.config.windows and self.config.windows[i])
+
+    def begin(self, tokens: jax.Array, at: Context) -> tuple[jax.Array, tuple[Rotary | None, Rotary | None]]:
+        """What goes into the first layer: `x[b, s, d]`, and rotary angles, also of layers that see a window only."""
+        c = self.config
+        x = embed(self.embedding, tokens).astype(self.dtype)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.embedding_size:
-            x = Linear(c.hidden_size, dtype=self.dtype, name="project_in")(mask(x, at))
+            x = self.project_in(mask(x, at))
         if c.learned_positions is not None:
-            size = c.max_positions + c.learned_positions
-            table = self.param("positions", init, (size, c.hidden_size), self.dtype)
-            x = x + jnp.take(table, at.positions + c.learned_positions, axis=0).astype(x.dtype)
+            x = x + jnp.take(self.positions, at.positions + c.learned_positions, axis=0).astype(x.dtype)
         if c.embedding_norm:
-            x = Norm(c, self.dtype, name="embedding_norm")(x)
+            x = self.embedding_norm(x)
         angles = None if c.rope is None else rotary(at.positions, c.rope)
-        local_angles = angles if c.local_rope is None else rotary(at.positions, c.local_rope)
-        new_cache: list[Any] = []
-        for i in range(c.num_layers):
-            layer_cache = None if cache is None else cache[i]
-            window = c.windows[i] if c.windows else 0
-            block = Block(c, window, self.dtype, self.mesh, name=f"layers_{i}")
-            x, layer_cache = block(x, at, local_angles if window else angles, layer_cache)
-            new_cache.append(layer_cache)
+        return x, (angles, angles if c.local_rope is None else rotary(at.positions, c.local_rope))
+
+    def end(self, x: jax.Array, at: Context, last: bool) -> jax.Array:
+        """Logits of what comes out of the last layer."""
+        c = self.config
         if last:
             x, at = x[:, -1:], at._replace(valid=None)
         if c.final_norm:
-            x = Norm(c, self.dtype, name="norm")(x)
+            x = self.norm(x)
         x = mask(x, at)
         if c.embedding_size:
-            x = Linear(c.embedding_size, dtype=self.dtype, name="project_out")(x)
+            x = self.project_out(x)
         if not c.tie_embeddings:
-            logits = Linear(c.vocab_size, dtype=self.dtype, mesh=self.mesh, name="lm_head")(x)
-        elif is_qtensor(embedding):
-            logits = matmul(x, embedding, implementation=implementation(self.mesh))
+            logits = self.lm_head(x)
+        elif is_qtensor(self.embedding):
+            logits = matmul(x, self.embedding, implementation=implementation(self.mesh))
         else:
-            logits = project(x, embedding)
-        return softcap(logits.astype(jnp.float32), c.logit_softcap), None if cache is None else new_cache
+            logits = project(x, self.embedding)
+        return softcap(logits.astype(jnp.float32), c.logit_softcap)
 
 
 def embed(embedding, tokens: jax.Array) -> jax.Array:

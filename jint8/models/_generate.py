@@ -1,4 +1,4 @@
-"""Text generation: prefill and decode as two compiled functions, no Python per token."""
+"""Text generation: prefill a few layers at a time, decode as one compiled function without Python per token."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jint8._types import SCHEMES, is_qtensor
 from jint8.models._attention import Context, LayerCache, context, make_cache
 from jint8.models._decoder import Decoder
+from jint8.models._forward import forward
 from jint8.models._partition import batch_axis, heads_axis
 
 CHUNK = 512  # longest part of a prompt that goes through the model at once: attention's scores grow with it
@@ -72,11 +73,10 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling, knobs: Knobs) 
     return jnp.take_along_axis(index, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "sampling", "eos"), donate_argnames=("cache",))
 def prefill(
     model: Decoder,
     params: Any,
-    prompt: jax.Array,
+    prompt: Any,
     first: jax.Array | None,
     key: jax.Array,
     cache: list[LayerCache] | None,
@@ -93,17 +93,28 @@ def prefill(
     begin = 0 if cache is None else s - CHUNK
     if cache is None:
         cache = empty_cache(model, params, b, slots)
-    rest = prompt[:, begin:]
-    logits, cache = _apply(model, params, rest, context(rest, begin, first), cache, last=True)
+    run = forward if model.mesh is None else _apply
+    logits, cache = run(model, params, prompt[:, begin:], begin, first, cache, last=True)
+    return _first_token(model, prompt, first, key, cache, logits, slots, sampling, knobs, eos)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "sampling", "eos"), donate_argnames=("cache",))
+def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, sampling, knobs, eos) -> State:
+    b, s = prompt.shape
     tokens = jnp.zeros((b, slots), jnp.int32).at[:, :s].set(prompt)
     state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key)
     return _whole(_append(logits[:, -1], state, sampling, knobs, eos), model.mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
-def extend(model: Decoder, params: Any, tokens: jax.Array, slot: jax.Array, first: jax.Array | None, cache):
+def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array, first: jax.Array | None, cache):
     """The cache with keys and values of `tokens[b, s]`, the first of which stands at `slot`."""
-    return _apply(model, params, tokens, context(tokens, slot, first), cache, last=True)[1]
+    run = forward if model.mesh is None else _apply
+    return run(model, params, tokens, slot, first, cache, last=True)[1]
+
+
+# On a mesh as one program each, which divides all layers alike.
+prefill_at_once = jax.jit(prefill, static_argnames=("model", "slots", "sampling", "eos"), donate_argnames=("cache",))
+extend_at_once = jax.jit(extend, static_argnames=("model",), donate_argnames=("cache",))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "eos"), donate_argnames=("state",))
@@ -112,8 +123,7 @@ def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling
 
     def body(state: State) -> State:
         token = lax.dynamic_slice_in_dim(state.tokens, state.slot - 1, 1, axis=1)
-        at = context(token, state.slot - 1, state.first)
-        logits, cache = _apply(model, params, token, at, state.cache)
+        logits, cache = _apply(model, params, token, state.slot - 1, state.first, state.cache)
         return _append(logits[:, -1], state._replace(cache=cache), sampling, knobs, eos)
 
     state = lax.while_loop(lambda s: (s.slot < until) & ~jnp.all(s.done), body, state)
@@ -140,12 +150,13 @@ def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
     return batch_axis(model.mesh, batch)
 
 
-def _apply(model: Decoder, params, tokens, at: Context, cache, last: bool = False) -> Any:
+def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = False) -> Any:
     """Logits and cache; where the batch is divided, of each part of it without a look at the others."""
 
     def apply(params, tokens, at, cache):
         return model.apply(params, tokens, at, cache, last=last)
 
+    at = context(tokens, slot, first)
     axis = _batch_axis(model, params, len(tokens))
     if axis is None:
         return apply(params, tokens, at, cache)
@@ -200,6 +211,7 @@ def start(
     padded = np.zeros((b, length), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[length - len(prompt) :] = prompt
+    run, run_part = (prefill, extend) if model.mesh is None else (prefill_at_once, extend_at_once)
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     first = jnp.asarray(starts) if starts.any() else None
     cache = None
@@ -207,8 +219,8 @@ def start(
         cache = empty_cache(model, params, b, slots)
         for end in range(length % CHUNK or CHUNK, length, CHUNK):
             begin = max(0, end - CHUNK)
-            cache = extend(model, params, padded[:, begin:end], jnp.int32(begin), first, cache)
-    return prefill(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, knobs, eos)
+            cache = run_part(model, params, padded[:, begin:end], jnp.int32(begin), first, cache)
+    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, knobs, eos)
 
 
 def is_long(prompts: Sequence[Sequence[int]]) -> bool:

@@ -23,7 +23,6 @@ def test_same_tokens(quantize, monkeypatch):
     extend = _generate.extend
     monkeypatch.setattr(_generate, "extend", lambda *args: calls.append(args[2].shape) or extend(*args))
     monkeypatch.setattr(_generate, "CHUNK", 12)
-    _generate.prefill.clear_cache()
     np.testing.assert_array_equal(generated(model, PROMPTS), at_once)
     assert calls == [(2, 8), (2, 12)]  # 32 columns with padding, of which prefill runs the last 12
 
@@ -38,6 +37,5 @@ def test_outliers_of_a_long_prompt_are_decided_by_token(monkeypatch):
     )
     list(model.generate_tokens(PROMPTS[:1], max_tokens=1))
     monkeypatch.setattr(_generate, "CHUNK", 16)
-    _generate.prefill.clear_cache()
     list(model.generate_tokens(PROMPTS[:1], max_tokens=1))
     assert seen == ["batch", "token"]
