@@ -94,6 +94,7 @@ def found():
     return run_on_eight_devices(Path(__file__).parents[1] / "models" / "capacity_on_a_mesh.py", optimized=False)
 
 
+@pytest.mark.slow
 def test_one_and_two_layers_say_what_three_take(found):
     int8, full = found["plan"]["per_device"]["int8"], found["full"]
     for temporaries in ("prefill", "decode"):

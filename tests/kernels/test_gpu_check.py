@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("check", "ceilings", "products")  # tuning and the decoder compile for a minute
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the benchmarks, which aren't in the wheel")
 def test_stages_at_toy_sizes(tmp_path):
     done = subprocess.run(

@@ -52,6 +52,7 @@ def test_generation_picks_the_oracles_tokens(directory):
         ids.append(token)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_smollm2() is None, reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2")
 def test_perplexity_of_smollm2():
     path = find_smollm2()

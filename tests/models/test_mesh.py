@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from family_files import DIRECTORY, NAMES, config
+from checkpoint_files import find_smollm2
+from family_files import DIRECTORY, NAMES
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from virtual_devices import run_on_eight_devices
@@ -14,8 +15,8 @@ import jint8
 from jint8.models import partition_specs
 
 WITH_TOKENS = ["llama", "bloom"]  # of key-value heads that four devices don't divide
-# of every family, and one that is built in another way: each costs two compilations
-FIXTURES = [*{config(name)["model_type"]: name for name in reversed(NAMES)}.values(), "opt_350m"]
+FIXTURES = [*WITH_TOKENS, "gemma3", "mixtral", "opt_350m"]
+OTHERS = sorted(set(NAMES) - set(FIXTURES))  # each costs two compilations
 LAYERS, DEVICES, ROWS = 2, {"one_row": 8, "rows_on_two_axes": 4}, {"one_row": 1, "rows_on_two_axes": 4}
 
 
@@ -28,6 +29,26 @@ def found():
 @pytest.mark.parametrize("name", FIXTURES)
 def test_logits(found, name):
     assert found[name]["error"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def others():
+    return run_on_eight_devices(Path(__file__).parent / "models_on_a_mesh.py", *OTHERS, optimized=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_of_the_others(others, name):
+    assert others[name]["error"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_smollm2() is None, reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2")
+def test_text_of_smollm2():
+    script = Path(__file__).parent / "text_on_a_mesh.py"
+    found = run_on_eight_devices(script, str(find_smollm2()), optimized=False)
+    assert len(found["alone"].split()) > 5
+    assert found["divided"] == found["alone"]
 
 
 @pytest.mark.parametrize("name", WITH_TOKENS)

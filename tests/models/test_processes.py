@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_files import find_smollm2
 from family_files import DIRECTORY, expected
 from tiny_model import make_llama_directory
 
@@ -26,10 +27,10 @@ free_address = runpy.run_path(str(LAUNCH))["free_address"]
 LIMIT = 120  # seconds, after which a hanging test fails
 
 
-def launch(script, *arguments, processes=2):
+def launch(script, *arguments, processes=2, limit=LIMIT):
     """Runs a script in so many processes, of one device each -> the finished launcher."""
     command = [sys.executable, LAUNCH, "--processes", str(processes), script, *arguments]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=limit)
 
 
 def worker(*arguments, coordinator):
@@ -51,6 +52,20 @@ def test_there_are_two_processes(found):
 
 
 def test_logits(found):
+    check_logits(found)
+
+
+@pytest.mark.slow
+def test_four_processes():
+    done = launch(WORKER, "llama", processes=4)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["processes"] == 4
+    assert found["bytes_here"] < 0.4 * found["bytes"]
+    check_logits(found)
+
+
+def check_logits(found):
     alone = jint8.load(DIRECTORY / "llama", dtype="float32")
     want = np.asarray(alone.logits(expected("llama")["tokens"][:1]))
     assert np.abs(np.array(found["logits"]) - want).max() < 1e-4 * np.abs(want).max()
@@ -63,12 +78,23 @@ def test_the_example_generates_the_greedy_tokens_of_one_device(tmp_path):
     assert done.stdout.endswith(jint8.load(checkpoint).generate("hello", max_tokens=16) + "\n")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_smollm2() is None, reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2")
+def test_text_of_smollm2_in_four_processes():
+    path, prompt = str(find_smollm2()), "The capital of France is"
+    options = "--prompt", prompt, "--max-tokens", "12"
+    done = launch(EXAMPLES / "many_processes.py", path, *options, processes=4, limit=5 * LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(jint8.load(path).generate(prompt, max_tokens=12) + "\n")
+
+
 def test_the_launcher_ends_the_others_when_a_process_is_killed():
     done = launch(WORKER, "llama", "--die", "1")
     assert done.returncode == signal.SIGKILL
     assert "process 1 of 2 ended with status -9; ending the others" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_it_they_end_by_themselves():
     coordinator = free_address()
     others, killed = (
@@ -81,6 +107,7 @@ def test_without_it_they_end_by_themselves():
     assert "Connection closed by peer" in err or "heartbeat" in err
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come():
     begin, alone = time.monotonic(), worker("--process", "0", "--timeout", "3", coordinator=free_address())
     _, err = alone.communicate(timeout=LIMIT)
