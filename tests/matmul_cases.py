@@ -71,7 +71,7 @@ SHAPES = {
 
 def _values():
     """All of one shape, so that one compiled function serves them."""
-    m, k, n = 6, 37, 13
+    m, k, n = 6, 77, 13  # more columns than are multiplied at once
     x, w = np.clip(_normal(m, k), -5, 5), _normal(k, n, seed=1)
 
     def changed(where=None, value=None, *, base=x, w=w, bad_rows=()):
@@ -99,7 +99,7 @@ def _values():
         "zero_channels": changed(base=few, w=zero_channels),
         "only_outliers_in_a_row": changed(np.ix_([4], np.setdiff1d(np.arange(k), [3, 20])), 0, base=few),
         "tiny_row": changed(2, 1e-30 * x[2]),
-        "subnormal_row": changed(2, 1e-39 * x[2]),
+        "subnormal_row": changed(2, 5e-40 * x[2]),
         "huge_row": changed(2, 1e25 * x[2]),
         "nan_row": changed((1, 5), np.nan, base=few, bad_rows=(1,)),
         "nan_in_outlier_column": changed((1, 3), np.nan, base=few, bad_rows=(1,)),

@@ -89,6 +89,7 @@ def test_pip_fails(pip, run_error):
     assert "retrying" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2")
 def test_answer(run, tmp_path):
     (tmp_path / "cache").mkdir()

@@ -77,6 +77,7 @@ def test_a_padded_prompt_does_not_depend_on_neighbours(static):
         np.testing.assert_array_equal(other, logits[0])
 
 
+@pytest.mark.slow
 def test_eval_with_a_preset(llama, run_json, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     common = ("eval", llama, "--text", tmp_path / "text.txt", "--seq-len", 16, "--limit", 1)

@@ -15,6 +15,8 @@ from jint8._export import _device
 
 DEVICES = 8
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found():

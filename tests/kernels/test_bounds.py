@@ -79,6 +79,7 @@ def drop_store_masks(patch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "break_it"),
     [("few_rows", drop_load_masks), ("few_rows", drop_store_masks)]

@@ -100,7 +100,11 @@ VALUES = [name for name, case in CASES.items() if case.x.shape == ORDINARY.x.sha
 SHAPES = [name for name in CASES if name not in VALUES]
 TURNS = [("few_rows", "triton_panels"), ("few_rows_split", "triton")]
 RUNS = [(name, path, mode) for name in VALUES for path in PATHS for mode in ("batch", "token")]
-RUNS += [(name, path, "batch") for i, name in enumerate(SHAPES) for path in TURNS[i % 2]]
+RUNS += [
+    pytest.param(name, path, "batch", marks=[] if i // 2 % 2 == turn else pytest.mark.slow)
+    for i, name in enumerate(SHAPES)
+    for turn, path in enumerate(TURNS[i % 2])
+]
 
 
 @pytest.mark.parametrize(("name", "path", "mode"), RUNS)
@@ -153,6 +157,7 @@ def test_empty(shape):
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.broadcast_to(bias, (m, n)))
 
 
+@pytest.mark.slow
 def test_long_sums_leave_int32_in_between(monkeypatch):
     from pallas_kernels import few_rows, many_rows_triton
 
@@ -171,6 +176,14 @@ def test_longest_exact_sum():
     assert K_EXACT * 127 * 127 <= 2**31 - 1 < (K_EXACT + 1) * 127 * 127
 
 
+@functools.partial(jax.jit, static_argnames="mode")
+def quantized(x, mode):
+    """Where the outliers are; rows with gathered outliers, and with their digits in place."""
+    found = pk.compact(pk.find_outliers(x, THRESHOLD, interpret=INTERPRET), interpret=INTERPRET)
+    rows = pk.quantize_rows(x, found, threshold=THRESHOLD if mode == "token" else None, interpret=INTERPRET)
+    return found, rows, pk.quantize_few_rows(x, THRESHOLD, per_token=mode == "token", interpret=INTERPRET)
+
+
 @pytest.mark.parametrize(
     "name", ["ordinary", "all_outliers", "zero_rows", "nan_row", "inf_row", "huge_beside_small_outlier"]
 )
@@ -180,15 +193,12 @@ def test_quantized_rows(name, mode):
     x64 = np.asarray(x, np.float64)
     out = kernel_oracle.outliers(x64, THRESHOLD, mode)
     _, scale, ratio = kernel_oracle.quantize_rows(x64, out)
-    found = pk.compact(pk.find_outliers(x, THRESHOLD, interpret=INTERPRET), interpret=INTERPRET)
+    found, rows, planes = quantized(x, mode)
     columns = np.flatnonzero(kernel_oracle.outliers(x64, THRESHOLD, "token").any(axis=0))
     np.testing.assert_array_equal(found.order[: len(columns)], columns)
     np.testing.assert_array_equal(np.sort(found.order), np.arange(x.shape[1]))
     assert found.number.tolist() == [len(columns)]
 
-    per_token = THRESHOLD if mode == "token" else None
-    rows = pk.quantize_rows(x, found, threshold=per_token, interpret=INTERPRET)
-    planes = pk.quantize_few_rows(x, THRESHOLD, per_token=mode == "token", interpret=INTERPRET)
     np.testing.assert_allclose(rows.factors[0], scale, rtol=1e-6)
     finite = np.isfinite(np.asarray(rows.factors)).all(axis=0)
     np.testing.assert_array_equal(finite, np.isfinite(x64).all(axis=1))

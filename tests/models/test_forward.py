@@ -15,7 +15,9 @@ FIRST = jnp.array([0, 4])  # the second row begins with padding
 
 # positions of a table and projections around the layers; layers with a window between others; experts
 @pytest.mark.parametrize("family", ["opt_350m", "gemma3", "mixtral"])
-@pytest.mark.parametrize("quantize", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    "quantize", [pytest.param(False, marks=pytest.mark.slow, id="float"), pytest.param(True, id="int8")]
+)
 def test_equals_apply(family, quantize, monkeypatch):
     monkeypatch.setattr(_forward, "GROUP", 1 if family == "mixtral" else 2)
     model = jint8.load(DIRECTORY / family, quantize=quantize, dtype="float32")

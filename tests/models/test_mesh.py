@@ -15,7 +15,7 @@ import jint8
 from jint8.models import partition_specs
 
 WITH_TOKENS = ["llama", "bloom"]  # of key-value heads that four devices don't divide
-FIXTURES = [*WITH_TOKENS, "gemma3", "mixtral", "opt_350m"]
+FIXTURES = [*WITH_TOKENS, "opt_350m"]
 OTHERS = sorted(set(NAMES) - set(FIXTURES))  # each costs two compilations
 LAYERS, DEVICES, ROWS = 2, {"one_row": 8, "rows_on_two_axes": 4}, {"one_row": 1, "rows_on_two_axes": 4}
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from marks import slow_but
 
 import jint8
 
@@ -133,6 +134,27 @@ LAYERS = {
 }
 
 
+EVERY_LAYER = pytest.mark.parametrize(
+    "name",
+    slow_but(
+        LAYERS,
+        "Dense",
+        "DenseGeneral",
+        "DenseGeneral, batch axis",
+        "Einsum",
+        "attention",
+        "tied Embed",
+        "scan",
+        "scan of boxes, axis 1",
+        "remat_scan",
+        "remat",
+        "vmap, last axis",
+        "share_scope",
+        "Partitioned",
+    ),
+)
+
+
 @functools.cache
 def float_result(name):
     module, x, _ = LAYERS[name]
@@ -143,7 +165,7 @@ def outputs(module):
     return lambda variables, x: jax.tree.leaves(jint8.apply(module.apply)(variables, x))[0]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@EVERY_LAYER
 def test_output_is_close_to_float(name):
     """Under jit, and in there under vmap and checkpoint."""
     module, x, _ = LAYERS[name]
@@ -167,7 +189,7 @@ def test_without_jit(name):
     assert cases.relative_error(outputs(module)(int8, x), module.apply(floats, x)) < 0.02
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@EVERY_LAYER
 def test_one_int8_product_per_layer(name):
     """Counted without decomposition, where no path adds products for outliers; a loop's body counts once."""
     module, x, products = LAYERS[name]
