@@ -57,7 +57,7 @@ CONFIGS = {
     "two_digits_zero_points": ({"digits": 2, "scheme": "llm.int8-zp"}, COLUMNS, "xla_digits"),
     "relative": ({"relative": True, "threshold": 2.5}, COLUMNS, "xla_gather"),
     "one_column": ({}, (3,), "xla_digits"),
-    "all_columns": ({}, tuple(range(37)), "xla_digits"),
+    "all_columns": ({}, tuple(range(77)), "xla_digits"),
     "columns_without_outliers": ({}, (0, 1, 36), "xla_gather"),
 }
 
