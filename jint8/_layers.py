@@ -139,12 +139,13 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
         raise TypeError(f"Expected tokens to be integers, got {tokens.dtype}.")
 
     def rows(leaf, dtype=jnp.float32):
-        leaf = jnp.transpose(leaf, storage_axes(w)).astype(dtype)  # a transpose that XLA drops if it's none
-        return (
-            jnp.take(leaf, tokens, axis=0)
-            if leaf.shape[0] > 1
-            else jnp.broadcast_to(leaf[0], (*tokens.shape, leaf.shape[1]))
-        )
+        leaf = jnp.transpose(leaf, storage_axes(w))  # which XLA drops if it's none
+        if leaf.shape[0] == 1 and w.shape[0] > 1:  # the same of all tokens
+            same = jnp.broadcast_to(leaf[0].astype(dtype), (*tokens.shape, leaf.shape[1]))
+            in_range = (tokens >= -w.shape[0]) & (tokens < w.shape[0])
+            return jnp.where(in_range[..., None], same, jnp.nan) if dtype == jnp.float32 else same
+        # taken before they are converted, or a loop around this would convert the whole embedding before it
+        return lax.optimization_barrier(jnp.take(leaf, tokens, axis=0)).astype(dtype)
 
     q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
     if w.outlier_index is not None:

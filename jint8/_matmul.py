@@ -14,7 +14,7 @@ from jint8 import _kernels, _xla
 from jint8._observe import Observed, watch
 from jint8._types import SCHEMES, Config, QTensor, check_config, contracted_axes, is_qtensor
 
-IMPLEMENTATIONS = ("xla", "xla_digits", "xla_gather", "dequantize", *_kernels.BACKENDS)
+IMPLEMENTATIONS = ("xla", "xla_row", "xla_digits", "xla_gather", "dequantize", *_kernels.BACKENDS)
 KERNELS_ON_GPU = "kernels_on_gpu"  # the Pallas kernels in programs for CUDA, XLA in others
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -152,7 +152,7 @@ def choose(m: int, w: _xla.Weight, config: Config, implementation: str | None, *
     # a transpose of the weights at each call costs more than the kernels gain
     if implementation is None and not reason and k_last and _kernels.gpu_in_sight():
         return KERNELS_ON_GPU
-    return _xla.choose(m)
+    return _xla.choose(m, w.q.shape[1 if k_last else 0], config, k_last=k_last)
 
 
 def product_2d(

@@ -31,6 +31,11 @@ def absmax(x: jax.Array, axis) -> jax.Array:
         return jnp.max(jnp.abs(x), axis=axis, keepdims=True) + not_finite
     bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     bits = jnp.max(bits, axis=axis, keepdims=True, initial=0)
+    return bits_to_float(bits)
+
+
+def bits_to_float(bits: jax.Array) -> jax.Array:
+    """The magnitude that has these bits; NaN where it isn't finite."""
     return jnp.where(bits < INFINITY_BITS, lax.bitcast_convert_type(bits, jnp.float32), jnp.nan)
 
 

@@ -12,6 +12,7 @@ differs is how the outliers' digits meet the weights:
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,10 @@ from jint8._outliers import (
     MAX_EXACT,
     Outliers,
     Split,
+    largest_in,
     outlier_elements,
     split,
+    split_row,
     split_with_digits,
     wide_digit,
     wide_digits,
@@ -36,6 +39,8 @@ from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
 MAX_GATHERED_K = 32_768  # beyond, wide digits of outliers would be too narrow
+MAX_PIECES = 4  # of one row's features
+CHANNEL_GROUPS = 4  # of one row's product: as many as are faster (benchmarks/bench_matmul.py)
 FEW_ROWS = 2  # up to which digits are faster than gathered columns (benchmarks/bench_matmul.py)
 
 
@@ -56,8 +61,10 @@ class Divided(NamedTuple):
     axis: str  # of the mesh
 
 
-def choose(m: int) -> str:
+def choose(m: int, k: int, config: Config, *, k_last: bool) -> str:
     """The path for `m` rows."""
+    if m == 1 and k_last and k <= MAX_GATHERED_K and row_pieces(k, config):
+        return "xla_row"
     return "xla_digits" if m <= FEW_ROWS else "xla_gather"
 
 
@@ -77,6 +84,8 @@ def product(
     """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     if implementation == "dequantize":
         y = float_product(x.astype(jnp.float32), w, k_last=k_last)
+    elif implementation == "xla_row":
+        y = _row_product(x, w, config) * w.scale
     else:
         y = _int8_product(x, w, config, k_last, implementation, divided)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
@@ -94,6 +103,64 @@ def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: st
         piece = _slice_k(x, parts, w, k_last, start, min(start + longest, k)) if k > longest else (x, parts, w)
         total = total + _product_of_split(*piece, k_last=k_last, divided=divided)
     return total * w.scale
+
+
+def _row_product(x, w: Weight, config: Config):
+    """The product of one row `x[1, k]` before the weights' scale, float32 `[1, n]`.
+
+    Sums of products of integers rather than an int8 product, whose startup and packing of the weights cost more than
+    one row is worth. The weights are read again for outliers, where there are any: most rows have none.
+    """
+    row = split_row(x, config)
+    k = x.shape[1]
+    values, q = lax.optimization_barrier((row.values, w.q))  # or a loop around this would widen the weights before it
+    parts = _sums_of_products(jnp.split(values, row_pieces(k, config), axis=1), q)
+    acc = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
+    if w.zero is not None:
+        acc = acc - jnp.sum(values.astype(jnp.float32), axis=1, keepdims=True) * w.zero
+    out = acc * row.scale
+    if row.outliers is None:
+        return out
+
+    def with_outliers():
+        wide = wide_digit(k)
+        digits = wide_digits(row.outliers, row.step, wide).astype(jnp.int16)
+        digits, q = lax.optimization_barrier((digits, w.q))
+        sums = jnp.concatenate(_sums_of_products(jnp.split(digits, 2), q))
+        return out + _without_zero(_join_wide((sums, _row_sum(digits)), row.step, wide), w)
+
+    return lax.cond(row.step[0, 0] == 0, lambda: out, with_outliers)
+
+
+def row_pieces(k: int, config: Config) -> int:
+    """Into how many equal parts the features of a row are split, so that sums of products fit in int32.
+
+    0 where there is no such number up to MAX_PIECES.
+    """
+    largest = largest_in(config.digits) if config.digits > 1 else 255  # beside a zero point
+    fit = (pieces for pieces in range(1, MAX_PIECES + 1) if k % pieces == 0)
+    return next((pieces for pieces in fit if largest * 128 * (k // pieces) < 2**31), 0)
+
+
+def _sums_of_products(rows, q):
+    """int32 `[1, n]` for each of several int16 rows: of one row `[1, k]` each, times int8 `q[n, k]`, or of its parts.
+
+    XLA fuses the products into a reduction of several operands, and LLVM finds the instruction for pairs of 16-bit
+    products in it; a reduction of one operand it would split, with all products in memory. So the channels are several
+    operands, too, which also keeps as many reads of memory under way.
+    """
+    n, k = q.shape
+    groups = math.gcd(n, CHANNEL_GROUPS)
+    shared = rows[0].shape[1] == k
+    weights = [q] * len(rows) if shared else jnp.split(q, len(rows), axis=1)
+    products = [
+        part.astype(jnp.int32) * row.astype(jnp.int32)
+        for row, part_of_k in zip(rows, weights, strict=True)
+        for part in jnp.split(part_of_k, groups)
+    ]
+    zeros = (jnp.int32(0),) * len(products)
+    sums = lax.reduce(tuple(products), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (1,))
+    return [jnp.concatenate(sums[i : i + groups])[None] for i in range(0, len(sums), groups)]
 
 
 def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
