@@ -87,9 +87,8 @@ def _on_gpu(call, x, w, bias, interpret=False):
 
 
 def _off_gpu(call, x, w, bias):
-    return _xla.product(
-        x, w, bias, call.config, k_last=call.k_last, implementation=_xla.choose(x.shape[0]), dtype=call.dtype
-    )
+    path = _xla.choose(*x.shape, call.config, k_last=call.k_last)
+    return _xla.product(x, w, bias, call.config, k_last=call.k_last, implementation=path, dtype=call.dtype)
 
 
 def _function(run, call, tree, mapped):

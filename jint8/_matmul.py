@@ -42,8 +42,8 @@ def matmul(
       bias: None or float `[n]`.
       config: None means the one stored in `w`.
       implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, XLA elsewhere. `"xla"` picks
-        among the XLA paths: `"xla_digits"` (few rows: outliers as extra rows of one int8 product) and `"xla_gather"`
-        (many rows: gathered outlier columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels;
+        among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
+        (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels;
         off the GPU they are interpreted, which is for tests. `"dequantize"` keeps activations in floating point (int8
         weights only).
 
@@ -53,7 +53,7 @@ def matmul(
     Raises:
       TypeError: `x` or `bias` isn't of a supported float dtype, or `w` isn't a `QTensor`.
       ValueError: shapes that don't fit, or an unknown implementation.
-      NotImplementedError: `"triton"` or `"mosaic"` for a scheme or a size that the kernels don't compute.
+      NotImplementedError: `"triton"`, `"mosaic"` or `"xla_row"` for a scheme or a size that they don't compute.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -147,12 +147,15 @@ def choose(m: int, w: _xla.Weight, config: Config, implementation: str | None, *
     reason = _kernels.unsupported(m, w, config, k_last=k_last)
     if implementation in _kernels.BACKENDS and reason:
         raise NotImplementedError(f"Expected what the GPU kernels can compute, got {reason}.")
+    k = w.q.shape[1 if k_last else 0]
+    if implementation == "xla_row" and not _xla.fits_row(m, k, config, k_last=k_last):
+        raise NotImplementedError(f"Expected one row and a weight stored [n, k], got {m} rows of {k} features.")
     if implementation not in (None, "xla"):
         return implementation
     # a transpose of the weights at each call costs more than the kernels gain
     if implementation is None and not reason and k_last and _kernels.gpu_in_sight():
         return KERNELS_ON_GPU
-    return _xla.choose(m, w.q.shape[1 if k_last else 0], config, k_last=k_last)
+    return _xla.choose(m, k, config, k_last=k_last)
 
 
 def product_2d(

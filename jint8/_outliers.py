@@ -110,40 +110,31 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
 
 
 class Row(NamedTuple):
-    """One row of activations `[1, k]` as integers, with outliers as 0."""
+    """One row of activations `[1, k]` as integers."""
 
     values: jax.Array  # int16[1, k], without a zero point: 0 stands for 0
     scale: jax.Array  # float32[1, 1]
-    outliers: jax.Array | None  # float32[1, k]: x where it is an outlier, else 0; None without decomposition
-    step: jax.Array | None  # float32[1, 1]: of the outliers' wide digits; 0 where there are no outliers
 
 
-def split_row(x: jax.Array, config: Config) -> Row:
-    """`split` of one row, in as few operations as there can be: what takes time is starting them."""
-    x = x.astype(jnp.float32)
-    outlier, rest = None, x
-    if config.decomposes:
-        outlier, _, _ = detect(x, config)
-        rest = jnp.where(outlier, 0, x)
-    largest, largest_outlier = _two_absmax(rest, jnp.zeros_like(x) if outlier is None else jnp.where(outlier, x, 0))
+def quantize_row(x: jax.Array, largest: jax.Array, config: Config) -> Row:
+    """`split` of one row without outliers, with its absmax `largest[1, 1]`."""
     if affine_activations(config):
-        q, scale, zero = affine(rest, 1)
-        values = q.astype(jnp.int16) - zero.astype(jnp.int16)
-    else:
-        limit = largest_in(config.digits)
-        scale = divide_by(largest, limit)
-        values = round_to_int8(rest, scale, limit).astype(jnp.int16)
-    if outlier is None:
-        return Row(values, scale, None, None)
-    return Row(values, scale, jnp.where(outlier, x, 0), wide_step_of(largest_outlier, wide_digit(x.shape[1])))
+        q, scale, zero = affine(x, 1)
+        return Row(q.astype(jnp.int16) - zero.astype(jnp.int16), scale)
+    limit = largest_in(config.digits)
+    scale = divide_by(largest, limit)
+    return Row(round_to_int8(x, scale, limit).astype(jnp.int16), scale)
 
 
-def _two_absmax(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`absmax` of two float32 `[1, k]`, `[1, 1]` each, in one operation: XLA makes three of a reduction of one."""
-    bits = tuple(lax.bitcast_convert_type(jnp.abs(part), jnp.int32) for part in (x, y))
+def row_absmax(x: jax.Array) -> jax.Array:
+    """`absmax` of one row `[1, k]`, `[1, 1]`."""
+    if x.shape[1] % 2:
+        return absmax(x, 1)
+    # of two halves side by side: a reduction of one operand XLA would split into three operations
+    bits = jnp.split(lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32), 2, axis=1)
     zero = jnp.int32(0)
-    found = lax.reduce(bits, (zero, zero), lambda a, b: tuple(map(jnp.maximum, a, b)), (1,))
-    return tuple(bits_to_float(part[:, None]) for part in found)
+    left, right = lax.reduce(bits, [zero, zero], lambda a, b: tuple(map(jnp.maximum, a, b)), (1,))
+    return bits_to_float(jnp.maximum(left, right)[:, None])
 
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -208,12 +199,7 @@ def wide_digit(k: int) -> int:
 
 def wide_step(x: jax.Array, largest: int) -> jax.Array:
     """What a unit of the lower of two digits up to `largest` is worth, for each row of `x`."""
-    return wide_step_of(absmax(x, 1), largest)
-
-
-def wide_step_of(magnitude: jax.Array, largest: int) -> jax.Array:
-    """What a unit of the lower of two digits up to `largest` is worth, so that `magnitude` can be written."""
-    return divide_by(magnitude, largest * (2 * largest + 2))
+    return divide_by(absmax(x, 1), largest * (2 * largest + 2))
 
 
 def wide_digits(x: jax.Array, step: jax.Array, largest: int) -> jax.Array:

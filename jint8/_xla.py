@@ -27,9 +27,11 @@ from jint8._outliers import (
     Outliers,
     Split,
     largest_in,
+    limits,
     outlier_elements,
+    quantize_row,
+    row_absmax,
     split,
-    split_row,
     split_with_digits,
     wide_digit,
     wide_digits,
@@ -62,10 +64,17 @@ class Divided(NamedTuple):
 
 
 def choose(m: int, k: int, config: Config, *, k_last: bool) -> str:
-    """The path for `m` rows."""
-    if m == 1 and k_last and k <= MAX_GATHERED_K and row_pieces(k, config):
+    """The path for `m` rows of `k` features."""
+    # On a GPU a condition would wait for the host. Of several devices, one may have a part of the weight's groups only.
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if alone and fits_row(m, k, config, k_last=k_last):
         return "xla_row"
     return "xla_digits" if m <= FEW_ROWS else "xla_gather"
+
+
+def fits_row(m: int, k: int, config: Config, *, k_last: bool) -> bool:
+    """Whether `"xla_row"` can compute it."""
+    return m == 1 and k_last and row_pieces(k, config) > 0
 
 
 # jit, because outside of one the gather's loop would be compiled at every call
@@ -85,7 +94,7 @@ def product(
     if implementation == "dequantize":
         y = float_product(x.astype(jnp.float32), w, k_last=k_last)
     elif implementation == "xla_row":
-        y = _row_product(x, w, config) * w.scale
+        y = _row_product(x, w, config)
     else:
         y = _int8_product(x, w, config, k_last, implementation, divided)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
@@ -106,30 +115,28 @@ def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: st
 
 
 def _row_product(x, w: Weight, config: Config):
-    """The product of one row `x[1, k]` before the weights' scale, float32 `[1, n]`.
+    """The product of one row `x[1, k]`, float32 `[1, n]`.
 
-    Sums of products of integers rather than an int8 product, whose startup and packing of the weights cost more than
-    one row is worth. The weights are read again for outliers, where there are any: most rows have none.
+    Without outliers, as of most rows: sums of products of integers, because starting an int8 product and packing the
+    weights for it cost more than one row is worth. With outliers the row is several, and that is worth it.
     """
-    row = split_row(x, config)
-    k = x.shape[1]
-    values, q = lax.optimization_barrier((row.values, w.q))  # or a loop around this would widen the weights before it
-    parts = _sums_of_products(jnp.split(values, row_pieces(k, config), axis=1), q)
-    acc = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
-    if w.zero is not None:
-        acc = acc - jnp.sum(values.astype(jnp.float32), axis=1, keepdims=True) * w.zero
-    out = acc * row.scale
-    if row.outliers is None:
-        return out
+    largest = row_absmax(x)
 
-    def with_outliers():
-        wide = wide_digit(k)
-        digits = wide_digits(row.outliers, row.step, wide).astype(jnp.int16)
-        digits, q = lax.optimization_barrier((digits, w.q))
-        sums = jnp.concatenate(_sums_of_products(jnp.split(digits, 2), q))
-        return out + _without_zero(_join_wide((sums, _row_sum(digits)), row.step, wide), w)
+    def regular():
+        values, scale = quantize_row(x, largest, config)
+        values, q = lax.optimization_barrier((values, w.q))  # or a loop around this would widen the weights before it
+        parts = _sums_of_products(jnp.split(values, row_pieces(x.shape[1], config), axis=1), q)
+        acc = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
+        if w.zero is not None:
+            acc = acc - _row_sum(values).astype(jnp.float32) * w.zero
+        return acc * scale * w.scale
 
-    return lax.cond(row.step[0, 0] == 0, lambda: out, with_outliers)
+    def digits():
+        return _int8_product(x, w, config, True, "xla_digits", None)
+
+    if not config.decomposes:
+        return regular()
+    return lax.cond((largest >= limits(x, config))[0, 0], digits, regular)
 
 
 def row_pieces(k: int, config: Config) -> int:
@@ -142,24 +149,21 @@ def row_pieces(k: int, config: Config) -> int:
     return next((pieces for pieces in fit if largest * 128 * (k // pieces) < 2**31), 0)
 
 
-def _sums_of_products(rows, q):
-    """int32 `[1, n]` for each of several int16 rows: of one row `[1, k]` each, times int8 `q[n, k]`, or of its parts.
+def _sums_of_products(parts, q):
+    """int32 `[1, n]` for each part of the features of an int16 row `[1, k]`, times int8 `q[n, k]`.
 
     XLA fuses the products into a reduction of several operands, and LLVM finds the instruction for pairs of 16-bit
     products in it; a reduction of one operand it would split, with all products in memory. So the channels are several
-    operands, too, which also keeps as many reads of memory under way.
+    operands, which also keeps as many reads of memory under way.
     """
-    n, k = q.shape
-    groups = math.gcd(n, CHANNEL_GROUPS)
-    shared = rows[0].shape[1] == k
-    weights = [q] * len(rows) if shared else jnp.split(q, len(rows), axis=1)
+    groups = math.gcd(len(q), CHANNEL_GROUPS)
     products = [
-        part.astype(jnp.int32) * row.astype(jnp.int32)
-        for row, part_of_k in zip(rows, weights, strict=True)
-        for part in jnp.split(part_of_k, groups)
+        w.astype(jnp.int32) * row.astype(jnp.int32)
+        for row, columns in zip(parts, jnp.split(q, len(parts), axis=1), strict=True)
+        for w in jnp.split(columns, groups)
     ]
-    zeros = (jnp.int32(0),) * len(products)
-    sums = lax.reduce(tuple(products), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (1,))
+    zeros = [jnp.int32(0)] * len(products)
+    sums = lax.reduce(products, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (1,))
     return [jnp.concatenate(sums[i : i + groups])[None] for i in range(0, len(sums), groups)]
 
 
