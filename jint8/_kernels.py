@@ -87,7 +87,7 @@ def _on_gpu(call, x, w, bias, interpret=False):
 
 
 def _off_gpu(call, x, w, bias):
-    path = _xla.choose(*x.shape, call.config, k_last=call.k_last)
+    path = _xla.choose(x.shape[0], x.shape[1], call.config, k_last=call.k_last)
     return _xla.product(x, w, bias, call.config, k_last=call.k_last, implementation=path, dtype=call.dtype)
 
 

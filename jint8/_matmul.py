@@ -43,9 +43,9 @@ def matmul(
       config: None means the one stored in `w`.
       implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, XLA elsewhere. `"xla"` picks
         among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
-        (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels;
-        off the GPU they are interpreted, which is for tests. `"dequantize"` keeps activations in floating point (int8
-        weights only).
+        (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier
+        columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
+        which is for tests. `"dequantize"` keeps activations in floating point (int8 weights only).
 
     Returns:
       `[..., n]` in `x.dtype`. A row of `x` with NaN or infinity comes out non-finite.
