@@ -7,9 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jint8._quantize import absmax, affine, bits_to_float, divide_by, round_to_int8, symmetric
+from jint8._quantize import absmax, affine, divide_by, round_to_int8, symmetric
 from jint8._types import SCHEMES, SMALLEST_NORMAL, Config
 
 # A value is written in digits of this base, each in [-127, 127].
@@ -124,17 +123,6 @@ def quantize_row(x: jax.Array, largest: jax.Array, config: Config) -> Row:
     limit = largest_in(config.digits)
     scale = divide_by(largest, limit)
     return Row(round_to_int8(x, scale, limit).astype(jnp.int16), scale)
-
-
-def row_absmax(x: jax.Array) -> jax.Array:
-    """`absmax` of one row `[1, k]`, `[1, 1]`."""
-    if x.shape[1] % 2:
-        return absmax(x, 1)
-    # of two halves side by side: a reduction of one operand XLA would split into three operations
-    bits = jnp.split(lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32), 2, axis=1)
-    zero = jnp.int32(0)
-    left, right = lax.reduce(bits, [zero, zero], lambda a, b: tuple(map(jnp.maximum, a, b)), (1,))
-    return bits_to_float(jnp.maximum(left, right)[:, None])
 
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -16,22 +16,36 @@ from jint8._outlier_rows import check_outliers, keep_rows, put_rows
 from jint8._types import SCHEMES, SMALLEST_NORMAL, Config, QTensor, check_config, storage_axes
 
 INFINITY_BITS = 0x7F800000  # as integers the bits of |x| are ordered, with infinity and then every NaN on top
-FEW_VALUES = 1 << 13  # up to which XLA's CPU backend is no faster in floating point
 
 
 def absmax(x: jax.Array, axis) -> jax.Array:
     """Maximum of `abs(x)` over `axis` in float32, size 1 kept there; NaN where a value isn't finite.
 
-    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton. So of few values it is the maximum of their
-    bits as integers; of many, where integers take up to ten times as long, NaN comes out of a sum of zeros.
+    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton, so it is the maximum of the bits as integers.
+    That of rows takes XLA's CPU backend up to thirty times as long as of both halves of each row at once: a reduction
+    of one operand is split, with the bits in memory. Over other axes a float maximum is faster there, with NaN out of
+    a sum of zeros.
     """
-    if x.size > FEW_VALUES:
-        x = x.astype(jnp.float32)
-        not_finite = jnp.sum(x * 0, axis=axis, keepdims=True)
-        return jnp.max(jnp.abs(x), axis=axis, keepdims=True) + not_finite
-    bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
-    bits = jnp.max(bits, axis=axis, keepdims=True, initial=0)
-    return bits_to_float(bits)
+    axes = tuple(range(x.ndim)) if axis is None else canonical_axes(axis, x.ndim)
+    x = x.astype(jnp.float32)
+    over_rows = x.ndim - 1 in axes
+    if on_one_cpu() and not over_rows:
+        not_finite = jnp.sum(x * 0, axis=axes, keepdims=True)
+        return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0) + not_finite
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    if not on_one_cpu():
+        return bits_to_float(jnp.max(bits, axis=axes, keepdims=True, initial=0))
+    k = x.shape[-1]
+    half = (k + 1) // 2
+    halves = [lax.slice_in_dim(bits, start, start + half, axis=-1) for start in (0, k - half)]
+    maximum = lambda a, b: [jnp.maximum(*pair) for pair in zip(a, b, strict=True)]
+    largest = jnp.maximum(*lax.reduce(halves, [jnp.int32(0)] * 2, maximum, axes))
+    return bits_to_float(jnp.expand_dims(largest, axes))
+
+
+def on_one_cpu() -> bool:
+    """Whether what is traced now runs on one CPU: of several devices each may have a part of an array only."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def bits_to_float(bits: jax.Array) -> jax.Array:

@@ -30,13 +30,13 @@ from jint8._outliers import (
     limits,
     outlier_elements,
     quantize_row,
-    row_absmax,
     split,
     split_with_digits,
     wide_digit,
     wide_digits,
     wide_step,
 )
+from jint8._quantize import absmax, on_one_cpu
 from jint8._types import Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
@@ -65,9 +65,8 @@ class Divided(NamedTuple):
 
 def choose(m: int, k: int, config: Config, *, k_last: bool) -> str:
     """The path for `m` rows of `k` features."""
-    # On a GPU a condition would wait for the host. Of several devices, one may have a part of the weight's groups only.
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if alone and fits_row(m, k, config, k_last=k_last):
+    # on a GPU a condition would wait for the host
+    if on_one_cpu() and fits_row(m, k, config, k_last=k_last):
         return "xla_row"
     return "xla_digits" if m <= FEW_ROWS else "xla_gather"
 
@@ -120,7 +119,7 @@ def _row_product(x, w: Weight, config: Config):
     Without outliers, as of most rows: sums of products of integers, because starting an int8 product and packing the
     weights for it cost more than one row is worth. With outliers the row is several, and that is worth it.
     """
-    largest = row_absmax(x)
+    largest = absmax(x, 1)
 
     def regular():
         values, scale = quantize_row(x, largest, config)
