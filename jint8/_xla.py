@@ -90,6 +90,7 @@ def product(
     divided: Divided | None = None,
 ) -> jax.Array:
     """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
+    x = lax.optimization_barrier(x)  # read more than once: XLA would compute it as often
     if implementation == "dequantize":
         y = float_product(x.astype(jnp.float32), w, k_last=k_last)
     elif implementation == "xla_row":

@@ -44,6 +44,7 @@ def context(tokens: jax.Array, slot: jax.Array | int = 0, first: jax.Array | Non
     return Context(jnp.int32(slot), first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def make_cache(
     config: ModelConfig, batch: int, length: int, dtype=jnp.float32, sharding: NamedSharding | None = None
 ) -> list[LayerCache]:
