@@ -99,5 +99,5 @@ class TextEncoder:
 @functools.partial(jax.jit, static_argnames=("model",))
 def _means(model: Encoder, params: Any, tokens: jax.Array, first: jax.Array) -> jax.Array:
     """The mean over the tokens of each row that aren't padding, float32 `[b, d]`."""
-    hidden = model.apply(params, tokens, context(tokens, 0, first))
+    hidden = model.apply(params, tokens, context(tokens, None, first))
     return jnp.sum(hidden.astype(jnp.float32), axis=1) / (tokens.shape[1] - first)[:, None]  # type: ignore[union-attr]

@@ -17,6 +17,8 @@ from jint8.models._fused import split_heads
 from jint8.models._layers import Linear, Norm, softcap
 from jint8.models._rope import Rotary, rotate
 
+PART = 128  # queries that attend to the same keys: fewer save products of zeros, and take longer to compile
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each in the order in which attention multiplies it."""
@@ -28,32 +30,37 @@ class LayerCache(NamedTuple):
 class Context(NamedTuple):
     """Where the tokens of a call stand: slots are columns of the cache, positions count from each row's first token."""
 
-    slot: jax.Array  # int32: the slot of the call's first token
+    slot: jax.Array | None  # int32: the slot of the call's first token; None for 0, where the call's keys are all
     first: jax.Array | None  # int32[b]: the slot of each row's first real token; None where nothing is padding
     positions: jax.Array  # int32[b, s]
     valid: jax.Array | None  # bool[b, s, 1]: tokens that aren't padding; None where none is
 
 
-def context(tokens: jax.Array, slot: jax.Array | int = 0, first: jax.Array | None = None) -> Context:
+def context(tokens: jax.Array, slot: jax.Array | None = None, first: jax.Array | None = None) -> Context:
     """The `Context` of `tokens[b, s]` that start at `slot`, in rows whose padding ends at `first[b]`."""
     b, s = tokens.shape
-    slots = jnp.broadcast_to(slot + jnp.arange(s, dtype=jnp.int32), (b, s))
+    slots = jnp.broadcast_to((0 if slot is None else slot) + jnp.arange(s, dtype=jnp.int32), (b, s))
     if first is None:
-        return Context(jnp.int32(slot), None, slots, None)
+        return Context(slot, None, slots, None)
     positions = slots - first[:, None]
-    return Context(jnp.int32(slot), first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
+    return Context(slot, first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def make_cache(
     config: ModelConfig, batch: int, length: int, dtype=jnp.float32, sharding: NamedSharding | None = None
 ) -> list[LayerCache]:
     """An empty cache of `length` slots; `sharding`: of its arrays, which all begin with batch and key-value heads."""
+    return _cache_maker(config, batch, length, jnp.dtype(dtype), sharding)()
+
+
+@functools.lru_cache(maxsize=32)
+def _cache_maker(config, batch, length, dtype, sharding):
+    """One program, because starting one for each array takes longer than filling them."""
     key = (batch, config.num_kv_heads, config.head_dim, length)
     value = (batch, config.num_kv_heads, length, config.head_dim)
-
-    make = functools.partial(jnp.zeros, dtype=dtype, device=sharding)
-    return [LayerCache(make(key), make(value)) for _ in range(config.num_layers)]
+    make = functools.partial(jnp.zeros, dtype=dtype)
+    caches = lambda: [LayerCache(make(key), make(value)) for _ in range(config.num_layers)]
+    return jax.jit(caches, out_shardings=sharding)
 
 
 class Attention(nn.Module):
@@ -78,7 +85,6 @@ class Attention(nn.Module):
         """`x[b, s, d]` -> the same shape, and the cache with this call's keys and values."""
         c = self.config
         b, s, _ = x.shape
-        groups = c.num_heads // c.num_kv_heads
         qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, self.mesh, name="qkv")(x)
         q, k, v = split_heads(qkv, c)
         if c.qk_norm:
@@ -86,35 +92,63 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q = q * (c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale)
-        q = q.transpose(0, 2, 3, 1, 4).reshape(b, c.num_kv_heads, groups * s, c.head_dim)
+        q = q.transpose(0, 2, 3, 1, 4)  # (b, kv_heads, groups, s, d)
         k = k[:, :, :, 0].transpose(0, 2, 3, 1)  # (b, kv_heads, d, s)
         v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
+        slot = 0 if at.slot is None else at.slot
         if cache is not None:
-            k = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, at.slot))
-            v = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, at.slot, 0))
+            keys = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, slot))
+            values = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, slot, 0))
             # or XLA fuses a second update into the products, and copies the cache for it
-            k, v = cache = lax.optimization_barrier(LayerCache(k, v))
-        length = k.shape[3]
-        query_slot = (at.slot if cache is not None else 0) + jnp.arange(s)[:, None]
-        key_slot = jnp.arange(length)[None, :]
-        visible = key_slot <= (query_slot if c.causal else length)  # (s, length)
-        if self.window:
-            visible = visible & (key_slot > query_slot - self.window)
-        if at.first is not None:
-            visible = visible & (jnp.arange(length) >= at.first[:, None, None])  # (b, s, length)
-            visible = visible[:, None, None]
-        multiply = functools.partial(lax.dot_general, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
-        scores = multiply(q, k, preferred_element_type=jnp.float32).reshape(b, c.num_kv_heads, groups, s, length)
-        scores = softcap(scores, c.attention_softcap)
-        if c.alibi:
-            slopes = alibi_slopes(c.num_heads).reshape(c.num_kv_heads, groups, 1, 1)
-            scores = scores + slopes * (key_slot - query_slot)
-        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(*q.shape[:3], length)
-        out = multiply(weights, v).reshape(b, c.num_heads, s, c.head_dim)
+            cache = lax.optimization_barrier(LayerCache(keys, values))
+            k, v = (k, v) if at.slot is None else cache
+        parts = []
+        for queries, seen in parts_of(s, k.shape[3], self.window if c.causal and at.slot is None else None):
+            part = q[:, :, :, queries].reshape(b, c.num_kv_heads, -1, c.head_dim)
+            query_slot = slot + jnp.arange(queries.start, queries.stop)[:, None]
+            part = self._attend(part, k[:, :, :, seen], v[:, :, seen], query_slot, seen.start, at.first)
+            parts.append(part.reshape(b, c.num_heads, -1, c.head_dim))
+        out = jnp.concatenate(parts, axis=2)
         out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
         project = Linear(c.hidden_size, c.out_bias, self.dtype, self.mesh, row_parallel=True, name="out")
         return project(mask(out, at)), cache
+
+    def _attend(self, q, k, v, query_slot, first_key, first):
+        """Queries `q[b, kv_heads, groups s, d]` -> the same shape; `first_key` is the slot of the first key."""
+        c = self.config
+        b, kv_heads, rows, _ = q.shape
+        s, length = len(query_slot), k.shape[3]
+        key_slot = first_key + jnp.arange(length)[None, :]
+        visible = key_slot <= (query_slot if c.causal else first_key + length)  # (s, length)
+        if self.window:
+            visible = visible & (key_slot > query_slot - self.window)
+        if first is not None:
+            visible = visible & (key_slot[0] >= first[:, None, None])  # (b, s, length)
+            visible = visible[:, None, None]
+        multiply = functools.partial(lax.dot_general, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
+        scores = multiply(q, k, preferred_element_type=jnp.float32).reshape(b, kv_heads, rows // s, s, length)
+        scores = softcap(scores, c.attention_softcap)
+        if c.alibi:
+            slopes = alibi_slopes(c.num_heads).reshape(kv_heads, rows // s, 1, 1)
+            scores = scores + slopes * (key_slot - query_slot)
+        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b, kv_heads, rows, length)
+        return multiply(weights, v)
+
+
+def parts_of(s: int, length: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Which of `length` keys each part of `s` queries sees at most.
+
+    Where query i sees key i and those before it, up to `window` of them (0: all), the queries are in parts, each of
+    which leaves out most of what it doesn't see. None: all queries see all keys.
+    """
+    if window is None or s < 2 * PART:
+        return [(slice(0, s), slice(0, length))]
+    size = -(-s // (s // PART))
+    starts = range(0, s, size)
+    return [
+        (slice(i, min(i + size, s)), slice(max(0, i - window + 1) if window else 0, min(i + size, s))) for i in starts
+    ]
 
 
 def mask(x: jax.Array, at: Context) -> jax.Array:

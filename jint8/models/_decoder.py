@@ -65,7 +65,9 @@ class Experts(nn.Module):
 def gate(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
     """`activation(gate) * up` of `gate_up[..., 2 n]` -> `[..., n]`."""
     gate, up = split_gate(gate_up)
-    return (ACTIVATIONS[config.activation](gate) * up).reshape(*gate_up.shape[:-1], -1)
+    # in the order of the blocks: XLA's CPU backend would compute the flat one an element at a time
+    h = lax.optimization_barrier(ACTIVATIONS[config.activation](gate) * up)
+    return h.reshape(*gate_up.shape[:-1], -1)
 
 
 class Block(nn.Module):

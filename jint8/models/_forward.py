@@ -21,7 +21,7 @@ def forward(
     model: Decoder,
     params: Any,
     tokens: jax.Array,
-    slot: jax.Array | int = 0,
+    slot: jax.Array | None = None,
     first: jax.Array | None = None,
     cache: list[LayerCache] | None = None,
     last: bool = False,
@@ -32,7 +32,7 @@ def forward(
       model: the decoder.
       params: its variables.
       tokens: int `[b, s]`.
-      slot: where the first of them stands in the cache.
+      slot: where the first of them stands in the cache; None for its beginning, with nothing in it yet.
       first: where each row's padding ends, int32 `[b]`; None where nothing is padding.
       cache: keys and values; outside of `jit` it is used up.
       last: only the logits of the last token.

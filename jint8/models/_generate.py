@@ -94,7 +94,8 @@ def prefill(
     if cache is None:
         cache = empty_cache(model, params, b, slots)
     run = forward if model.mesh is None else _apply
-    logits, cache = run(model, params, prompt[:, begin:], begin, first, cache, last=True)
+    slot = jnp.int32(begin) if begin else None
+    logits, cache = run(model, params, prompt[:, begin:], slot, first, cache, last=True)
     return _first_token(model, prompt, first, key, cache, logits, slots, sampling, knobs, eos)
 
 
@@ -106,7 +107,7 @@ def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, 
     return _whole(_append(logits[:, -1], state, sampling, knobs, eos), model.mesh)
 
 
-def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array, first: jax.Array | None, cache):
+def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array | None, first: jax.Array | None, cache):
     """The cache with keys and values of `tokens[b, s]`, the first of which stands at `slot`."""
     run = forward if model.mesh is None else _apply
     return run(model, params, tokens, slot, first, cache, last=True)[1]
@@ -219,7 +220,8 @@ def start(
         cache = empty_cache(model, params, b, slots)
         for end in range(length % CHUNK or CHUNK, length, CHUNK):
             begin = max(0, end - CHUNK)
-            cache = run_part(model, params, padded[:, begin:end], jnp.int32(begin), first, cache)
+            slot = jnp.int32(begin) if begin else None
+            cache = run_part(model, params, padded[:, begin:end], slot, first, cache)
     return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, knobs, eos)
 
 
