@@ -14,6 +14,7 @@ from typing import Any
 PAUSE_S = 0.3  # between runs: the threads of some engines spin for a while when there is nothing left to do
 WANTED_REPEATS = 3  # a slow worker decodes fewer tokens rather than fewer times than this
 LEAST_STEPS = 2
+MOST_COMPILING_S = 60
 SHORTER = 8  # times shorter prompts, for a worker that would take too long with the whole ones
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -68,7 +69,7 @@ def alternate(
     """Times one request of every worker, taking turns.
 
     A first run of each is for compiling, a second one says how long it takes (the first does, where it took longer
-    than `seconds`): a slow worker gets as many steps and repeats as fit into `seconds`, at least LEAST_STEPS and one.
+    than MOST_COMPILING_S): a slow worker gets as many steps and repeats as fit into `seconds`, at least LEAST_STEPS and one.
     Those named in `slow` try prompts that are SHORTER times shorter first, and keep them if whole ones took too long.
 
     Returns:
@@ -103,7 +104,7 @@ def _fitted(worker: Worker, request: Mapping[str, Any], seconds: float, repeats:
     decodes = "new_tokens" in request
     short = {**request, "new_tokens": LEAST_STEPS} if decodes else dict(request)
     once, wall = _timed(worker, short)
-    if wall < seconds:
+    if wall < MOST_COMPILING_S:
         once, wall = _timed(worker, short)
     if decodes:
         more = int(max(0, seconds / WANTED_REPEATS - wall) / once)

@@ -95,6 +95,7 @@ class Attention(nn.Module):
         q = q.transpose(0, 2, 3, 1, 4)  # (b, kv_heads, groups, s, d)
         k = k[:, :, :, 0].transpose(0, 2, 3, 1)  # (b, kv_heads, d, s)
         v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
+        k, v = lax.optimization_barrier((k, v))  # transposed once, for the cache and for the products
         slot = 0 if at.slot is None else at.slot
         if cache is not None:
             keys = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, slot))
