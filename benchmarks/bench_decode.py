@@ -8,6 +8,7 @@ Writes results/decode_cpu.json. Runs alternate; speed is the ratio to float32 in
 from __future__ import annotations
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 from jint8.models._generate import Knobs, Sampling, decode, start
 
-STEPS = 16  # tokens per timed run
-ROOM = 600
+STEPS, REPEATS = 16, 12  # tokens per timed run, and runs
+ROOM = STEPS * (REPEATS + 2)
+PROMPT, BATCHES, PREFILL = 32, (1, 4, 16), 512
 
 
 class Runner:
@@ -30,7 +32,7 @@ class Runner:
         self.model, self.params = model.model, {"params": model.params}
         self.knobs = Knobs(jnp.float32(1), jnp.float32(1))
         rng = np.random.default_rng(0)
-        prompts = [list(map(int, rng.integers(100, 40000, 32))) for _ in range(batch)]
+        prompts = [list(map(int, rng.integers(100, 40000, PROMPT))) for _ in range(batch)]
         self.state = start(self.model, self.params, prompts, ROOM, Sampling(), self.knobs, (), 0)
 
     def __call__(self) -> jax.Array:
@@ -38,6 +40,13 @@ class Runner:
         until = self.state.slot + STEPS
         self.state = decode(self.model, self.params, self.state, until, Sampling(), self.knobs, ())
         return self.state.slot
+
+
+def prefill(model: jint8.LanguageModel) -> jax.Array:
+    """From `PREFILL` tokens to the first new one."""
+    prompt = list(map(int, np.random.default_rng(1).integers(100, 40000, PREFILL)))
+    knobs = Knobs(jnp.float32(1), jnp.float32(1))
+    return start(model.model, {"params": model.params}, [prompt], STEPS, Sampling(), knobs, (), 0).tokens
 
 
 def main() -> None:
@@ -48,15 +57,19 @@ def main() -> None:
         "float32": jint8.load(args.source, quantize=False),
         "int8": jint8.load(args.source),
         "int8, threshold 0": jint8.load(args.source, config=jint8.Config(threshold=0)),
-        "int8, int8 embeddings": jint8.load(args.source, include="embedding"),
+        "int8, int8 head": jint8.load(args.source, include="embedding"),
+        "int8, threshold 0, int8 head": jint8.load(args.source, config=jint8.Config(threshold=0), include="embedding"),
+        "preset static": jint8.load(args.source, config=jint8.Config.preset("static")),
+        "preset best": jint8.load(args.source, config=jint8.Config.preset("best")),
     }
     result = {"weight_bytes": {name: jint8.memory_report(m.params).bytes for name, m in models.items()}}
-    for batch in (1, 4):
-        seconds = alternate({name: Runner(m, batch) for name, m in models.items()}, 12)
+    for batch in BATCHES:
+        print(f"decode, batch {batch}")
+        seconds = alternate({name: Runner(m, batch) for name, m in models.items()}, REPEATS)
         result[f"decode_batch_{batch}"] = summary(seconds, STEPS * batch)
-    tokens = np.random.default_rng(1).integers(100, 40000, (1, 512))
-    seconds = alternate({name: lambda m=m: m.logits(tokens) for name, m in models.items()}, 7)
-    result["forward_512"] = summary(seconds, 512)
+    print(f"prefill of {PREFILL}")
+    seconds = alternate({name: functools.partial(prefill, m) for name, m in models.items()}, 9)
+    result[f"prefill_{PREFILL}"] = summary(seconds, PREFILL)
     print(write("decode_cpu", result))
 
 
@@ -65,7 +78,7 @@ def summary(seconds: dict[str, float], tokens: int) -> dict[str, dict[str, float
     rows = {}
     for name, s in seconds.items():
         rows[name] = {"tokens_per_s": tokens / s, "times_float32": seconds["float32"] / s}
-        print(f"{name:22} {tokens / s:8.1f} tokens/s  {seconds['float32'] / s:5.2f}x")
+        print(f"  {name:30} {tokens / s:8.1f} tokens/s  {seconds['float32'] / s:5.2f}x")
     return rows
 
 

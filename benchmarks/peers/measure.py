@@ -69,7 +69,8 @@ def alternate(
     """Times one request of every worker, taking turns.
 
     A first run of each is for compiling, a second one says how long it takes (the first does, where it took longer
-    than MOST_COMPILING_S): a slow worker gets as many steps and repeats as fit into `seconds`, at least LEAST_STEPS and one.
+    than MOST_COMPILING_S): a slow worker gets as many steps and repeats as fit into `seconds`, at least LEAST_STEPS and
+    one.
     Those named in `slow` try prompts that are SHORTER times shorter first, and keep them if whole ones took too long.
 
     Returns:

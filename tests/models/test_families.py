@@ -3,17 +3,20 @@
 Without `jit` where it isn't the point: most operations are then compiled once for all families.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_files import DIRECTORY, NAMES, config, expected
 
 import jint8
-from jint8.models import FAMILIES, context, make_cache
+from jint8.models import FAMILIES, _attention, context, make_cache
 
 # their rotary positions depend on the length of the sequence, which differs from call to call
 BY_LENGTH = ["llama_dynamic", "phi3_longrope"]
-LENGTH, SHORT, SLOTS, CHUNK = 20, 11, 32, 8
+LENGTH, SHORT, SLOTS = 20, 11, 32
+CHUNKS = (0, 16, 24, SLOTS)
 
 
 def load(name, **options):
@@ -30,17 +33,21 @@ def test_every_family_has_a_fixture():
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LENGTH])
-def test_float_logits(name):
-    """Two rows with different padding, through the cache in chunks; then the most likely token is greedy's next."""
+def test_float_logits(name, monkeypatch):
+    """Two rows with different padding, through the cache in chunks; then the most likely token is greedy's next.
+
+    The first chunk attends to itself, in parts.
+    """
+    monkeypatch.setattr(_attention, "PART", 4)
     model, want = load(name, quantize=False), expected(name)
     lengths, new = (LENGTH, SHORT), want["greedy"].shape[1]
     rows = [np.append(want["tokens"][0, :n], greedy[:-1]) for n, greedy in zip(lengths, want["greedy"], strict=True)]
     tokens = jnp.asarray([np.pad(row, (SLOTS - len(row), 0)) for row in rows])
     first = jnp.asarray([SLOTS - len(row) for row in rows])
     cache, chunks = make_cache(model.config, 2, SLOTS), []
-    for slot in range(0, SLOTS, CHUNK):
-        chunk = tokens[:, slot : slot + CHUNK]
-        out, cache = model.model.apply({"params": model.params}, chunk, context(chunk, slot, first), cache)
+    for slot, end in itertools.pairwise(CHUNKS):
+        chunk = tokens[:, slot:end]
+        out, cache = model.model.apply({"params": model.params}, chunk, context(chunk, slot or None, first), cache)
         chunks.append(out)
     found = np.concatenate(chunks, axis=1)
     for row, n, greedy in zip(found, lengths, want["greedy"], strict=True):
@@ -48,6 +55,21 @@ def test_float_logits(name):
         limit = 1e-4 * np.abs(want["logits"]).max()
         np.testing.assert_allclose(got[:n], want["logits"][0, :n], rtol=0, atol=limit)
         np.testing.assert_array_equal(got[n - 1 :].argmax(-1), greedy)
+
+
+@pytest.mark.parametrize("s", [1, 255, 256, 300, 512, 1000])
+@pytest.mark.parametrize("window", [0, 1, 100, 256])
+def test_parts_of_attention_leave_out_nothing_visible(s, window):
+    parts = _attention.parts_of(s, s, window)
+    query, key = np.arange(s)[:, None], np.arange(s)[None, :]
+    visible = (key <= query) & ((key > query - window) | (window == 0))
+    for queries, seen in parts:
+        assert not visible[queries, : seen.start].any()
+        assert not visible[queries, seen.stop :].any()
+    assert np.concatenate([np.arange(s)[queries] for queries, _ in parts]).tolist() == list(range(s))
+    multiplied = sum((queries.stop - queries.start) * (seen.stop - seen.start) for queries, seen in parts)
+    assert multiplied <= (0.75 if s >= 2 * _attention.PART else 1) * s * s
+    assert _attention.parts_of(s, 2 * s, None) == [(slice(0, s), slice(0, 2 * s))]
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)

@@ -23,10 +23,10 @@ def test_equals_apply(family, quantize, monkeypatch):
     model = jint8.load(DIRECTORY / family, quantize=quantize, dtype="float32")
     params = {"params": model.params}
     apply = jax.jit(
-        lambda params, cache: model.model.apply(params, TOKENS, context(TOKENS, 0, FIRST), cache, last=True)
+        lambda params, cache: model.model.apply(params, TOKENS, context(TOKENS, None, FIRST), cache, last=True)
     )
     expected = apply(params, make_cache(model.config, 2, 16))
-    got = _forward.forward(model.model, params, TOKENS, 0, FIRST, make_cache(model.config, 2, 16), last=True)
+    got = _forward.forward(model.model, params, TOKENS, None, FIRST, make_cache(model.config, 2, 16), last=True)
     tolerance = 2e-2 if quantize else 1e-5  # sums of floats in another order may move a value by one int8 step
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
