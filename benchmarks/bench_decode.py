@@ -1,18 +1,24 @@
 """Prefill and decode of SmolLM2-135M: int8 against the same model in float32, through the same code.
 
     jint8 demo && python benchmarks/bench_decode.py
+    python benchmarks/bench_decode.py --random 1.5
 
-Writes results/decode_cpu.json. Runs alternate; speed is the ratio to float32 in the same run.
+Writes results/decode_cpu.json. Runs alternate; speed is the ratio to float32 in the same run. `--random` takes a Llama
+of so many gigabytes in bfloat16 instead, with random weights, and writes results/decode_random_cpu.json: one sequence,
+and how many bytes of weights a step reads per second.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conversion import write_checkpoint
 from harness import alternate, write
 
 import jint8
@@ -50,27 +56,55 @@ def prefill(model: jint8.LanguageModel) -> jax.Array:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default=cache_directory() / FILE)
+    parser.add_argument("--random", type=float, metavar="GB", help="random weights, of so many gigabytes in bfloat16")
     args = parser.parse_args()
-    models = {
-        "float32": jint8.load(args.source, quantize=False),
-        "int8": jint8.load(args.source),
-        "int8, threshold 0": jint8.load(args.source, config=jint8.Config(threshold=0)),
-        "int8, int8 head": jint8.load(args.source, include="embedding"),
-        "int8, threshold 0, int8 head": jint8.load(args.source, config=jint8.Config(threshold=0), include="embedding"),
-        "preset static": jint8.load(args.source, config=jint8.Config.preset("static")),
-        "preset best": jint8.load(args.source, config=jint8.Config.preset("best")),
+    if args.random:
+        with tempfile.TemporaryDirectory() as directory:
+            write_checkpoint(Path(directory), args.random)
+            models = load(directory, head="lm_head")
+        print(write("decode_random_cpu", {"weight_bytes": weight_bytes(models), **decoding(models, 1, read=True)}))
+        return
+    models = load(args.source, head="embedding") | {
+        f"preset {name}": jint8.load(args.source, config=jint8.Config.preset(name)) for name in ("static", "best")
     }
-    result = {"weight_bytes": {name: jint8.memory_report(m.params).bytes for name, m in models.items()}}
+    result = {"weight_bytes": weight_bytes(models)}
     for batch in BATCHES:
-        print(f"decode, batch {batch}")
-        seconds = alternate({name: Runner(m, batch) for name, m in models.items()}, REPEATS)
-        result[f"decode_batch_{batch}"] = summary(seconds, STEPS * batch)
+        result |= decoding(models, batch)
     print(f"prefill of {PREFILL}")
     seconds = alternate({name: functools.partial(prefill, m) for name, m in models.items()}, 9)
     result[f"prefill_{PREFILL}"] = summary(seconds, PREFILL)
     print(write("decode_cpu", result))
+
+
+def load(source: str | Path, head: str) -> dict[str, jint8.LanguageModel]:
+    """The model in float32 and in int8; `head`: what the output head is called among its parameters."""
+    plain = jint8.Config(threshold=0)
+    return {
+        "float32": jint8.load(source, quantize=False, dtype="float32"),
+        "int8": jint8.load(source, dtype="float32"),
+        "int8, threshold 0": jint8.load(source, dtype="float32", config=plain),
+        "int8, int8 head": jint8.load(source, dtype="float32", include=head),
+        "int8, threshold 0, int8 head": jint8.load(source, dtype="float32", config=plain, include=head),
+    }
+
+
+def weight_bytes(models: dict[str, jint8.LanguageModel]) -> dict[str, int]:
+    """Of all parameters of each."""
+    return {name: jint8.memory_report(m.params).bytes for name, m in models.items()}
+
+
+def decoding(models: dict[str, jint8.LanguageModel], batch: int, *, read: bool = False) -> dict:
+    """Tokens per second of each; `read`: also bytes of weights per second that a step reads."""
+    print(f"decode, batch {batch}")
+    seconds = alternate({name: Runner(m, batch) for name, m in models.items()}, REPEATS)
+    rows = summary(seconds, STEPS * batch)
+    for name, row in rows.items() if read else ():
+        tree = {key: leaf for key, leaf in models[name].params.items() if key != "embedding"}  # looked up, not read
+        row["weight_bytes_per_s"] = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) * STEPS / seconds[name]
+        print(f"  {name:30} {row['weight_bytes_per_s'] / 1e9:8.1f} GB/s")
+    return {f"decode_batch_{batch}": rows}
 
 
 def summary(seconds: dict[str, float], tokens: int) -> dict[str, dict[str, float]]:

@@ -25,7 +25,8 @@ from jint8.cli._demo import FILE
 from jint8.models._generate import Knobs, Sampling, decode, start
 
 STEPS, PROMPT, ROOM = 32, 32, 96  # a cache of 128 slots
-OPERATION = re.compile(r"%(\S+) = (\w+)\[([\d,]*)\]\S* (?:fusion|dot)\(([^)]*)\)")
+OPERATION = re.compile(r"%(\S+) = \(?(\w+)\[([\d,]*)\][^=]*? (?:fusion|dot)\(([^)]*)\)")
+PRODUCTS = ("ynn", "dot", "multiply_reduce")  # how XLA names them
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def operations(program: str) -> dict[str, tuple[str, int]]:
     types = {name: (dtype, dims) for name, dtype, dims in re.findall(r"%(\S+) = (\w+)\[([\d,]*)\]", program)}
     found = {}
     for name, dtype, dims, operands in OPERATION.findall(program):
-        if not name.startswith(("ynn", "dot")):
+        if not name.startswith(PRODUCTS):
             found[name] = ("elementwise and reductions", 0)
             continue
         inputs = [types[x] for x in re.findall(r"%(\S+?)(?:,|$)", operands) if x in types]
