@@ -108,21 +108,17 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
     return Split(q, scale[0], None, Outliers(columns, limit, rows, scale[1]))
 
 
-class Row(NamedTuple):
-    """One row of activations `[1, k]` as integers."""
+def quantize_row(x: jax.Array, largest: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """One row `x[1, k]` without outliers, with its absmax `largest[1, 1]`: int16 values and the scale `[1, 1]`.
 
-    values: jax.Array  # int16[1, k], without a zero point: 0 stands for 0
-    scale: jax.Array  # float32[1, 1]
-
-
-def quantize_row(x: jax.Array, largest: jax.Array, config: Config) -> Row:
-    """`split` of one row without outliers, with its absmax `largest[1, 1]`."""
+    The values have no zero point: 0 stands for 0.
+    """
     if affine_activations(config):
         q, scale, zero = affine(x, 1)
-        return Row(q.astype(jnp.int16) - zero.astype(jnp.int16), scale)
+        return q.astype(jnp.int16) - zero.astype(jnp.int16), scale
     limit = largest_in(config.digits)
     scale = divide_by(largest, limit)
-    return Row(round_to_int8(x, scale, limit).astype(jnp.int16), scale)
+    return round_to_int8(x, scale, limit).astype(jnp.int16), scale
 
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:

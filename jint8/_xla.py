@@ -44,7 +44,7 @@ from jint8._types import Config
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
 MAX_GATHERED_K = 32_768  # beyond, wide digits of outliers would be too narrow
 MAX_PIECES = 4  # of one row's features
-CHANNEL_GROUPS = 4  # of one row's product: as many as are faster (benchmarks/bench_matmul.py)
+CHANNEL_GROUPS = 4  # of one row's product: what other numbers reach is in docs/speed.md
 FEW_ROWS = 2  # up to which digits are faster than gathered columns (benchmarks/bench_matmul.py)
 
 
