@@ -128,7 +128,7 @@ def test_transforms(transform):
 
 def test_a_loop_does_not_widen_the_weights_before_it():
     x, w = operands(512, 512)
-    w = quantized(w, jint8.Config())
+    w = quantized(w, jint8.Config(threshold=0))
 
     @jax.jit
     def repeat(x, w, times):
