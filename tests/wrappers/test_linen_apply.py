@@ -10,6 +10,7 @@ from flax import linen as nn
 from marks import slow_but
 
 import jint8
+from jint8._layers import lookup
 
 X = jax.random.normal(jax.random.key(1), (2, 3, 32))
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -366,6 +367,25 @@ def test_embedding_lookup():
     assert jnp.isnan(jint8.apply(module.apply)(int8, jnp.array([99]))).all()
     with pytest.raises(TypeError, match="tokens to be integers, got float32"):
         jint8.apply(module.apply)(int8, jnp.ones(3))
+
+
+def test_a_table_of_one_scale_has_nothing_for_tokens_out_of_range_either():
+    table = jint8.quantize(jax.random.normal(jax.random.key(0), (40, 32)), contract_axes=0)
+    got = lookup(table, jnp.array([3, 99, -41]))
+    assert jnp.array_equal(jnp.isnan(got).all(-1), jnp.array([False, True, True]))
+    assert jnp.array_equal(got[0], table.dequantize()[3])
+
+
+def test_a_loop_does_not_convert_the_table_before_it():
+    table = jint8.quantize(jax.random.normal(jax.random.key(0), (1000, 64)), contract_axes=1)
+
+    @jax.jit
+    def walk(table, times):
+        step = lambda _, token: jnp.argmax(lookup(table, token)).astype(jnp.int32) * 15
+        return jax.lax.fori_loop(0, times, step, jnp.int32(7))
+
+    temporary = walk.lower(table, 5).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < table.q.nbytes
 
 
 def test_convolutions_are_left_alone():
