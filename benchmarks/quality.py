@@ -3,6 +3,7 @@
     jint8 demo && python benchmarks/quality.py              # or: quality.py SOURCE, for another model
     python benchmarks/quality.py --sweep --sequences 8      # thresholds
     python benchmarks/quality.py --encoder MINILM           # vectors of texts, by an encoder's directory
+    python benchmarks/quality.py --rows bitsandbytes torchao --torch PYTHON    # that has peers/requirements-torch.txt
     python benchmarks/quality.py --report                   # quality.md and quality.svg from quality.json
 
 The text is the language reference that every Python carries (`pydoc_data.topics`), or any file; its SHA-256 is in the
@@ -17,12 +18,15 @@ feature dimensions, drawn at random, are 64 times larger; in `own` six of which 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -38,16 +42,28 @@ from jint8.analysis import inject_outliers, outlier_statistics
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 
+sys.path.append(str(Path(__file__).with_name("peers")))
+from measure import Missing, Worker
+from prepare import dequantize
+
 THRESHOLDS = (0.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0)
 PLANTED = (23, 154, 177, 292, 364, 485)
 OWN = (17, 101, 200, 333, 404, 555)  # 17 is SmolLM2's own outlier feature
+HUGGINGFACE_NORMS = {
+    "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+    "post_attention_layernorm": ("gate_proj", "up_proj"),
+}
 SCHEMES = ("llm.int8", "llm.int8-zp", "vector-zp", "vector", "row+dec", "row", "zeropoint", "absmax")
 ENCODED = 256  # texts, to each encoder
-VARIANTS = {
-    "plain": lambda params: params,
-    "planted": lambda params: inject_outliers(params, PLANTED, 64.0),
-    "own": lambda params: inject_outliers(params, OWN, 64.0),
-    "broad": lambda params: inject_outliers(params, range(0, 576, 2), 8.0),
+VARIANTS: dict[str, tuple[Sequence[int], float]] = {  # outlier feature dimensions, and how many times larger
+    "plain": ((), 1.0),
+    "planted": (PLANTED, 64.0),
+    "own": (OWN, 64.0),
+    "broad": (range(0, 576, 2), 8.0),
+}
+PEERS: dict[str, dict[str, Any]] = {  # of peers/with_torch.py
+    "bitsandbytes": {"quantization": "bitsandbytes"},
+    "torchao": {"quantization": "torchao", "int8_head": False},  # as everywhere here
 }
 
 
@@ -77,16 +93,21 @@ def _rows() -> dict[str, Row]:
     return rows
 
 
-class Reference:
-    """Logits of the float model, computed once and kept in a file."""
+class Computed:
+    """A model whose logits are known, `[n, s, vocabulary]`, for these tokens `[n, s]`."""
 
-    def __init__(self, model: jint8.LanguageModel, tokens: np.ndarray):
-        shape = (*tokens.shape, model.config.vocab_size)
-        with tempfile.NamedTemporaryFile() as file:
-            self._logits = np.memmap(file.name, np.float32, "w+", shape=shape)  # the file stays while it is mapped
-            for row, ids in enumerate(tokens):
-                self._logits[row] = np.asarray(model.logits(ids[None]))[0]
+    def __init__(self, tokens: np.ndarray, logits: np.ndarray):
+        self._logits = logits
         self._row = {ids.tobytes(): row for row, ids in enumerate(tokens)}
+
+    @classmethod
+    def of(cls, model: jint8.LanguageModel, tokens: np.ndarray) -> Computed:
+        """Computes them once, and keeps them in a file."""
+        with tempfile.NamedTemporaryFile() as file:  # it stays while it is mapped
+            logits = np.memmap(file.name, np.float32, "w+", shape=(*tokens.shape, model.config.vocab_size))
+        for row, ids in enumerate(tokens):
+            logits[row] = np.asarray(model.logits(ids[None]))[0]
+        return cls(tokens, logits)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return np.stack([self._logits[self._row[ids.tobytes()]] for ids in tokens])
@@ -96,13 +117,14 @@ class Bench:
     """The float model, its variants and the tokens."""
 
     def __init__(self, source: Path, text: str, sequences: int, length: int):
+        self.source = source
         self.model = jint8.load(source, quantize=False, dtype="float32")
         ids = self.model.require_tokenizer().encode(text)[: sequences * length]
         self.tokens = np.array(ids).reshape(sequences, length)
-        self.reference: Any = Reference(self.model, self.tokens)
+        self.reference: Any = Computed.of(self.model, self.tokens)
 
     def measure(self, variant: str, row: Row) -> dict[str, Any]:
-        floats = VARIANTS[variant](self.model.params)
+        floats = planted(self.model.params, variant)
         outliers = None
         if row.criteria is not None:
             token = dataclasses.replace(row.config, outliers="token")
@@ -112,25 +134,43 @@ class Bench:
         params = params if row.run is None else with_config(params, row.run)
         model = dataclasses.replace(self.model, params=params)
         start = time.perf_counter()
-        found = evaluate(model, self.tokens, reference=self.reference)
-        result = {
-            "perplexity": found.perplexity,
-            "over_float": found.perplexity / found.reference_perplexity - 1,
-            "kl": found.kl,
-            "top1": found.top1,
-            "projection_bytes": projection_bytes(params),
-            "seconds": time.perf_counter() - start,
-        }
+        result = {**self._compare(model), "projection_bytes": projection_bytes(params)}
+        result["seconds"] = time.perf_counter() - start
         if outliers is not None:
             columns = sum(len(found) for found in outliers.values())
             result["calibrated_columns"] = columns / sum(self._inputs().values())
         return result
 
+    def measure_peer(self, variant: str, name: str, python: str) -> dict[str, Any]:
+        """Of another library, in its own Python. Raises Missing where that lacks it."""
+        with tempfile.TemporaryDirectory() as directory:
+            huggingface = Path(directory, "huggingface")
+            if variant == "plain" and self.source.is_dir():
+                huggingface.symlink_to(self.source.resolve())
+            else:
+                dequantize(self.source, huggingface, lambda arrays: planted_by_names(arrays, variant))
+            with contextlib.closing(Worker(python, "torch", Path(directory), PEERS[name], os.environ)) as worker:
+                file = Path(directory, "logits.npy")
+                start = time.perf_counter()
+                answer = worker.ask(what="logits", tokens=self.tokens.tolist(), file=str(file))
+                answer |= {"seconds": time.perf_counter() - start, "versions": worker.versions}
+                return {**self._compare(Computed(self.tokens, np.load(file, mmap_mode="r"))), **answer}
+
+    def _compare(self, model: Any) -> dict[str, Any]:
+        found = evaluate(model, self.tokens, reference=self.reference)
+        assert found.reference_perplexity is not None
+        return {
+            "perplexity": found.perplexity,
+            "over_float": found.perplexity / found.reference_perplexity - 1,
+            "kl": found.kl,
+            "top1": found.top1,
+        }
+
     def share_in_16_bits(self, variant: str, threshold: float) -> dict[str, float]:
         """Of the inputs' columns, of which any value in a call reaches the threshold, and of their values."""
         if threshold == 0:
             return {"columns": 0.0, "values": 0.0}
-        params = {"params": VARIANTS[variant](self.model.params)}
+        params = {"params": planted(self.model.params, variant)}
         columns, values = [], []
         for ids in self.tokens[:2]:
             found = outlier_statistics(self.model.run, params, [ids[None]], threshold=threshold).projections.values()
@@ -143,6 +183,20 @@ class Bench:
         abstract = jax.eval_shape(jint8.quantize_params, self.model.params)
         leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda x: isinstance(x, jint8.QTensor))
         return {str(path): leaf.shape[-1] for path, leaf in leaves if isinstance(leaf, jint8.QTensor)}
+
+
+def planted(params: Any, variant: str) -> Any:
+    dimensions, factor = VARIANTS[variant]
+    return inject_outliers(params, dimensions, factor) if dimensions else params
+
+
+def planted_by_names(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:
+    """The same of a Llama's arrays under Hugging Face's names, where weights are [n, k]."""
+    if not VARIANTS[variant][0]:
+        return arrays
+    tree = {name.replace(".", "/"): array for name, array in arrays.items()}
+    found = inject_outliers(tree, *VARIANTS[variant], norms=HUGGINGFACE_NORMS, plan=dict.fromkeys(tree, (1,)))
+    return {name: np.asarray(found[name.replace(".", "/")]) for name in arrays}
 
 
 def embeddings(source: Path, text: str) -> dict[str, dict[str, Any]]:
@@ -178,7 +232,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
-    parser.add_argument("--rows", nargs="+", default=list(rows), choices=rows)
+    parser.add_argument("--rows", nargs="+", default=[*rows, *PEERS], choices=[*rows, *PEERS])
+    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="that has bitsandbytes and torchao")
     parser.add_argument("--sweep", action="store_true", help="thresholds instead of rows")
     parser.add_argument("--encoder", type=Path, help="measure the vectors of this encoder instead")
     parser.add_argument("--report", action="store_true", help="only write quality.md and quality.svg")
@@ -206,12 +261,22 @@ def main() -> None:
                 keep(args.name, about, size, f"{variant}, thresholds", f"{threshold:g}", result)
         else:
             for name in args.rows:
-                keep(args.name, about, size, variant, name, bench.measure(variant, rows[name]))
+                try:
+                    found = (
+                        bench.measure(variant, rows[name])
+                        if name in rows
+                        else bench.measure_peer(variant, name, args.torch)
+                    )
+                except Missing as missing:
+                    print(f"{variant:18} {name:20} left out: {missing}", flush=True)
+                else:
+                    keep(args.name, about, size, variant, name, found)
 
 
 def keep(name: str, about: dict[str, str], size: str, table: str, row: str, result: dict[str, Any]) -> None:
     """Adds a row to the result that is on disk, unless that is of another text."""
-    print(f"{table:18} {row:20}", {k: round(v, 5) for k, v in result.items()}, flush=True)
+    shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
+    print(f"{table:18} {row:20}", shown, flush=True)
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     tables = before.get("tables", {}) if before.get("sha256") == about["sha256"] else {}

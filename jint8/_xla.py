@@ -212,24 +212,26 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divi
         rows.append(parts.outliers.digits)
     if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
         rows.append(jnp.ones_like(parts.q[:1]))
-    stacked, gathered = jnp.concatenate(rows), None
-    if parts.outliers is None or parts.outliers.digits is not None:  # a product that XLA divides by itself
-        exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)
-    elif divided is None:
-        exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)
-        gathered = gathered_product(x, parts.outliers, w.q, k_last)
-    else:
+    stacked = jnp.concatenate(rows)
+
+    def regular(acc, row_sum):
+        sums = _without_zero((acc, row_sum), w)
+        values = sums[: len(parts.q)]
+        if parts.zero is not None:  # sum_k (q - zero) w
+            values = values - parts.zero * sums[-1:]
+        return join_digits(values, m) * parts.scale
+
+    gathers = parts.outliers is not None and parts.outliers.digits is None
+    if gathers and divided is not None:
         exact, gathered = divided_product(x, stacked, parts.outliers, w.q, k_last, divided)
-    sums = _without_zero(exact, w)
-    regular = sums[: len(parts.q)]
-    if parts.zero is not None:  # sum_k (q - zero) w
-        regular = regular - parts.zero * sums[-1:]
-    out = join_digits(regular, m) * parts.scale
+        return regular(*exact) + _without_zero(gathered, w)
+    exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)  # a product that XLA divides by itself
+    if gathers:
+        return _add_gathered(x, parts.outliers, w, k_last, exact, regular)
+    out = regular(*exact)
     if parts.outliers is None:
         return out
-    if parts.outliers.digits is None:
-        return out + _without_zero(gathered, w)
-    outlier = sums[len(parts.q) :][: len(parts.outliers.digits)]
+    outlier = _without_zero(exact, w)[len(parts.q) :][: len(parts.outliers.digits)]
     return out + join_digits(outlier, m) * parts.outliers.step
 
 
@@ -252,35 +254,42 @@ def join_digits(sums, m: int):
     return total
 
 
-def gathered_product(x, outliers: Outliers, q, k_last: bool) -> tuple[jax.Array, jax.Array]:
-    """Sums of the outliers of `x[m, k]`: times the weights, float32 `[m, n]`, and alone, `[m, 1]`.
+def _add_gathered(x, outliers: Outliers, w: Weight, k_last: bool, exact, regular) -> jax.Array:
+    """`regular(*exact)` plus the outliers' product, float32 `[m, n]`.
 
     Reads the columns that hold outliers only, `BLOCK` at a time. Sums of digits are exact, in float32 over a block and
     in int32 over all: the order of the columns depends on all rows, what a row gets doesn't.
     """
-    m, k = x.shape
+    (m, k), q = x.shape, w.q
     wide = wide_digit(k)
     if k <= MAX_EXACT:  # all columns are hardly more than a block
         x = _only_outliers(x, outliers)
         step = wide_step(x, wide)
-        return _join_wide(_wide_sums(x, q.astype(jnp.float32), k_last, step, wide), step, wide)
-    gathered = _Gathered(x, outliers, q, k_last, wide)
+        sums = _wide_sums(x, q.astype(jnp.float32), k_last, step, wide)
+        return regular(*exact) + _without_zero(_join_wide(sums, step, wide), w)
+    acc, row_sum = exact
 
-    def none():
-        return gathered.zeros(m, jnp.float32)
+    def with_outliers(acc, sums, step):
+        total = regular(acc, row_sum) + _without_zero(_join_wide(sums, step, wide), w)
+        return lax.dynamic_update_slice(acc, lax.bitcast_convert_type(total, jnp.int32), (0, 0))
 
-    def one():
-        x_block, w_block = gathered.columns(0)
+    def none(acc):
+        return acc
+
+    def one(acc):
+        x_block, w_block = _Gathered(x, outliers, q, k_last, wide).columns(0)
         step = wide_step(x_block, wide)
-        return _join_wide(_wide_sums(x_block, w_block, k_last, step, wide), step, wide)
+        return with_outliers(acc, _wide_sums(x_block, w_block, k_last, step, wide), step)
 
-    def many():
+    def many(acc):
         step = wide_step(_only_outliers(x, outliers), wide)
-        return _join_wide(gathered.all_sums(step), step, wide)
+        return with_outliers(acc, _Gathered(x, outliers, q, k_last, wide).all_sums(step), step)
 
-    index = gathered.index
-    blocks = (index[0] < k).astype(jnp.int32) + (index[BLOCK] < k).astype(jnp.int32)  # 2 stands for all larger numbers
-    return lax.switch(blocks, (none, one, many))
+    count = jnp.sum(outliers.columns)
+    # what `none` returns isn't written again: the bits of sums are either integers, or floats with outliers added
+    blocks = (count > 0).astype(jnp.int32) + (count > BLOCK).astype(jnp.int32)  # 2 stands for all larger numbers
+    bits = lax.switch(blocks, (none, one, many), acc)
+    return jnp.where(count == 0, regular(bits, row_sum), lax.bitcast_convert_type(bits[:m], jnp.float32))
 
 
 def divided_product(x, stacked, outliers: Outliers, q, k_last: bool, divided: Divided):

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from jint8.checkpoints._huggingface import write_huggingface
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 
+Arrays = dict[str, np.ndarray]
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -45,10 +47,10 @@ def main() -> None:
         print(f"{engine}: {'skipped, ' + answer['missing'] if 'missing' in answer else 'ready'}", flush=True)
 
 
-def dequantize(source: Path, target: Path) -> None:
-    """A Hugging Face directory in float32 of a GGUF file."""
+def dequantize(source: Path, target: Path, change: Callable[[Arrays], Arrays] = lambda arrays: arrays) -> None:
+    """A Hugging Face directory in float32 of a Llama's checkpoint, and of what `change` makes of its arrays."""
     with open_checkpoint(source) as checkpoint:
-        arrays = {name: np.asarray(checkpoint.read(name), np.float32) for name in checkpoint.tensors}
+        arrays = change({name: np.asarray(checkpoint.read(name), np.float32) for name in checkpoint.tensors})
         config = {**checkpoint.config, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
         write_huggingface(target, arrays, config=config, tokenizer=checkpoint.tokenizer(), shard_bytes=2**40)
 

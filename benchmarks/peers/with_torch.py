@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import stepwise
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+HEAD = "lm_head"
 
 
 class Engine:
     packages = ("torch", "transformers", "bitsandbytes", "torchao")
 
-    def __init__(self, weights: Path, threads: int, *, quantization: str = "", compiled: bool = False):
+    def __init__(
+        self, weights: Path, threads: int, *, quantization: str = "", compiled: bool = False, int8_head: bool = True
+    ):
+        """`int8_head` is for torchao; bitsandbytes leaves the head in floating point."""
         torch.set_num_threads(threads)
         asked = {}
         if quantization == "bitsandbytes":
@@ -25,7 +31,11 @@ class Engine:
         if quantization == "torchao":
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-            quantize_(self.model, Int8DynamicActivationInt8WeightConfig())
+            quantize_(
+                self.model,
+                Int8DynamicActivationInt8WeightConfig(),
+                lambda module, name: isinstance(module, torch.nn.Linear) and (int8_head or name != HEAD),
+            )
         self.forward = torch.compile(self.model.forward, dynamic=True) if compiled else self.model.forward
 
     @torch.inference_mode()
@@ -41,3 +51,24 @@ class Engine:
         return stepwise.generate(
             lambda: run(torch.tensor(prompts)), lambda tokens: run(torch.tensor(tokens)[:, None]), steps
         )
+
+    @torch.inference_mode()
+    def save_logits(self, tokens: list[list[int]], file: str) -> None:
+        """Of each position of each sequence, one sequence to a call."""
+        shape = (*np.shape(tokens), self.model.config.vocab_size)
+        out = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+        for i, row in enumerate(tokens):
+            out[i] = self.model(input_ids=torch.tensor([row])).logits[0].float().numpy()
+
+    def projection_bytes(self) -> int:
+        """Of the weights and scales of all products but the output head's."""
+        layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, torch.nn.Linear)]
+        tensors = [tensor for name, layer in layers if name != HEAD for tensor in layer.state_dict().values()]
+        return sum(map(_nbytes, (tensor for tensor in tensors if isinstance(tensor, torch.Tensor))))
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of those that a quantized one is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

@@ -9,6 +9,7 @@ The first line out says {"versions"}, or {"missing"} where a package can't be im
     {"what": "decode", "batch": 16, "prompt_tokens": 32, "new_tokens": 32}   -> {"seconds"} of a step, without prefill
     {"what": "continue", "prompt": [ids], "new_tokens": 24}                  -> {"tokens"}, greedily
     {"what": "memory"}                                                       -> {"resident", "peak"} in bytes
+    {"what": "logits", "tokens": [[ids]], "file": "logits.npy"}              -> {"projection_bytes"} (torch alone)
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
         return memory()
     if request["what"] == "continue":
         return {"tokens": engine.generate([request["prompt"]], request["new_tokens"] - 1).tokens[0]}
+    if request["what"] == "logits":
+        engine.save_logits(request["tokens"], request["file"])
+        return {"projection_bytes": engine.projection_bytes()}
     prompts = random_prompts(request["batch"], request["prompt_tokens"])
     if request["what"] == "prefill":
         return {"seconds": engine.generate(prompts, 0).first_s}

@@ -3,7 +3,7 @@
 By the paper's criteria: magnitude of --threshold or more in at least --layer-share of the layers and, there,
 --position-share of the positions. The text goes through the model in sequences of --seq-len tokens; what remains is
 dropped. JSON: threshold, relative, tokens, features (projection, dimension, layer_share, position_share, mean,
-largest), projections (by name: layers, columns, and by layer outlier_columns, outlier_values, largest), plots.
+largest), projections (by name: layers, columns, and by layer outlier_columns, outlier_values, largest), plots, html.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
     parser.add_argument("--plot", metavar="FILE", help="a map of layers and dimensions, as .png, .svg or .pdf")
     parser.add_argument("--plot-magnitudes", metavar="FILE", help="magnitudes by layer")
+    parser.add_argument("--html", metavar="FILE", help="tables and both plots in one page")
     parser.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
     parser.add_argument("--float", action="store_true", help="of the model in floating point instead of int8")
     _common.add_cache_argument(parser)
@@ -41,8 +42,10 @@ def run(args: argparse.Namespace) -> None:
     from jint8.analysis._plots import require_matplotlib
 
     plots = {"plot_features": args.plot, "plot_magnitudes": args.plot_magnitudes}
-    for file in filter(None, plots.values()):
+    plots = {name: file for name, file in plots.items() if file is not None}
+    if plots or args.html is not None:
         require_matplotlib()
+    for file in plots.values():
         if Path(file).suffix not in SUFFIXES:
             raise ValueError(f"{file}: Expected a name that ends in {', '.join(SUFFIXES)}")
     if args.limit is not None and args.limit < 1:
@@ -63,11 +66,13 @@ def run(args: argparse.Namespace) -> None:
         criteria = {"layer_share": args.layer_share, "position_share": args.position_share}
         found = analysis.outlier_statistics(model.run, {"params": model.params}, counted(), **options)
     for name, file in plots.items():
-        if file is not None:
-            getattr(analysis, name)(found).savefig(file)
+        getattr(analysis, name)(found).savefig(file)
+    if args.html is not None:
+        page = analysis.html_report(found, title=f"Outlier features of {Path(args.source).name}", **criteria)
+        Path(args.html).write_text(page, encoding="utf-8")
     if args.json:
         tokens = sum(batch.size for batch in batches)
-        made = [file for file in plots.values() if file is not None]
-        _common.report(args, {"tokens": tokens, **found.to_dict(**criteria), "plots": made})
+        made = {"plots": list(plots.values()), "html": args.html}
+        _common.report(args, {"tokens": tokens, **found.to_dict(**criteria), **made})
     else:
         print(found)

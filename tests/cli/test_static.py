@@ -92,12 +92,14 @@ def test_outliers(llama, run_json, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "text.txt").write_text(TEXT)
     files = [str(tmp_path / "map.png"), str(tmp_path / "magnitudes.svg")]
-    plots = ("--plot", files[0], "--plot-magnitudes", files[1])
+    plots = ("--plot", files[0], "--plot-magnitudes", files[1], "--html", tmp_path / "page.html")
     got = run_json("outliers", llama, "--text", tmp_path / "text.txt", "--seq-len", 32, *plots)
     assert got["tokens"] == 96
     assert {f["dimension"] for f in got["features"] if "qkv" in f["projection"]} == {3, 17}
     assert got["projections"]["layers_*/attention/qkv/weight"]["layers"] == 2
     assert got["plots"] == files
+    assert got["html"] == str(tmp_path / "page.html")
+    assert "Outlier features of llama" in (tmp_path / "page.html").read_text()
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "magnitudes.svg").read_text()
 

@@ -82,6 +82,21 @@ def test_plots(tmp_path, suffix):
     assert figures["models"].axes[0].lines[0].get_ydata().tolist() == [100, 100]
 
 
+def test_html_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    page = analysis.html_report(FOUND, title="<planted>")
+    assert "<title>&lt;planted&gt;</title>" in page
+    up = FOUND.projections["layers_*/up/kernel"]
+    assert "<td>layers_*/up/kernel</td><td>16</td><td>4</td><td>2.0</td>" in page
+    assert f"<td>{up.largest.max():.1f}</td></tr>" in page
+    rows = [line for line in page.splitlines() if line.startswith("<tr><td>layers_*/up/kernel</td><td>")]
+    assert {row.split("<td>")[2] for row in rows} == {"2</td>", "9</td>", "16</td>"}
+    assert page.count("<svg") == page.count("</svg>") == 2
+    for absent in ("<?xml", "src=", "<!DOCTYPE svg"):  # nothing to fetch
+        assert absent not in page
+    assert analysis.html_report(FOUND, position_share=1.0).count("<tr><td>") == len(FOUND.projections)
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'jint8\[plots\]'"):
