@@ -207,9 +207,9 @@ def column_product(x: jax.Array, w: Weight, *, k_last: bool) -> jax.Array:
 
 def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divided | None) -> jax.Array:
     """The product before the weights' scale, float32 `[m, n]`."""
-    rows, m = [parts.q], len(x)
-    if parts.outliers is not None and parts.outliers.digits is not None:
-        rows.append(parts.outliers.digits)
+    rows, m, outliers = [parts.q], len(x), parts.outliers
+    if outliers is not None and outliers.digits is not None:
+        rows.append(outliers.digits)
     if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
         rows.append(jnp.ones_like(parts.q[:1]))
     stacked = jnp.concatenate(rows)
@@ -221,18 +221,16 @@ def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divi
             values = values - parts.zero * sums[-1:]
         return join_digits(values, m) * parts.scale
 
-    gathers = parts.outliers is not None and parts.outliers.digits is None
-    if gathers and divided is not None:
-        exact, gathered = divided_product(x, stacked, parts.outliers, w.q, k_last, divided)
+    if outliers is not None and outliers.digits is None and divided is not None:
+        exact, gathered = divided_product(x, stacked, outliers, w.q, k_last, divided)
         return regular(*exact) + _without_zero(gathered, w)
     exact = int8_dot(stacked, w.q, k_last), _row_sum(stacked)  # a product that XLA divides by itself
-    if gathers:
-        return _add_gathered(x, parts.outliers, w, k_last, exact, regular)
-    out = regular(*exact)
-    if parts.outliers is None:
-        return out
-    outlier = _without_zero(exact, w)[len(parts.q) :][: len(parts.outliers.digits)]
-    return out + join_digits(outlier, m) * parts.outliers.step
+    if outliers is None:
+        return regular(*exact)
+    if outliers.digits is None:
+        return _add_gathered(x, outliers, w, k_last, exact, regular)
+    sums = _without_zero(exact, w)[len(parts.q) :][: len(outliers.digits)]
+    return regular(*exact) + join_digits(sums, m) * outliers.step
 
 
 def _without_zero(sums, w: Weight):
