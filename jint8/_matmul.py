@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -176,12 +177,18 @@ def product_2d(
         y = jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)
     product = functools.partial(_product, Static(config, k_last, path, jnp.dtype(dtype), divided))
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        # parts of the product contract sharded axes: XLA divides it, and rows and channels stay where they were
-        rows, channels = (jax.typeof(a).sharding.spec for a in (x, w.q))
-        out = PartitionSpec(rows[0], channels[0 if k_last else 1])
-        product = jax.sharding.auto_axes(product, out_sharding=out)
-    return product(x, w, bias)
+    return divided_by_xla(product, x, w.q, 0 if k_last else 1)(x, w, bias)
+
+
+def divided_by_xla(product: Callable[..., jax.Array], x, q, channel_axis: int) -> Callable[..., jax.Array]:
+    """`product`, whose parts contract sharded axes, so that it also runs where the axes of the mesh are explicit.
+
+    Rows of `x` and output channels of the weights `q` stay where they were.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return product
+    rows, channels = (jax.typeof(a).sharding.spec for a in (x, q))
+    return jax.sharding.auto_axes(product, out_sharding=PartitionSpec(rows[0], channels[channel_axis]))
 
 
 class Static(NamedTuple):

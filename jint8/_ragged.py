@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jint8 import _xla
-from jint8._matmul import check_activations
+from jint8._matmul import check_activations, divided_by_xla
 from jint8._observe import Observed, watch
 from jint8._outliers import OUTLIER_DIGITS, split_with_digits
 from jint8._quantize import dequantize
@@ -68,7 +68,8 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
         taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
         lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
         rhs = rhs.unobserved()
-    return _ragged(config, lhs, rhs, group_sizes).astype(lhs.dtype)
+    product = divided_by_xla(functools.partial(_ragged, config), lhs, rhs.q, at[2])
+    return product(lhs, rhs, group_sizes).astype(lhs.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -271,23 +271,24 @@ def _add_gathered(x, outliers: Outliers, w: Weight, k_last: bool, exact, regular
         total = regular(acc, row_sum) + _without_zero(_join_wide(sums, step, wide), w)
         return lax.dynamic_update_slice(acc, lax.bitcast_convert_type(total, jnp.int32), (0, 0))
 
-    def none(acc):
-        return acc
+    def some(acc):
+        gathered = _Gathered(x, outliers, q, k_last, wide)
 
-    def one(acc):
-        x_block, w_block = _Gathered(x, outliers, q, k_last, wide).columns(0)
-        step = wide_step(x_block, wide)
-        return with_outliers(acc, _wide_sums(x_block, w_block, k_last, step, wide), step)
+        def one_block(acc):
+            x_block, w_block = gathered.columns(0)
+            step = wide_step(x_block, wide)
+            return with_outliers(acc, _wide_sums(x_block, w_block, k_last, step, wide), step)
 
-    def many(acc):
-        step = wide_step(_only_outliers(x, outliers), wide)
-        return with_outliers(acc, _Gathered(x, outliers, q, k_last, wide).all_sums(step), step)
+        def more(acc):
+            step = wide_step(_only_outliers(x, outliers), wide)
+            return with_outliers(acc, gathered.all_sums(step), step)
+
+        return lax.cond(count > BLOCK, more, one_block, acc)
 
     count = jnp.sum(outliers.columns)
-    # what `none` returns isn't written again: the bits of sums are either integers, or floats with outliers added
-    blocks = (count > 0).astype(jnp.int32) + (count > BLOCK).astype(jnp.int32)  # 2 stands for all larger numbers
-    bits = lax.switch(blocks, (none, one, many), acc)
-    return jnp.where(count == 0, regular(bits, row_sum), lax.bitcast_convert_type(bits[:m], jnp.float32))
+    # where there are none, nothing is written: the bits are either the integers, or floats with outliers added
+    bits = lax.cond(count > 0, some, lambda acc: acc, acc)
+    return jnp.where(count > 0, lax.bitcast_convert_type(bits[:m], jnp.float32), regular(bits, row_sum))
 
 
 def divided_product(x, stacked, outliers: Outliers, q, k_last: bool, divided: Divided):

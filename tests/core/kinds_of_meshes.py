@@ -11,20 +11,22 @@ from jax.sharding import PartitionSpec as P
 
 import jint8
 
-found = {"shard_map": {}, "explicit": {}}
+found = {"shard_map": {}, "explicit": {}, "experts": {}}
 rng = np.random.default_rng(0)
 X = rng.standard_normal((64, 512), dtype=np.float32)
 X[:, [3, 510]] *= 20
 FLOATS = rng.standard_normal((256, 512), dtype=np.float32)
 W = jint8.quantize(jnp.asarray(FLOATS), contract_axes=(1,))
+EXPERTS = jint8.quantize(jnp.asarray(FLOATS.reshape(4, 64, 512).swapaxes(1, 2)), contract_axes=(1,), stack_axes=(0,))
+SIZES = jnp.array([10, 0, 30, 20])
 
 
 def distance(got, want):
     return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
 
 
-def specs(spec, mesh):
-    return jax.tree.map(lambda sharding: sharding.spec, jint8.shardings(W, spec, mesh=mesh))
+def specs(spec, mesh, w=W):
+    return jax.tree.map(lambda sharding: sharding.spec, jint8.shardings(w, spec, mesh=mesh))
 
 
 def parts(product, mesh, w_spec, x_spec, out_spec, **options):
@@ -45,6 +47,11 @@ for rows in (1, 64):
         row = parts(total, mesh, P(None, "model"), P(None, "model"), P(), **options)
         error = np.asarray(row(x, W)).astype(np.float64) - X[:rows].astype(np.float64) @ np.float64(W.dequantize()).T
         found["shard_map"][f"{name} {rows}"] = {"column": distance(column(x, W), want), "row": error.tolist()}
+
+want_of_experts = np.asarray(jint8.ragged_dot(jnp.asarray(X), EXPERTS, SIZES))
+in_specs = (P(), specs(P(None, None, "model"), mesh, EXPERTS), P())
+product = jax.jit(jax.shard_map(jint8.ragged_dot, mesh=mesh, in_specs=in_specs, out_specs=P(None, "model")))
+found["experts"]["shard_map"] = {"error": distance(product(X, EXPERTS, SIZES), want_of_experts)}
 
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 LAYOUTS = {  # of the weight [n, k], and of x [m, k]
@@ -67,4 +74,15 @@ with jax.set_mesh(mesh):
             gradient = jax.jit(jax.grad(lambda x, w: jint8.matmul(x, w).sum()))(x, w)
             numbers["gradient"] = distance(gradient, want_gradient)
         found["explicit"][name] = numbers
+    for name, (w_spec, x_spec) in {
+        "column": (P(None, None, "model"), P()),
+        "row": (P(None, "model", None), P(None, "model")),
+        "batch_and_column": (P(None, None, "model"), P("data", None)),
+        "expert": (P("data", None, "model"), P()),
+    }.items():
+        x, w = jax.device_put(X, x_spec), jax.device_put(EXPERTS, jint8.shardings(EXPERTS, w_spec, mesh=mesh))
+        sizes = jax.device_put(SIZES, P())
+        y = jax.jit(jint8.ragged_dot)(x, w, sizes)
+        numbers = {"spec": list(jax.typeof(y).sharding.spec), "error": distance(y, want_of_experts)}
+        found["experts"][name] = numbers
 print(json.dumps(found | {"x": X.tolist(), "w": np.asarray(W.dequantize()).tolist()}))

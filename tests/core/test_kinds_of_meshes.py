@@ -59,6 +59,24 @@ def test_explicit_axes(found, layout, spec):
     assert max(got.values()) < 1e-6
 
 
+def test_experts_in_a_shard_map(found):
+    assert found["experts"]["shard_map"]["error"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [
+        ("column", [None, "model"]),
+        ("row", [None, None]),
+        ("batch_and_column", ["data", "model"]),
+        ("expert", [None, "model"]),
+    ],
+)
+def test_experts_on_explicit_axes(found, layout, spec):
+    assert found["experts"][layout]["spec"] == spec
+    assert found["experts"][layout]["error"] < 1e-6
+
+
 MESH = AbstractMesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,), abstract_device=_device("A100"))
 SPEC = P("model", None)
 

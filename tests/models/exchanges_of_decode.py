@@ -22,16 +22,17 @@ CONFIG = {
     "num_key_value_heads": 8,
 }
 # devices by batch and by model, rows, who decides on outliers. Rows of one device are few (digits) or many (gathered).
-CASES = {"one_row": ((1, 8), 1, "batch"), "rows_on_two_axes": ((2, 4), 8, "token")}
+CASES = {"one_row": ((1, 8), 1, "batch"), "rows_on_two_axes": ((2, 4), 8, "token"), "experts": ((1, 8), 1, "batch")}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 SLOTS = 128
 OPERATION = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
-def program(devices, rows, outliers):
+def program(config, devices, rows, outliers):
     """The compiled loop, from shapes alone."""
     mesh = jax.make_mesh(devices, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     whole = NamedSharding(mesh, P())
-    model = Decoder(model_config(CONFIG), mesh=mesh)
+    model = Decoder(model_config(config), mesh=mesh)
 
     def int8_params():
         params = model.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
@@ -92,6 +93,6 @@ def donated_cache(text):
 
 found = {}
 for name, case in CASES.items():
-    text = program(*case)
+    text = program(CONFIG | (EXPERTS if name == "experts" else {}), *case)
     found[name] = {"loop": exchanges(text), "donated_cache": donated_cache(text)}
 print(json.dumps(found))

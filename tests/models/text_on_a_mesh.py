@@ -10,4 +10,7 @@ import jint8
 MESH = jax.make_mesh((1, 8), ("data", "model"))
 prompt = "The capital of France is"
 models = {"alone": jint8.load(sys.argv[1]), "divided": jint8.load(sys.argv[1], mesh=MESH)}
-print(json.dumps({name: model.generate(prompt, max_tokens=16) for name, model in models.items()}))
+found = {name: model.generate(prompt, max_tokens=16) for name, model in models.items()}
+leaves = jax.tree.leaves(models["divided"].params)
+held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
+print(json.dumps({**found, "share_per_device": held}))
