@@ -67,7 +67,8 @@ def main() -> None:
         print(write("decode_random_cpu", {"weight_bytes": weight_bytes(models), **decoding(models, 1, read=True)}))
         return
     models = load(args.source, head="embedding") | {
-        f"preset {name}": jint8.load(args.source, config=jint8.Config.preset(name)) for name in ("static", "best")
+        f"preset {name}": jint8.load(args.source, config=jint8.Config.preset(name))
+        for name in ("static", "best", "fast")
     }
     result = {"weight_bytes": weight_bytes(models)}
     for batch in BATCHES:
