@@ -23,7 +23,8 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
     Args:
         params: a tree with `QTensor`s (arrays or `jax.ShapeDtypeStruct`s).
         specs: the same tree, or a prefix of it, for the float parameters: `PartitionSpec`s (as
-            `flax.linen.get_partition_spec` gives them), `NamedSharding`s, or None for what isn't sharded.
+            `flax.linen.get_partition_spec` gives them, and for an nnx model's state `nnx.get_partition_spec`),
+            `NamedSharding`s, or None for what isn't sharded. Paths must agree, boxes and variables needn't.
         mesh: for specs that aren't `NamedSharding`s.
 
     Returns:
@@ -46,23 +47,27 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
         >>> params = jax.device_put(params, placed)
     """
 
-    def is_spec(leaf):
-        return leaf is None or isinstance(leaf, PartitionSpec)
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec)
+    by_path = {path_string(path): spec for path, spec in leaves}
+    unused = set(by_path)
 
-    def one(path, spec, subtree):
-        name = path_string(path)
-        spec, spec_mesh = _spec_and_mesh(name, spec, mesh)
-        return jax.tree_util.tree_map_with_path(
-            lambda below, leaf: _leaf(path_string((*path, *below)), leaf, spec, spec_mesh), subtree, is_leaf=is_qtensor
-        )
+    def one(key_path, leaf):
+        path = path_string(key_path)
+        parts = path.split("/")
+        above = next((name for i in range(len(parts) + 1) if (name := "/".join(parts[:i])) in by_path), None)
+        if above is None:
+            raise ValueError(f"{path}: Expected a spec for it or for a tree that it is in, got none.")
+        unused.discard(above)
+        return _leaf(path, leaf, *_spec_and_mesh(path, by_path[above], mesh))
 
-    try:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
-        prefix: Any = structure
-        subtrees = prefix.flatten_up_to(params)
-    except ValueError as error:
-        raise ValueError(f"Expected specs to be a tree prefix of the parameters: {error}") from None
-    return prefix.unflatten([one(path, spec, below) for (path, spec), below in zip(leaves, subtrees, strict=True)])
+    placed = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_qtensor)
+    if unused:
+        raise ValueError(f"Expected specs for parameters that there are, got {', '.join(sorted(unused))}.")
+    return placed
+
+
+def _is_spec(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, PartitionSpec)
 
 
 def _spec_and_mesh(name: str, spec: Any, mesh: Mesh | None) -> tuple[PartitionSpec, Mesh]:

@@ -74,13 +74,19 @@ def test_a_prefix_and_named_shardings():
         (P(None, "model"), ValueError, r"up/kernel: Expected shape \(8, 18\) to be divided by 4 devices"),
         (P("pipe"), ValueError, r"up/kernel: Expected axes of the mesh \('data', 'model'\), got 'pipe'"),
         ("model", TypeError, "up/kernel: Expected a PartitionSpec, a NamedSharding or None, got str"),
-        ({"q": P()}, ValueError, "Expected specs to be a tree prefix of the parameters"),
+        ({}, ValueError, "up/kernel: Expected a spec for it or for a tree that it is in, got none"),
+        ({"q": P()}, ValueError, "up/kernel: Expected a spec for it or for a tree that it is in, got none"),
     ],
-    ids=["rank", "size", "axis", "type", "structure"],
+    ids=["rank", "size", "axis", "type", "none", "structure"],
 )
 def test_errors(spec, error, message):
     with pytest.raises(error, match=message):
         jint8.shardings({"up": {"kernel": abstract((8, 18))}}, {"up": {"kernel": spec}}, mesh=MESH)
+
+
+def test_specs_that_are_of_nothing():
+    with pytest.raises(ValueError, match="Expected specs for parameters that there are, got down, up/bias"):
+        jint8.shardings({"up": {"w": jnp.ones(8)}}, {"up": {"w": P(), "bias": P()}, "down": P()}, mesh=MESH)
 
 
 def test_a_spec_needs_a_mesh():
