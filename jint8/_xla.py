@@ -13,13 +13,16 @@ differs is how the digits meet the weights:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 from jint8._outliers import (
@@ -39,7 +42,7 @@ from jint8._outliers import (
     wide_step,
 )
 from jint8._quantize import absmax, on_one_cpu
-from jint8._types import Config
+from jint8._types import SCHEMES, Config
 
 MAX_K = 131_071  # 128 * 128 * MAX_K fits in int32
 MAX_GATHERED_K = 32_768  # beyond, wide digits of outliers would be too narrow
@@ -96,7 +99,7 @@ def product(
     if implementation == "dequantize":
         y = float_product(x.astype(jnp.float32), w, k_last=k_last)
     elif implementation == "xla_row":
-        y = _row_product(x, w, config)
+        y = _row_by_row(config)(x, w)
     else:
         y = _int8_product(x, w, config, k_last, implementation, divided)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
@@ -114,6 +117,26 @@ def _int8_product(x, w: Weight, config: Config, k_last: bool, implementation: st
         piece = _slice_k(x, parts, w, k_last, start, min(start + longest, k)) if k > longest else (x, parts, w)
         total = total + _product_of_split(*piece, k_last=k_last, divided=divided)
     return total * w.scale
+
+
+def _row_by_row(config: Config) -> Callable[[jax.Array, Weight], jax.Array]:
+    """`_row_product`, of which a `vmap` is a product of many rows: or both ways of its condition would run for each."""
+    row = custom_vmap(functools.partial(_row_product, config=config))
+
+    @row.def_vmap
+    def rows(size, batched, x, w):
+        x_batched, w_batched = batched
+        if any(jax.tree.leaves(w_batched)) or SCHEMES[config.scheme].activations != "token":
+            one = functools.partial(
+                _int8_product, config=config, k_last=True, implementation="xla_digits", divided=None
+            )
+            return jax.vmap(one, jax.tree.map(lambda leaf: 0 if leaf else None, (x_batched, w_batched)))(x, w), True
+        # the outlier columns of one row are those that its own values make
+        own = dataclasses.replace(config, outliers="token") if config.outliers == "batch" else config
+        path = "xla_digits" if size <= FEW_ROWS else "xla_gather"
+        return _int8_product(x[:, 0], w, own, True, path, None)[:, None], True
+
+    return row
 
 
 def _row_product(x, w: Weight, config: Config):

@@ -137,3 +137,41 @@ def test_a_loop_does_not_widen_the_weights_before_it():
 
     temporary = repeat.lower(x, w, 7).compile().memory_analysis().temp_size_in_bytes
     assert temporary < w.q.nbytes / 2
+
+
+ROWS = np.concatenate([operands(96, 1, large)[0] for large in ((), (40.0,), (-7.0, 3000.0), (), (0.0, 9.0))])
+
+
+@pytest.mark.parametrize("batched", ["rows", "rows_of_rows", "rows_and_weights", "weights"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_vmap_is_each_row_by_itself(config, batched):
+    w = quantized(operands(96, 16)[1], jint8.Config(**CONFIGS[config]))
+    product = functools.partial(jint8.matmul, implementation="xla_row")
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(ROWS)), w)
+    x = ROWS if batched != "weights" else np.tile(ROWS[1], (len(ROWS), 1))
+    got = {
+        "rows": lambda: jax.vmap(product, (0, None))(x, w),
+        "rows_of_rows": lambda: jax.vmap(jax.vmap(product, (0, None)), (0, None))(x[:, None], w)[:, 0],
+        "rows_and_weights": lambda: jax.vmap(product)(x, stacked),
+        "weights": lambda: jax.vmap(product, (None, 0))(x[0], stacked),
+    }[batched]()
+    for row, y in zip(x, got, strict=True):
+        want = np.asarray(matmul(row, w, implementation="xla_row"))
+        np.testing.assert_allclose(y, want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
+def test_a_vmap_over_rows_is_one_product_of_all():
+    w = quantized(operands(96, 16)[1], jint8.Config())
+    product = lambda row: jint8.matmul(row, w, implementation="xla_row")
+    found = str(jax.make_jaxpr(jax.vmap(product))(ROWS))
+    assert f"i32[{len(ROWS)},16]" in found  # sums of int8 products of all rows
+    assert "i16[" not in found  # and not the sums of one row
+
+
+def test_gradients_of_a_vmap():
+    w = quantized(operands(96, 16)[1], jint8.Config())
+    loss = lambda x: jnp.sum(jax.vmap(functools.partial(jint8.matmul, implementation="xla_row"), (0, None))(x, w) ** 2)
+    one = lambda row: jnp.sum(jint8.matmul(row, w, implementation="xla_row") ** 2)
+    for got in (jax.grad(loss)(ROWS), jax.vmap(jax.grad(one))(ROWS)):
+        want = np.stack([jax.grad(one)(row) for row in ROWS])
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
