@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from jint8._paths import path_string
 from jint8._types import QTensor, is_qtensor, storage_axes
@@ -48,22 +49,28 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
     """
 
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec)
-    by_path = {path_string(path): spec for path, spec in leaves}
+    by_path = {_whole_path(key_path): spec for key_path, spec in leaves}
     unused = set(by_path)
 
     def one(key_path, leaf):
-        path = path_string(key_path)
-        parts = path.split("/")
-        above = next((name for i in range(len(parts) + 1) if (name := "/".join(parts[:i])) in by_path), None)
+        name, parts = path_string(key_path), _whole_path(key_path).split("/")
+        nearest_first = ("/".join(parts[:i]) for i in range(len(parts), 0, -1))
+        above = next((path for path in nearest_first if path in by_path), None)
         if above is None:
-            raise ValueError(f"{path}: Expected a spec for it or for a tree that it is in, got none.")
+            raise ValueError(f"{name}: Expected a spec for it or for a tree that it is in, got none.")
         unused.discard(above)
-        return _leaf(path, leaf, *_spec_and_mesh(path, by_path[above], mesh))
+        return _leaf(name, leaf, *_spec_and_mesh(name, by_path[above], mesh))
 
     placed = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_qtensor)
     if unused:
-        raise ValueError(f"Expected specs for parameters that there are, got {', '.join(sorted(unused))}.")
+        names = ", ".join(sorted(path.lstrip("/") for path in unused))
+        raise ValueError(f"Expected specs for parameters that there are, got {names}.")
     return placed
+
+
+def _whole_path(key_path: Any) -> str:
+    """`path_string` below a root, so that it doesn't drop the collection's name."""
+    return path_string((DictKey(""), *key_path))
 
 
 def _is_spec(leaf: Any) -> bool:

@@ -84,6 +84,12 @@ def test_errors(spec, error, message):
         jint8.shardings({"up": {"kernel": abstract((8, 18))}}, {"up": {"kernel": spec}}, mesh=MESH)
 
 
+def test_specs_of_whole_collections():
+    params = {"params": {"w": jnp.ones((8, 16))}, "batch_stats": {"mean": jnp.ones(16)}}
+    got = jint8.shardings(params, {"params": P("model"), "batch_stats": P()}, mesh=MESH)
+    assert (got["params"]["w"].spec, got["batch_stats"]["mean"].spec) == (P("model", None), P(None))
+
+
 def test_specs_that_are_of_nothing():
     with pytest.raises(ValueError, match="Expected specs for parameters that there are, got down, up/bias"):
         jint8.shardings({"up": {"w": jnp.ones(8)}}, {"up": {"w": P(), "bias": P()}, "down": P()}, mesh=MESH)
