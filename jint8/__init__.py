@@ -1,6 +1,7 @@
 """LLM.int8() for JAX: int8 matrix multiplication with 16-bit outliers, for Flax transformers."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+if "flax" in sys.modules:  # flax.serialization then knows QTensor before the first one is made
+    importlib.import_module("jint8._flax_state")
+
 # Imported when first used, because they import flax.
 _LAZY = {
     "LanguageModel": "jint8._language_model",
@@ -58,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *_LAZY_MODULES} - {"TYPE_CHECKING", "Any", "importlib"})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES} - {"TYPE_CHECKING", "Any", "importlib", "sys"})
