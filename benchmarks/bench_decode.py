@@ -22,9 +22,9 @@ from conversion import write_checkpoint
 from harness import alternate, write
 
 import jint8
+from jint8._inference.generate import Knobs, Sampling, decode, start
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
-from jint8.models._generate import Knobs, Sampling, decode, start
 
 STEPS, REPEATS = 16, 12  # tokens per timed run, and runs
 ROOM = STEPS * (REPEATS + 2)

@@ -23,8 +23,8 @@ import numpy as np
 from harness import write
 
 import jint8
-from jint8._calibrate import statistics
-from jint8._paths import leaf_paths
+from jint8._trees.paths import leaf_paths
+from jint8.analysis._calibrate import statistics
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jint8
-from jint8._paths import path_string
+from jint8._trees.paths import path_string
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 16))
 POSITIONS = np.broadcast_to(np.arange(16), (2, 16))

@@ -24,7 +24,7 @@ from harness import write
 from hlo import compiled_products
 
 import jint8
-from jint8._paths import leaf_paths
+from jint8._trees.paths import leaf_paths
 
 WITHOUT = jint8.Config(threshold=0.0)
 CONFIGS = {"llm.int8": jint8.Config(), "threshold 0": WITHOUT, "int8 weights alone": jint8.Config(scheme="none")}

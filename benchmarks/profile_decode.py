@@ -20,9 +20,9 @@ import numpy as np
 from harness import write
 
 import jint8
+from jint8._inference.generate import Knobs, Sampling, decode, start
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
-from jint8.models._generate import Knobs, Sampling, decode, start
 
 STEPS, PROMPT, ROOM = 32, 32, 96  # a cache of 128 slots
 OPERATION = re.compile(r"%(\S+) = \(?(\w+)\[([\d,]*)\][^=]*? (?:fusion|dot)\(([^)]*)\)")

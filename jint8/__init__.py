@@ -4,51 +4,56 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jint8 import _static  # noqa: F401 (registers QTensor with jax.export)
-from jint8._calibrate import calibrate as calibrate
-from jint8._contract import dot_general as dot_general
-from jint8._contract import einsum as einsum
-from jint8._export import export as export
-from jint8._matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jint8._matmul import matmul as matmul
-from jint8._outliers import find_outliers as find_outliers
-from jint8._params import OUTPUT_HEADS as OUTPUT_HEADS
-from jint8._params import MemoryReport as MemoryReport
-from jint8._params import dequantize_params as dequantize_params
-from jint8._params import memory_report as memory_report
-from jint8._params import quantize_params as quantize_params
-from jint8._params import with_config as with_config
-from jint8._plan import Plan as Plan
-from jint8._plan import plan as plan
-from jint8._quantize import dequantize as dequantize
-from jint8._quantize import quantize as quantize
-from jint8._ragged import ragged_dot as ragged_dot
-from jint8._sharding import shardings as shardings
-from jint8._types import SCHEMES as SCHEMES
-from jint8._types import Config as Config
-from jint8._types import QTensor as QTensor
+from jint8._core import static_fields as _static  # noqa: F401 (registers QTensor with jax.export)
+from jint8._core.quantize import dequantize as dequantize
+from jint8._core.quantize import quantize as quantize
+from jint8._core.types import SCHEMES as SCHEMES
+from jint8._core.types import Config as Config
+from jint8._core.types import QTensor as QTensor
+from jint8._ops.activations import find_outliers as find_outliers
+from jint8._ops.dot_general import dot_general as dot_general
+from jint8._ops.dot_general import einsum as einsum
+from jint8._ops.export import export as export
+from jint8._ops.matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
+from jint8._ops.matmul import matmul as matmul
+from jint8._ops.ragged_dot import ragged_dot as ragged_dot
+from jint8._tracing.plan import Plan as Plan
+from jint8._tracing.plan import plan as plan
+from jint8._trees.params import OUTPUT_HEADS as OUTPUT_HEADS
+from jint8._trees.params import MemoryReport as MemoryReport
+from jint8._trees.params import dequantize_params as dequantize_params
+from jint8._trees.params import memory_report as memory_report
+from jint8._trees.params import quantize_params as quantize_params
+from jint8._trees.params import with_config as with_config
+from jint8._trees.sharding import shardings as shardings
+from jint8.analysis._calibrate import calibrate as calibrate
 
 if TYPE_CHECKING:
-    from jint8._language_model import LanguageModel as LanguageModel
-    from jint8._load import load as load
-    from jint8._load import load_encoder as load_encoder
-    from jint8._save import save as save
-    from jint8._text_encoder import TextEncoder as TextEncoder
+    from jint8._inference.language_model import LanguageModel as LanguageModel
+    from jint8._inference.load import load as load
+    from jint8._inference.load import load_encoder as load_encoder
+    from jint8._inference.save import save as save
+    from jint8._inference.text_encoder import TextEncoder as TextEncoder
     from jint8.linen import apply as apply
 
 __version__ = "0.1.0"
 
+# Pickles hold the names of modules: these are the ones that 0.1.0 wrote.
+sys.modules["jint8._types"] = sys.modules["jint8._core.types"]
+sys.modules["jint8._plan"] = sys.modules["jint8._tracing.plan"]
+sys.modules["jint8._params"] = sys.modules["jint8._trees.params"]
+
 if "flax" in sys.modules:  # flax.serialization then knows QTensor before the first one is made
-    importlib.import_module("jint8._flax_state")
+    importlib.import_module("jint8._trees.flax_state")
 
 # Imported when first used, because they import flax.
 _LAZY = {
-    "LanguageModel": "jint8._language_model",
-    "TextEncoder": "jint8._text_encoder",
+    "LanguageModel": "jint8._inference.language_model",
+    "TextEncoder": "jint8._inference.text_encoder",
     "apply": "jint8.linen",
-    "load": "jint8._load",
-    "load_encoder": "jint8._load",
-    "save": "jint8._save",
+    "load": "jint8._inference.load",
+    "load_encoder": "jint8._inference.load",
+    "save": "jint8._inference.save",
 }
 _LAZY_MODULES = ("analysis", "checkpoints", "linen", "models", "nnx")
 

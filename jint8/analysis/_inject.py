@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._params import standard_axes
-from jint8._paths import leaf_paths, matches, path_string
-from jint8._types import is_qtensor
+from jint8._core.types import is_qtensor
+from jint8._trees.params import standard_axes
+from jint8._trees.paths import leaf_paths, matches, path_string
 
 # From a norm of our decoders to the projections that read its result.
 NORMS = {"attention_norm": ("attention/qkv",), "mlp_norm": ("mlp/gate_up",)}

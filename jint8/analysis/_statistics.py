@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jint8._calibrate import statistics
-from jint8._observe import Seen
-from jint8._paths import Patterns, path_group
-from jint8._types import Config
+from jint8._core.types import Config
+from jint8._ops.observe import Seen
+from jint8._trees.paths import Patterns, path_group
+from jint8.analysis._calibrate import statistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from jint8.checkpoints._jint8 import (
     write_manifest,
 )
 from jint8.checkpoints._safetensors import INDEX
-from jint8.checkpoints._tokenizer import Tokenizer
+from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 
 def write_huggingface(

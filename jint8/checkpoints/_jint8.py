@@ -1,6 +1,6 @@
 """The directory that `jint8.save` writes: arrays in safetensors, the rest in JSON, a SHA-256 for each file.
 
-This file knows arrays and JSON; what they mean is for `jint8._save`.
+This file knows arrays and JSON; what they mean is for `jint8._inference.save`.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import numpy as np
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._optional import require
 from jint8.checkpoints._safetensors import SafetensorsCheckpoint
-from jint8.checkpoints._tokenizer import Tokenizer
-from jint8.checkpoints._tokenizer_hf import backend_from_file
+from jint8.checkpoints._tokenizer.huggingface import backend_from_file
+from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 METADATA = "jint8.json"
 MANIFEST = "SHA256SUMS"  # as sha256sum writes and checks it

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from jint8.checkpoints._checkpoint import Checkpoint
-from jint8.checkpoints._gguf import GGUFCheckpoint
+from jint8.checkpoints._gguf.checkpoint import GGUFCheckpoint
 from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint
 from jint8.checkpoints._safetensors import SafetensorsCheckpoint
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
 from jint8.checkpoints._json import read_json
-from jint8.checkpoints._tokenizer import Tokenizer
-from jint8.checkpoints._tokenizer_hf import tokenizer_from_directory
+from jint8.checkpoints._tokenizer.huggingface import tokenizer_from_directory
+from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 # FP8 and the packed types are left out on purpose: nothing above this layer can use them.

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report
-    from jint8._params import projection_bytes
-    from jint8._paths import leaf_paths
-    from jint8._types import is_qtensor
+    from jint8._core.types import is_qtensor
+    from jint8._trees.params import projection_bytes
+    from jint8._trees.paths import leaf_paths
 
     config = _common.quant_config(args)
     _common.use_compile_cache(args)

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report
-    from jint8._evaluate import evaluate
-    from jint8._params import projection_bytes
+    from jint8._inference.evaluate import evaluate
+    from jint8._trees.params import projection_bytes
 
     config = _common.quant_config(args)
     dtype = args.dtype or "float32"
@@ -78,7 +78,7 @@ def _tokens(args: argparse.Namespace, model: LanguageModel) -> np.ndarray:
     """The sequences to score, int `[n, s]`."""
     import numpy as np
 
-    from jint8._evaluate import chunks
+    from jint8._inference.evaluate import chunks
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"Expected --limit to be at least 1, got {args.limit}")

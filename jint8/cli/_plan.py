@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from jint8.cli import _common
 
 if TYPE_CHECKING:
-    from jint8._capacity import Capacity
+    from jint8._inference.capacity import Capacity
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 RESERVE = "1GiB"
@@ -82,7 +82,7 @@ def find_config(model: str) -> tuple[str | None, dict[str, Any]]:
     Raises:
       ValueError: neither a path nor a known size; the message lists those.
     """
-    from jint8._capacity import known_models
+    from jint8._inference.capacity import known_models
     from jint8.checkpoints import open_checkpoint
     from jint8.checkpoints._json import read_json
 
@@ -118,7 +118,7 @@ def plan(
     import jax.numpy as jnp
 
     from jint8 import Config
-    from jint8._capacity import capacity, in_slots, longest_context, model_mesh
+    from jint8._inference.capacity import capacity, in_slots, longest_context, model_mesh
     from jint8.models import model_config
 
     decoder = model_config(config)

@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report, save
-    from jint8._load import decoder, default_dtype
-    from jint8._read import planned_params, settings
+    from jint8._convert.read import planned_params, settings
+    from jint8._inference.load import decoder, default_dtype
     from jint8.checkpoints import open_checkpoint
     from jint8.checkpoints._jint8 import check_destination
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _counts(planned: dict[str, Any]) -> dict[str, int]:
-    from jint8._types import is_qtensor
+    from jint8._core.types import is_qtensor
 
     quantized = sum(map(is_qtensor, planned.values()))
     return {"quantized": quantized, "skipped": len(planned) - quantized}

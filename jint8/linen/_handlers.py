@@ -6,8 +6,8 @@ from typing import Any
 
 from flax import linen as nn
 
-from jint8 import _layers
-from jint8._types import is_qtensor
+from jint8._core.types import is_qtensor
+from jint8._ops import layers as _layers
 from jint8.linen._registry import float_config, has_int8, own_params, param, register
 
 

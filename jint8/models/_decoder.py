@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from jint8._layers import lookup
-from jint8._matmul import matmul
-from jint8._types import is_qtensor
+from jint8._core.types import is_qtensor
+from jint8._ops.layers import lookup
+from jint8._ops.matmul import matmul
 from jint8.models._attention import Attention, Context, LayerCache, context, mask
 from jint8.models._config import ModelConfig
 from jint8.models._fused import split_gate

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from jint8._matmul import divided_matmul, matmul
-from jint8._ragged import ragged_dot
-from jint8._types import is_qtensor
+from jint8._core.types import is_qtensor
+from jint8._ops.matmul import divided_matmul, matmul
+from jint8._ops.ragged_dot import ragged_dot
 from jint8.models._config import ModelConfig
 from jint8.models._partition import model_axis
 

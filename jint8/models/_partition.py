@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jint8._paths import path_string
-from jint8._types import is_qtensor
+from jint8._core.types import is_qtensor
+from jint8._trees.paths import path_string
 
 COLUMN_PARALLEL = ("qkv", "gate_up", "up", "lm_head")
 ROW_PARALLEL = ("out", "down")

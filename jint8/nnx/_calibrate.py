@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jint8._calibrate import check_criteria, choose, collect
-from jint8._observe import Seen, observe
-from jint8._paths import Patterns
-from jint8._types import Config
+from jint8._core.types import Config
+from jint8._ops.observe import Seen, observe
+from jint8._trees.paths import Patterns
+from jint8.analysis._calibrate import check_criteria, choose, collect
 from jint8.nnx._quantize import replace_layers
 
 

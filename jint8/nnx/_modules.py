@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jint8 import _layers
-from jint8._quantize import contract_last
-from jint8._quantize import quantize as quantize_array
-from jint8._types import Config, QTensor, is_qtensor
+from jint8._core.quantize import contract_last
+from jint8._core.quantize import quantize as quantize_array
+from jint8._core.types import Config, QTensor, is_qtensor
+from jint8._ops import layers as _layers
 
 
 class Quantized(nnx.Variable):

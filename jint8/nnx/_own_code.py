@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jint8._substitute import UnsupportedUse, with_int8
-from jint8._types import QTensor
+from jint8._core.types import QTensor
+from jint8._tracing.substitute import UnsupportedUse, with_int8
 from jint8.nnx._modules import Quantized
 
 

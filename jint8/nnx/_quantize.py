@@ -7,10 +7,10 @@ from typing import Any
 
 from flax import nnx
 
-from jint8._params import OUTPUT_HEADS, quantize_params
-from jint8._paths import Patterns, matches
-from jint8._plan import Plan
-from jint8._types import Config, QTensor, is_qtensor
+from jint8._core.types import Config, QTensor, is_qtensor
+from jint8._tracing.plan import Plan
+from jint8._trees.params import OUTPUT_HEADS, quantize_params
+from jint8._trees.paths import Patterns, matches
 from jint8.nnx._own_code import with_weights
 from jint8.nnx._registry import find_converter
 

@@ -1,6 +1,6 @@
 import pytest
 
-from jint8.checkpoints._chat import render_chat
+from jint8.checkpoints._tokenizer.chat import render_chat
 
 USER = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "é<"}]
 

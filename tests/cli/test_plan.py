@@ -8,9 +8,9 @@ import pytest
 from family_files import DIRECTORY
 from virtual_devices import run_on_eight_devices
 
-from jint8._capacity import known_models, longest_context, model_mesh
-from jint8._collectives import KINDS
-from jint8._read import abstract_params
+from jint8._convert.read import abstract_params
+from jint8._inference.capacity import known_models, longest_context, model_mesh
+from jint8._inference.collectives import KINDS
 from jint8.cli import _plan
 from jint8.models import Decoder, model_config
 
@@ -91,7 +91,7 @@ def test_longest_context(needed, room, limit, longest):
 
 @pytest.fixture(scope="module")
 def found():
-    return run_on_eight_devices(Path(__file__).parents[1] / "models" / "capacity_on_a_mesh.py", optimized=False)
+    return run_on_eight_devices(Path(__file__).parents[1] / "inference" / "capacity_on_a_mesh.py", optimized=False)
 
 
 @pytest.mark.slow

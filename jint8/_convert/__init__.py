@@ -1,0 +1,1 @@
+"""Between a checkpoint's tensors and a model's parameters, either way."""

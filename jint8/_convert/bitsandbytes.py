@@ -1,0 +1,157 @@
+"""Checkpoints that bitsandbytes saved in int8, and how to write them: the same numbers as a `QTensor`'s.
+
+A module `a.b` is three tensors there: `a.b.weight` int8 `[n, k]`, `a.b.SCB` float32 `[n]`, the largest magnitude of
+each row (127 times our scale), and `a.b.weight_format`, of which only 0 (rows) is portable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jint8._core.types import SCHEMES, QTensor, is_qtensor
+from jint8._trees.paths import leaf_paths
+from jint8.checkpoints import Checkpoint
+from jint8.models import ModelConfig
+from jint8.models.families import HEAD, family, sources, split
+
+# What transformers writes beside the options that say something.
+_OPTIONS = {
+    "_load_in_4bit": False,
+    "_load_in_8bit": True,
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "load_in_4bit": False,
+    "load_in_8bit": True,
+    "quant_method": "bitsandbytes",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a `quantization_config` asks for.
+
+    Attributes:
+      threshold: of outliers; None where it doesn't say.
+      skip: patterns of weights that stay in floating point.
+    """
+
+    threshold: float | None = None
+    skip: tuple[str, ...] = ()
+
+
+def options(config: Mapping[str, Any]) -> Options:
+    """The `Options` in a `config.json`. Raises ValueError for another kind of quantization."""
+    asked = config.get("quantization_config")
+    if asked is None:
+        return Options()
+    method = asked.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or not asked.get("load_in_8bit"):
+        kind = f"{method} in 4 bits" if asked.get("load_in_4bit") else method
+        raise ValueError(f"Expected a quantization_config of bitsandbytes in 8 bits, got {kind}.")
+    skip = tuple(name.replace(".", "/") for name in asked.get("llm_int8_skip_modules") or ())
+    return Options(asked.get("llm_int8_threshold"), skip)
+
+
+def is_int8(checkpoint: Checkpoint) -> bool:
+    """Whether bitsandbytes saved it in int8."""
+    return any(name.endswith(".SCB") for name in checkpoint.tensors)
+
+
+def is_int8_weight(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is an int8 weight of bitsandbytes."""
+    return checkpoint.tensors[name].dtype == "I8" and f"{name.removesuffix('weight')}SCB" in checkpoint.tensors
+
+
+def companions(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
+    """The tensors beside an int8 weight, of those that are there; none for other tensors."""
+    if not is_int8_weight(checkpoint, name):
+        return ()
+    module = name.removesuffix("weight")
+    return tuple(name for name in (f"{module}SCB", f"{module}weight_format") if name in checkpoint.tensors)
+
+
+def read_weight(checkpoint: Checkpoint, weight: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """int8 `[n, k]` and the float32 scales `[n, 1]` of some rows of a weight.
+
+    Raises:
+      ValueError: scales of a wrong shape or not finite, or values in another order than rows.
+    """
+    module = weight.removesuffix("weight")
+    n = checkpoint.tensors[weight].shape[:1]
+    absmax = checkpoint.read(f"{module}SCB")
+    if absmax.dtype != np.float32 or absmax.shape != n:
+        raise ValueError(f"Expected {module}SCB as float32 {n}, got {absmax.dtype} {absmax.shape}.")
+    if not np.all(np.isfinite(absmax)):
+        raise ValueError(f"Expected finite scales in {module}SCB, got NaN or infinity.")
+    if f"{module}weight_format" in checkpoint.tensors:
+        order = int(checkpoint.read(f"{module}weight_format").item())
+        if order != 0:
+            raise ValueError(
+                f"Expected {module}weight_format 0 (rows), got {order}: save it with a newer bitsandbytes."
+            )
+    return checkpoint.read_rows(weight, rows.start, rows.stop), (absmax[rows] / np.float32(127))[:, None]
+
+
+def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a model as bitsandbytes has them, and the `quantization_config` for its `config.json`.
+
+    Args:
+      params: of `jint8.models.Decoder`, projections as `QTensor`s with one scale per row.
+      config: of the model.
+
+    Returns:
+      Arrays by their Hugging Face names, and a dict.
+
+    Raises:
+      ValueError: int8 weights of a kind that bitsandbytes hasn't; the message names the parameter.
+    """
+    leaves = dict(leaf_paths(params, is_leaf=is_qtensor))
+    if any(path.endswith("/lora_a") for path in leaves):
+        raise ValueError("Expected a model without an adapter, which PEFT keeps in files of its own, got one with.")
+    tensors: dict[str, np.ndarray] = {}
+    # a tied head is a linear layer there, too
+    skipped = [str(family(config).modules[HEAD])] if config.tie_embeddings else []
+    threshold = 6.0
+    for path, source in sources(config, leaves, ()).items():
+        leaf = leaves[path]
+        if not is_qtensor(leaf):
+            for name, part in zip(source.tensors, split(np.asarray(leaf), path, source, config), strict=True):
+                tensors[name] = part.T if source.transposed else part
+            if path.endswith("/weight"):
+                skipped += [name.removesuffix(".weight") for name in source.tensors]
+            continue
+        _check(path, leaf)
+        threshold = leaf.config.threshold if leaf.config.decomposes else 0.0
+        parts = (split(np.asarray(array), path, source, config) for array in (leaf.q, leaf.scale))
+        for name, q, scale in zip(source.tensors, *parts, strict=True):
+            module = name.removesuffix("weight")
+            tensors[name] = q  # in rows, also where GPT-2 has columns
+            tensors[f"{module}SCB"] = _absmax(scale)[:, 0]
+            tensors[f"{module}weight_format"] = np.array(0, np.uint8)
+    asked = {"llm_int8_skip_modules": skipped, "llm_int8_threshold": threshold}
+    return tensors, _OPTIONS | asked
+
+
+def _check(path: str, w: QTensor) -> None:
+    scheme = SCHEMES[w.config.scheme]
+    if path == "embedding" or w.q.ndim != 2:
+        what = "experts" if w.q.ndim > 2 else "embeddings"
+        raise ValueError(f"{path}: Expected no int8 {what}, which bitsandbytes keeps in floating point, got some.")
+    if scheme.affine or scheme.weights != "channel" or w.order is not None:
+        raise ValueError(f"{path}: Expected one symmetric scale per row, got the scheme {w.config.scheme!r}.")
+
+
+def _absmax(scale: np.ndarray) -> np.ndarray:
+    """127 times the scale, rounded so that dividing by 127 gives the scale back."""
+    absmax = scale * np.float32(127)
+    for other in (np.nextafter(absmax, np.float32(0)), np.nextafter(absmax, np.float32(np.inf))):
+        absmax = np.where(absmax / np.float32(127) == scale, absmax, other)
+    return absmax

@@ -1,0 +1,138 @@
+"""LoRA adapters of PEFT on top of a loaded model, int8 or not: `y = x W.T + scaling (x A.T) B.T`.
+
+The factors lie beside the weight that they belong to: `lora_a` `[r, k]`, and `lora_b` `[n, r]` with the scaling in it.
+Where several of a checkpoint's weights make up one of ours, their factors are stacked, B as a block diagonal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jint8._convert.assemble import decoder_shardings, place
+from jint8._convert.quantize_rows import cast
+from jint8._core.types import is_qtensor
+from jint8._trees.paths import leaf_paths
+from jint8.checkpoints._json import read_json
+from jint8.checkpoints._safetensors import read_arrays
+from jint8.models import Decoder, Encoder
+from jint8.models.families import sources, split_sizes
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = ("lora_a", "lora_b")
+
+
+def with_adapter(
+    params: dict[str, Any], model: Decoder | Encoder, path: Path, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """`params` with the factors of the adapter at `path`.
+
+    Args:
+      params: of `model`; the arrays are shared with the result.
+      model: the decoder or encoder.
+      path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+      mesh: of devices that `params` are divided among; None is one device.
+
+    Returns:
+      A tree with `lora_a` and `lora_b` beside the weights that the adapter is for.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: another kind of adapter than LoRA on projections, or factors that don't fit; the message names file
+        and tensor.
+
+    References:
+      Hu et al., LoRA, 2021, arXiv 2106.09685, section 4.1.
+    """
+    config, file = read_json(path / CONFIG), path / WEIGHTS
+    _check_config(config, path / CONFIG)
+    factors = dict(read_arrays(file))
+    shapes = {name: leaf.shape for name, leaf in leaf_paths(params, is_leaf=is_qtensor) if name.endswith("/weight")}
+    result = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_qtensor)
+    for name, source in sources(model.config, shapes, ()).items():
+        modules = [tensor.removesuffix(".weight") for tensor in source.tensors]
+        pairs = [[factors.pop(f"{PREFIX}{module}.lora_{f}.weight", None) for f in "AB"] for module in modules]
+        if all(factor is None for pair in pairs for factor in pair):
+            continue
+        if len(shapes[name]) != 2:
+            raise ValueError(f"{file}: tensor {PREFIX + modules[0]!r}: Expected no factors for experts, got some.")
+        rows, k = split_sizes(shapes[name], name, len(modules), model.config), shapes[name][1]
+        a, b = [], []
+        for module, n, (down, up) in zip(modules, rows, pairs, strict=True):
+            down, up = _checked(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
+            a.append(down)
+            b.append(up * _scaling(config, module, len(down)))
+        ups = _block_diagonal(b)
+        new = {"lora_a": np.concatenate(a), "lora_b": ups if source.order is None else ups[source.order]}
+        module = name.removesuffix("weight")
+        placed = decoder_shardings({module + leaf: factor for leaf, factor in new.items()}, mesh)
+        *parents, _ = name.split("/")
+        node = result
+        for parent in parents:
+            node = node[parent]
+        node |= {leaf: place(cast(factor, model.dtype), placed.get(module + leaf)) for leaf, factor in new.items()}
+    for name in factors:
+        raise ValueError(f"{file}: tensor {name!r}: Expected only factors of projections of this model, got this.")
+    return result
+
+
+def saved_factors(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The factors in a checkpoint that `jint8.save` wrote, by path, in shapes that fit the weights beside them."""
+    found = {}
+    for name, info in tensors.items():
+        module, _, leaf = name.rpartition("/")
+        if leaf in FACTORS and f"{module}/weight" in expected and len(info.shape) == 2:
+            n, k = expected[f"{module}/weight"].shape
+            shape = (info.shape[0], k) if leaf == "lora_a" else (n, info.shape[1])
+            found[name] = jax.ShapeDtypeStruct(shape, expected[f"{module}/weight"].dtype)
+    return found
+
+
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    expected = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_qalora": False}
+    for key, value in expected.items():
+        if (got := config.get(key, value)) != value:
+            raise ValueError(f"{file}: Expected {key} to be {value!r}, got {got!r}.")
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        raise ValueError(f"{file}: Expected lora_alpha to be a number, got {config.get('lora_alpha')!r}.")
+
+
+def _checked(
+    where: str, down: np.ndarray | None, up: np.ndarray | None, n: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors in float32; of rank 0 where a weight has none. Raises ValueError for ones that don't fit."""
+    if down is None and up is None:
+        return np.zeros((0, k), np.float32), np.zeros((n, 0), np.float32)
+    if down is None or up is None:
+        raise ValueError(f"{where}: Expected lora_A.weight and lora_B.weight, got one of them.")
+    if down.ndim != 2 or up.ndim != 2 or down.shape[1] != k or up.shape != (n, len(down)):
+        raise ValueError(f"{where}: Expected factors (r, {k}) and ({n}, r), got {down.shape} and {up.shape}.")
+    down, up = down.astype(np.float32), up.astype(np.float32)
+    if not (np.isfinite(down).all() and np.isfinite(up).all()):
+        raise ValueError(f"{where}: Expected finite factors, got NaN or infinity.")
+    return down, up
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    total = np.zeros(np.sum([block.shape for block in blocks], axis=0), np.float32)
+    row, column = 0, 0
+    for block in blocks:
+        total[row : row + len(block), column : column + block.shape[1]] = block
+        row, column = row + len(block), column + block.shape[1]
+    return total
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = config["lora_alpha"]
+    for pattern, other in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = other
+            break
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank) if rank else 0.0

@@ -1,0 +1,91 @@
+"""Calibrated outlier columns: their rows of a weight, kept in 16 bits beside its int8 values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._core.types import SCHEMES, SMALLEST_NORMAL, Config, QTensor, column_axis, contracted_axes
+
+
+def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -> tuple[Config, Any]:
+    """The config of a weight with outlier columns, and these as int32 `[*stack, c]`."""
+    if not SCHEMES[config.scheme].decomposition:
+        raise ValueError(f"Expected a scheme with decomposition for outlier columns, got {config.scheme!r}.")
+    if not isinstance(outliers, jax.Array):
+        outliers = np.asarray(outliers)
+        outliers = outliers.astype(np.int32) if outliers.size == 0 else outliers
+    if not jnp.issubdtype(outliers.dtype, jnp.integer):
+        raise TypeError(f"Expected outliers to be integers, got {outliers.dtype}.")
+    k, stack = math.prod(shape[a] for a in contract_axes), tuple(shape[a] for a in stack_axes)
+    if outliers.ndim != 1 and outliers.shape[:-1] != stack:
+        expected = f"(c,) or {(*stack, 'c')}" if stack else "(c,)"
+        raise ValueError(f"Expected outliers of shape {expected}, got {outliers.shape}.")
+    if not isinstance(outliers, jax.core.Tracer) and outliers.size:
+        values = np.sort(np.asarray(outliers), axis=-1)
+        if values.min() < 0 or values.max() > k:
+            raise ValueError(f"Expected outliers from 0 to {k}, got {values.min()} to {values.max()}.")
+        twice = (values[..., 1:] == values[..., :-1]) & (values[..., 1:] < k)
+        if twice.any():
+            raise ValueError(f"Expected each outlier column once, got {values[..., 1:][twice][0]} twice.")
+    outliers = jnp.broadcast_to(jnp.asarray(outliers, jnp.int32), (*stack, outliers.shape[-1]))
+    return dataclasses.replace(config, outliers="static"), outliers
+
+
+# jit, because outside of one every operation would be a program of its own
+@functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes"))
+def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Array | None, jax.Array | None]:
+    """`QTensor.outlier_rows` and `QTensor.outlier_index`."""
+    if outliers is None or outliers.shape[-1] == 0:
+        return None, None
+    own = [a for a in range(w.ndim) if a not in contract_axes]
+    index = jnp.expand_dims(outliers, [i for i, a in enumerate(own) if a not in stack_axes])
+    values = _flatten(w, contract_axes)
+    everywhere = jnp.broadcast_to(index, (*values.shape[:-1], index.shape[-1]))
+    rows = jnp.take_along_axis(values, everywhere, axis=-1, mode="fill", fill_value=0).astype(jnp.float32)
+    rows = scaled(rows, _flatten(scale, contract_axes))
+
+    at = column_axis(w.shape, contract_axes)
+    others = [a for a in contract_axes if a != at]
+    return _unflatten(rows, at, others), _unflatten(index, at, others)
+
+
+def scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 rows in units of `scale`, in float16: up to 255, whatever the weight's magnitude."""
+    return jnp.where(scale < SMALLEST_NORMAL, 0.0, rows / scale).astype(jnp.float16)
+
+
+def _unflatten(array: jax.Array, at: int, others: Sequence[int]) -> jax.Array:
+    """`[*own, c]` with c moved to the axis `at`, and axes of size 1 at `others`."""
+    own = array.ndim - 1
+    before = at - sum(a < at for a in others)  # how many of the own axes come before it
+    return jnp.expand_dims(jnp.moveaxis(array, own, before), sorted(others))
+
+
+def _flatten(array: jax.Array, contract_axes: Sequence[int]) -> jax.Array:
+    """`array` with the contracted axes last, as one."""
+    own = [a for a in range(array.ndim) if a not in contract_axes]
+    moved = jnp.transpose(array, (*own, *sorted(contract_axes)))
+    return moved.reshape(*(array.shape[a] for a in own), math.prod(array.shape[a] for a in contract_axes))
+
+
+@jax.jit
+def put_rows(values: jax.Array, w: QTensor) -> jax.Array:
+    """`values`, as stored, with the calibrated outlier columns out of their 16-bit rows."""
+    assert w.outlier_rows is not None
+    assert w.outlier_index is not None
+    axes = contracted_axes(w)
+    own = [a for a in range(values.ndim) if a not in axes]
+    flat = _flatten(values, axes)
+    rows = _flatten(w.outlier_rows, axes).astype(jnp.float32) * _flatten(w.scale, axes)
+    index = jnp.broadcast_to(_flatten(w.outlier_index, axes), rows.shape)
+    flat = jnp.put_along_axis(flat, index, rows, axis=-1, inplace=False, mode="drop")
+    moved = flat.reshape(*flat.shape[:-1], *(values.shape[a] for a in axes))
+    return jnp.transpose(moved, [[*own, *axes].index(a) for a in range(values.ndim)])

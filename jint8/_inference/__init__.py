@@ -1,0 +1,1 @@
+"""Loaded models at work: text, vectors, scores, and whether they fit."""

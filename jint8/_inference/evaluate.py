@@ -1,0 +1,123 @@
+"""Perplexity of a language model, and how far it is from another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._inference.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+      perplexity: `exp` of the mean negative log-likelihood of the predicted tokens.
+      tokens: how many were predicted.
+      reference_perplexity: that of the reference; None without one.
+      kl: mean over the predicted tokens of `KL(reference || model)` in nats; None without a reference.
+      top1: share of predicted tokens for which both find the same token most likely; None without a reference.
+    """
+
+    perplexity: float
+    tokens: int
+    reference_perplexity: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+def evaluate(
+    model: LanguageModel,
+    tokens: Any,
+    *,
+    batch_size: int = 1,
+    reference: LanguageModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores each token of each sequence, but the first, given those before it.
+
+    Args:
+      model: what `jint8.load` returned.
+      tokens: int `[n, s]`, one sequence in each row.
+      batch_size: rows per call. Outlier columns are decided per call, so the result may depend on it a little.
+      reference: another model of the same tokens, such as the one in floating point.
+      progress: called with (rows done, rows in all).
+
+    Returns:
+      An `Evaluation`; log-probabilities in float32, sums over tokens in float64.
+
+    Raises:
+      TypeError: tokens that aren't integers.
+      ValueError: tokens that aren't `[n, s]` with at least one row of two, ids outside of the vocabulary, or a batch
+        size below 1.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"Expected tokens of shape (n, s), n at least 1 and s at least 2, got {tokens.shape}.")
+    if batch_size < 1:
+        raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}.")
+    totals = np.zeros(4)  # in float64: both negative log-likelihoods, KL, equal argmax
+    for begin in range(0, len(tokens), batch_size):
+        rows = tokens[begin : begin + batch_size]
+        logits = model.logits(rows)
+        scores = _scores(logits, rows) if reference is None else _compare(reference.logits(rows), logits, rows)
+        totals += [np.sum(np.asarray(score), dtype=np.float64) for score in scores]
+        if progress is not None:
+            progress(begin + len(rows), len(tokens))
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    loss, reference_loss, kl, equal = (float(total) for total in totals / count)
+    if reference is None:
+        return Evaluation(perplexity=_exp(loss), tokens=count)
+    return Evaluation(perplexity=_exp(loss), tokens=count, reference_perplexity=_exp(reference_loss), kl=kl, top1=equal)
+
+
+def chunks(ids: Sequence[int], length: int) -> np.ndarray:
+    """Consecutive sequences without overlap, `[n, length]`; what remains is dropped.
+
+    Raises:
+      ValueError: there isn't one whole sequence.
+
+    Examples:
+      >>> chunks([1, 2, 3, 4, 5], 2).tolist()
+      [[1, 2], [3, 4]]
+    """
+    if length < 2:
+        raise ValueError(f"Expected sequences of at least 2 tokens, got {length}.")
+    n = len(ids) // length
+    if n == 0:
+        raise ValueError(f"Expected a text of at least {length} tokens, got {len(ids)}.")
+    return np.asarray(ids[: n * length], np.int32).reshape(n, length)
+
+
+@jax.jit
+def _scores(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    zero = jnp.zeros(())
+    return _loss(_log_softmax(logits), tokens), zero, zero, zero
+
+
+@jax.jit
+def _compare(reference: jax.Array, logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    p, q = _log_softmax(reference), _log_softmax(logits)
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    equal = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+    return _loss(q, tokens), _loss(p, tokens), kl, equal
+
+
+def _log_softmax(logits: jax.Array) -> jax.Array:
+    """Of the positions that predict a token: all but the last."""
+    return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+
+
+def _loss(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+    return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,298 @@
+"""What `jint8.load` returns: a model, its parameters and its tokenizer, ready for text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jint8._core.types import Config
+from jint8._inference.forward import forward
+from jint8._inference.generate import Knobs, Sampling, decode, is_long, start
+from jint8._trees.params import with_config
+from jint8.analysis._calibrate import calibrate
+from jint8.checkpoints import Tokenizer
+from jint8.models import Decoder, ModelConfig
+
+STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
+STOP_TOKENS = 16  # and between looks for a stop string
+CALIBRATION_LENGTH = 256  # tokens of a sequence
+
+
+@dataclasses.dataclass
+class LanguageModel:
+    """A loaded decoder.
+
+    Attributes:
+      model: the linen module.
+      params: its parameters, projections as `QTensor`s.
+      tokenizer: None where the checkpoint has none.
+      config: the model's sizes and choices.
+      quant: the `jint8.Config` it was loaded with.
+      hf_config: the checkpoint's `config.json`, for `jint8.save`.
+    """
+
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer | None
+    config: ModelConfig
+    quant: Config
+    hf_config: dict[str, Any] | None = None
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """Logits at every position.
+
+        Args:
+          tokens: int `[b, s]`, without padding.
+
+        Returns:
+          float32 `[b, s, vocab]`.
+
+        Raises:
+          TypeError: tokens that aren't integers.
+          ValueError: not two-dimensional, ids outside of the vocabulary, or more tokens than a table of positions has.
+        """
+        tokens = np.asarray(tokens)
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise TypeError(f"Expected integer tokens, got {tokens.dtype}.")
+        if tokens.ndim != 2:
+            raise ValueError(f"Expected tokens of shape (b, s), got {tokens.shape}.")
+        self._check_ids(tokens)
+        self._check_length(tokens.shape[1])
+        return _logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32))
+
+    def calibrate(self, text: str | None = None, **criteria: Any) -> dict[str, np.ndarray]:
+        """Outlier feature dimensions on a text, for `outliers=` in `jint8.load`.
+
+        Args:
+          text: None is a short one that comes with the package.
+          **criteria: as in `jint8.calibrate`; default: the paper's, relative to the token where the model's config is.
+
+        Returns:
+          From path to int32 indices.
+
+        Raises:
+          ValueError: the model has no tokenizer, or a text of less than two tokens.
+        """
+        if self.quant.relative:
+            criteria = {"threshold": self.quant.threshold, "relative": True, **criteria}
+        return calibrate(self.run, {"params": self.params}, self.batches(text), **criteria)
+
+    def run(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Logits of `tokens[b, s]` with other parameters: a function for `jint8.calibrate` and `jint8.analysis`."""
+        return _logits(self.model, params, tokens)
+
+    def batches(self, text: str | None = None, length: int = CALIBRATION_LENGTH) -> list[np.ndarray]:
+        """A text, or the short one that comes with the package, as calls of `run`: int32 `[1, length]` each.
+
+        A shorter text is one call; what remains of a longer one is dropped.
+        """
+        if length < 2:
+            raise ValueError(f"Expected sequences of at least 2 tokens, got {length}.")
+        if text is None:
+            text = resources.files("jint8").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+        ids = np.asarray(self.require_tokenizer().encode(text), np.int32)
+        if len(ids) < 2:
+            raise ValueError(f"Expected a text of at least 2 tokens, got {len(ids)}.")
+        length = min(length, len(ids))
+        return list(ids[: len(ids) // length * length].reshape(-1, 1, length))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        config: Config | None = None,
+    ) -> Any:
+        """Continues text.
+
+        Args:
+          prompts: one text or several; each is continued by itself.
+          max_tokens: at most so many new tokens.
+          temperature: 0 takes the most likely token; above it, tokens are drawn from `softmax(logits / temperature)`.
+          top_k: draw among so many most likely tokens; 0 means all.
+          top_p: draw among the most likely tokens that together hold this probability.
+          seed: of the draw.
+          stop: texts before which an answer ends.
+          stream: yield pieces of text as they come.
+          config: how to multiply. None is the one the model was loaded with, except that several prompts, and long
+            ones, which run in chunks, decide outliers per token, so that an answer doesn't depend on what else is in
+            the call.
+
+        Returns:
+          The new text without the prompt: a str for a str, a list for a list. With `stream`, an iterator over pieces
+          (for a list: over lists of one piece for each prompt).
+
+        Raises:
+          ValueError: the model has no tokenizer, an empty prompt, or a parameter out of its range.
+        """
+        tokenizer = self.require_tokenizer()
+        single = isinstance(prompts, str)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [tokenizer.encode(text) for text in texts]
+        stop = stop_texts(stop)
+        every = STREAM_TOKENS if stream else STOP_TOKENS if stop else max_tokens
+        chunks = self.generate_tokens(
+            ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            config=config,
+            every=every,
+        )
+        pieces = text_pieces(chunks, tokenizer, len(ids), stop)
+        if stream:
+            return (piece[0] for piece in pieces) if single else pieces
+        answers = ["".join(row) for row in zip(*pieces, strict=True)]
+        return answers[0] if single else answers
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        config: Config | None = None,
+        every: int = STREAM_TOKENS,
+    ) -> Iterator[np.ndarray]:
+        """Continues token sequences; see `generate`.
+
+        Args:
+          prompts: token ids, with at least one each.
+          every: how many tokens to yield at a time.
+          max_tokens, temperature, top_k, top_p, seed, config: as in `generate`.
+
+        Yields:
+          int32 `[b, n]`, n at most `every`: the next tokens of each prompt. The first holds one token, from prefill. A
+          row that has ended goes on with the end token.
+        """
+        _check_sampling(max_tokens, temperature, top_k, top_p)
+        if every < 1:
+            raise ValueError(f"Expected every to be at least 1, got {every}.")
+        for ids in prompts:
+            self._check_ids(np.asarray(ids, np.int64))
+            self._check_length(len(ids) + max_tokens)
+        several = len(prompts) > 1 or is_long(prompts)
+        if config is None and several and self.quant.decomposes and self.quant.outliers == "batch":
+            config = dataclasses.replace(self.quant, outliers="token")
+        params = {"params": self.params if config is None else with_config(self.params, config)}
+        sampling = Sampling(greedy=temperature == 0, top_k=top_k, nucleus=top_p < 1)
+        knobs = Knobs(jnp.float32(temperature), jnp.float32(top_p))
+        eos = self.tokenizer.eos_ids if self.tokenizer else ()
+        return self._run(params, prompts, max_tokens, sampling, knobs, eos, seed, every)
+
+    def _run(self, params, prompts, max_tokens, sampling, knobs, eos, seed, every) -> Iterator[np.ndarray]:
+        state = start(self.model, params, prompts, max_tokens, sampling, knobs, eos, seed)
+        prompt_end = int(state.slot) - 1
+        state = decode(self.model, params, state, jnp.int32(0), sampling, knobs, eos)  # compiles; no step
+        sent = prompt_end
+        while True:
+            filled = int(state.slot)
+            yield on_host(state.tokens[:, sent:filled])
+            sent = filled
+            if filled == prompt_end + max_tokens or on_host(state.done).all():
+                return
+            until = min(filled + every, prompt_end + max_tokens)
+            state = decode(self.model, params, state, jnp.int32(until), sampling, knobs, eos)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("Expected a checkpoint with a tokenizer, got one without.")
+        return self.tokenizer
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
+            raise ValueError(
+                f"Expected token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}."
+            )
+
+    def _check_length(self, length: int) -> None:
+        """A table of positions ends somewhere; rotary positions and ALiBi go on, with falling quality."""
+        longest = self.config.max_positions
+        if self.config.learned_positions is not None and length > longest:
+            raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The values of an array, wherever they are: with devices in several processes, a part may be in each."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _logits(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+    return (forward if model.mesh is None else _forward_at_once)(model, params, tokens)[0]
+
+
+_forward_at_once = jax.jit(forward, static_argnames=("model",))
+
+
+def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    if max_tokens < 1:
+        raise ValueError(f"Expected max_tokens to be at least 1, got {max_tokens}.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"Expected temperature to be finite and at least 0, got {temperature}.")
+    if top_k < 0:
+        raise ValueError(f"Expected top_k to be at least 0, got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")
+
+
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Texts before which an answer ends. Raises ValueError for an empty one."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stop):
+        raise ValueError("Expected stop texts that aren't empty, got an empty one.")
+    return stop
+
+
+def text_pieces(
+    chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]
+) -> Iterator[list[str]]:
+    """Pieces of text for each row, ending at end tokens and before stop texts."""
+    streams = [tokenizer.stream() for _ in range(rows)]
+    held = [""] * rows  # text that may be the beginning of a stop text
+    done = [False] * rows
+    for chunk in chunks:
+        pieces = [""] * rows
+        for row, ids in enumerate(chunk):
+            for token in ids:
+                if done[row]:
+                    break
+                ended = int(token) in tokenizer.eos_ids
+                held[row] += streams[row].flush() if ended else streams[row].push(int(token))
+                cut, keep, stopped = _cut(held[row], stop)
+                done[row] = ended or stopped
+                pieces[row] += cut + (keep if ended and not stopped else "")
+                held[row] = "" if done[row] else keep
+        yield pieces
+        if all(done):
+            return
+    yield ["" if done[row] else held[row] + streams[row].flush() for row in range(rows)]
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
+    """Text that is safe to send, text to hold back, and whether a stop text was found."""
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    if found:
+        return text[: min(found)], "", True
+    longest = max((n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - longest], text[len(text) - longest :], False

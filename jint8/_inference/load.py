@@ -1,0 +1,226 @@
+"""From a path to a model that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jint8._convert.lora import saved_factors, with_adapter
+from jint8._convert.read import Progress, abstract_params, read_params, settings
+from jint8._core.types import Config
+from jint8._inference.language_model import LanguageModel
+from jint8._inference.save import read_saved, saved_config, saved_dtype
+from jint8._inference.text_encoder import TextEncoder
+from jint8._trees.paths import Patterns
+from jint8.checkpoints import Checkpoint, open_checkpoint
+from jint8.checkpoints._jint8 import Jint8Checkpoint, verify_files
+from jint8.models import Decoder, Encoder, encoder_config, model_config
+from jint8.models.families import text_config
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    quantize: bool = True,
+    skip: Patterns = (),
+    include: Patterns = (),
+    adapter: str | os.PathLike[str] | None = None,
+    outliers: Mapping[str, Any] | None = None,
+    calibrate: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Loads a checkpoint, with its projection weights turned into int8 as they are read.
+
+    One tensor at a time is in floating point. Embeddings, norms, biases and the output head keep floating point
+    (`dtype`) unless `include` names them.
+
+    Args:
+      path: a GGUF file, a Hugging Face directory with `config.json` and safetensors files, or a directory that
+        `jint8.save` or bitsandbytes (`load_in_8bit`) wrote. The int8 weights of these two come back as they are:
+        `quantize`, `skip` and `include` don't apply.
+      config: how to quantize, and how to multiply. None is what the model was saved with; or `Config()`, with the
+        `llm_int8_threshold` of a `quantization_config` in `config.json`.
+      dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
+        float32 on CPUs and bfloat16 on GPUs.
+      mesh: divides the model among its devices, by `jint8.models.partition_specs`. Each process reads what its devices
+        hold, and nothing is whole on one of them. None is one device.
+      quantize: False keeps every weight in `dtype`.
+      skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
+        experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
+        (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`, `"lm_head"`). Where
+        q, k and v or gate and up share a product, naming one keeps all of them.
+      include: patterns or a predicate that win over `skip` and over the default.
+      adapter: a directory in which PEFT saved a LoRA adapter; its factors are added in floating point.
+      outliers: outlier feature dimensions by path, as `jint8.calibrate` returns; the config then has
+        `outliers="static"`. None, with such a config: they are found on a text, which reads the checkpoint twice.
+      calibrate: that text. None is a short one that comes with the package.
+      verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
+      progress: called with (bytes read so far, bytes in all) of the checkpoint.
+
+    Returns:
+      A `LanguageModel`.
+
+    Raises:
+      FileNotFoundError: nothing at `path`, or a shard or a file of the adapter is missing.
+      ValueError: an unsupported architecture, a truncated file, a tensor that is missing, unknown, or of a wrong shape,
+        NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`, a weight that `mesh`
+        doesn't divide; the message names file and tensor.
+      TypeError: `dtype` isn't a float type.
+
+    References:
+      arXiv 2208.07339, abstract: "a 16/32-bit checkpoint can be loaded, converted to Int8, and used immediately".
+    """
+    return _load(
+        LanguageModel,
+        path,
+        config,
+        dtype,
+        mesh,
+        quantize,
+        skip,
+        include,
+        adapter,
+        verify,
+        progress,
+        outliers=outliers,
+        calibrate=calibrate,
+    )
+
+
+def load_encoder(
+    path: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    dtype: Any = None,
+    quantize: bool = True,
+    skip: Patterns = (),
+    include: Patterns = (),
+    adapter: str | os.PathLike[str] | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> TextEncoder:
+    """Loads an encoder (BERT, MiniLM) that turns texts into vectors, with its projection weights turned into int8.
+
+    Args:
+      path: a Hugging Face directory, or one that `jint8.save` or bitsandbytes wrote.
+      config: how to quantize, and how to multiply; this and the others as in `jint8.load`.
+      dtype: of activations and of the parameters that aren't quantized.
+      quantize: False keeps every weight in `dtype`.
+      skip: patterns or a predicate of weights that stay in floating point.
+      include: patterns or a predicate that win over `skip` and over the default.
+      adapter: a directory in which PEFT saved a LoRA adapter.
+      verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
+      progress: called with (bytes read so far, bytes in all) of the checkpoint.
+
+    Returns:
+      A `TextEncoder`.
+
+    Raises:
+      FileNotFoundError: as `jint8.load`.
+      ValueError: as `jint8.load`; also for a decoder.
+      TypeError: `dtype` isn't a float type.
+    """
+    return _load(TextEncoder, path, config, dtype, None, quantize, skip, include, adapter, verify, progress)
+
+
+def _load(
+    kind,
+    path,
+    config,
+    dtype,
+    mesh,
+    quantize,
+    skip,
+    include,
+    adapter,
+    verify,
+    progress,
+    *,
+    outliers=None,
+    calibrate=None,
+) -> Any:
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
+    if verify:
+        verify_files(Path(path))
+    if mesh is not None:  # XLA decides how activations are divided: jax.make_mesh's default asks the model's code to
+        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    build = functools.partial(decoder, mesh=mesh) if kind is LanguageModel else encoder
+    with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
+        if isinstance(checkpoint, Jint8Checkpoint):
+            if not quantize or skip or include or outliers is not None or calibrate is not None:
+                raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
+            quant = saved_config(checkpoint, config)
+            model = build(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
+            expected = abstract_params(model)
+            expected |= saved_factors(checkpoint.tensors, expected)
+            params = read_saved(checkpoint, expected, config=config, dtype=dtype, mesh=mesh, progress=progress)
+        else:
+            quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
+            model = build(checkpoint, default_dtype() if dtype is None else dtype)
+            read = functools.partial(
+                read_params, checkpoint, model, skip=skip, include=include, mesh=mesh, progress=progress
+            )
+            if outliers is not None:
+                quant = dataclasses.replace(quant, outliers="static")
+            elif quant.outliers == "static" and quant.decomposes:
+                if kind is not LanguageModel:
+                    raise ValueError(f"{path}: Expected outliers by batch or by token for an encoder, got static.")
+                dynamic = read(config=dataclasses.replace(quant, outliers="token"))
+                outliers = _loaded(kind, checkpoint, model, dynamic, quant).calibrate(calibrate)
+                del dynamic
+            params = read(config=quant, outliers=outliers)
+        if adapter is not None:
+            params = with_adapter(params, model, Path(adapter), mesh)
+        return _loaded(kind, checkpoint, model, params, quant)
+
+
+def _loaded(kind, checkpoint: Checkpoint, model: Any, params: Any, quant: Config) -> Any:
+    return kind(
+        model=model,
+        params=params,
+        tokenizer=checkpoint.tokenizer(),
+        config=model.config,
+        quant=quant,
+        hf_config=text_config(checkpoint.config),
+    )
+
+
+def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Where the parts of a divided model come from: no device has to hold more than its own."""
+    return contextlib.nullcontext() if mesh is None else jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def decoder(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> Decoder:
+    """The model of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
+    try:
+        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype), mesh)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+
+
+def encoder(checkpoint: Checkpoint, dtype: Any) -> Encoder:
+    """The encoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
+    try:
+        return Encoder(encoder_config(checkpoint.config), jnp.dtype(dtype))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+
+
+def default_dtype() -> np.dtype:
+    """float32 on CPUs, where 16-bit products are slow, bfloat16 elsewhere."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

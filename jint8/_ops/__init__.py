@@ -1,0 +1,1 @@
+"""Products with an int8 weight."""

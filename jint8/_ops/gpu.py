@@ -1,0 +1,148 @@
+"""The product in the Pallas kernels of `pallas_kernels`: where they run, and what they can't compute.
+
+Which platform a program is for is known when it is lowered, not when it is traced; an exported program may be for
+several. So where a GPU is in sight the product is a primitive with two lowerings: the kernels for CUDA, XLA for the
+rest. (`lax.platform_dependent` lowers the kernels for the other platforms as well, which Pallas refuses.)
+
+XLA can't divide a kernel among devices: it would send all weights to each. So in a program that it divides, its own
+product runs; within `jax.shard_map`, where each device has its part, the kernels do.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jint8._core.types import SCHEMES, Config
+from jint8._ops import xla as _xla
+from jint8._ops.activations import LARGEST_FLOAT
+from jint8._ops.xla import MAX_K, Weight
+
+BACKENDS = ("triton", "mosaic")
+
+
+def gpu_in_sight() -> bool:
+    """Whether what is traced now may run on a GPU: it is the default backend, or `jint8.export` names one."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() == "gpu" or (abstract is not None and abstract.platform == "gpu")
+
+
+def unsupported(m: int, w: Weight, config: Config, *, k_last: bool) -> str | None:
+    """Why the kernels can't compute the product of `m` rows and `w`; None if they can."""
+    scheme = SCHEMES[config.scheme]
+    n, k = w.q.shape if k_last else w.q.shape[::-1]
+    if (scheme.activations, scheme.weights, scheme.affine) != ("token", "channel", False) or w.zero is not None:
+        return f"scheme {config.scheme!r}, whose scales aren't one per token and output channel without zero points"
+    if config.decomposes and config.relative:
+        return "a threshold relative to the token"
+    if config.digits != 1:
+        return f"{config.digits} digits per activation"
+    if k > MAX_K:
+        return f"k = {k}, where sums of more than {MAX_K} products exceed int32"
+    if max(n * k, 3 * m * k, m * n) >= 2**31:
+        return f"m = {m}, n = {n}, k = {k}, with arrays of 2**31 elements or more"
+    return None
+
+
+class Call(NamedTuple):
+    """What is static about a product: hashable, so that it can be a parameter of the primitive."""
+
+    config: Config
+    k_last: bool
+    dtype: Any  # of the result
+    backend: str | None  # of `BACKENDS`; None: the kernels' choice, and XLA off the GPU
+
+
+def product(call: Call, x: jax.Array, w: Weight, bias: jax.Array | None) -> jax.Array:
+    """`x[m, k]` times `w`, plus `bias`, in one kernel -> `[m, n]`. A weight in `[k, n]` order is transposed.
+
+    In programs for other platforms it is XLA's. With no GPU in sight, a kernel asked for by name runs in Pallas's
+    interpret mode: slow, for tests.
+    """
+    if not gpu_in_sight():
+        return _off_gpu(call, x, w, bias) if call.backend is None else _on_gpu(call, x, w, bias, interpret=True)
+    leaves, tree = jax.tree.flatten((x, w, bias))
+    return _product_p.bind(*leaves, call=call, tree=tree, mapped=())
+
+
+def _on_gpu(call, x, w, bias, interpret=False):
+    # here, because importing Pallas takes long and few processes need it
+    from pallas_kernels import llm_int8_matmul
+
+    return llm_int8_matmul(
+        x,
+        w.q if call.k_last else w.q.T,
+        w.scale,
+        bias=bias,
+        threshold=min(call.config.threshold, LARGEST_FLOAT) if call.config.decomposes else 0.0,
+        mode="batch" if call.config.outliers == "batch" else "token",
+        dtype=call.dtype,
+        backend=call.backend,
+        interpret=interpret,
+    )
+
+
+def _off_gpu(call, x, w, bias):
+    path = _xla.choose(x.shape[0], x.shape[1], call.config, k_last=call.k_last)
+    return _xla.product(x, w, bias, call.config, k_last=call.k_last, implementation=path, dtype=call.dtype)
+
+
+def _function(run, call, tree, mapped):
+    """`run` on flat arguments, mapped over axes; `mapped` has the axes of each `vmap`, the innermost first."""
+
+    def flat(*leaves):
+        return run(call, *jax.tree.unflatten(tree, leaves))
+
+    for axes in mapped:
+        flat = jax.vmap(flat, in_axes=axes)
+    return flat
+
+
+@functools.cache
+def _jitted(call, tree, mapped):
+    return jax.jit(lambda *leaves: _product_p.bind(*leaves, call=call, tree=tree, mapped=mapped))
+
+
+def _batch(args, axes, *, call, tree, mapped):
+    return _product_p.bind(*args, call=call, tree=tree, mapped=(*mapped, tuple(axes))), 0
+
+
+_product_p = Primitive("llm_int8_product")
+_product_p.def_impl(lambda *leaves, **static: _jitted(**static)(*leaves))
+batching.primitive_batchers[_product_p] = _batch
+
+
+@_product_p.def_abstract_eval
+def _abstract(*avals, **static):
+    types = [aval.manual_axis_type for aval in avals]  # what varies over which devices, under shard_map
+    varying = frozenset().union(*(t.varying for t in types))
+    leaves = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+    out = jax.eval_shape(_function(_off_gpu, **static), *leaves)
+    return avals[0].update(
+        shape=out.shape, dtype=out.dtype, weak_type=False, manual_axis_type=types[0].update(varying=varying)
+    )
+
+
+def _lower(ctx, *args, run, **static):
+    flat = lambda *leaves: _function(run, **static)(*leaves)
+    return mlir.lower_fun(flat, multiple_results=False)(ctx, *args)
+
+
+def _lower_for_cuda(ctx, *args, **static):
+    return _lower(ctx, *args, run=_off_gpu if _is_divided(ctx.module_context.axis_context) else _on_gpu, **static)
+
+
+def _is_divided(context: Any) -> bool:
+    """Whether XLA divides the program that is lowered: it is for several devices, and not in a `shard_map` of all."""
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return getattr(context, "num_devices", 1) > 1
+    return mesh.size > 1 and not context.manual_axes >= {*mesh.axis_names}
+
+
+mlir.register_lowering(_product_p, functools.partial(_lower, run=_off_gpu))
+mlir.register_lowering(_product_p, _lower_for_cuda, platform="cuda")

@@ -1,0 +1,136 @@
+"""`ragged_dot`: rows sorted by expert, times the int8 weight of each row's expert."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jint8._core.quantize import dequantize
+from jint8._core.types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
+from jint8._ops import xla as _xla
+from jint8._ops.activations import OUTLIER_DIGITS, split_with_digits
+from jint8._ops.matmul import check_activations, divided_by_xla
+from jint8._ops.observe import Observed, watch
+
+
+def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: Config | None = None) -> jax.Array:
+    """`jax.lax.ragged_dot` with quantized experts: LLM.int8() products of groups of rows, each with its own weight.
+
+    Formula: `y[i] = lhs[i] @ rhs[e(i)]`, where the first `group_sizes[0]` rows belong to expert 0, and so on; rows
+    behind the last group give 0. Each expert has one scale per output channel. With `outliers="batch"` a column is an
+    outlier if any row of any group exceeds the threshold; calibrated columns are each expert's own.
+
+    Args:
+        lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
+        rhs: a `QTensor` of shape `[experts, k, n]`, quantized over axis 1.
+        group_sizes: integers `[experts]`.
+        config: None means the one stored in `rhs`.
+
+    Returns:
+        `[m, n]` in `lhs.dtype`; differentiable in `lhs`, as if `rhs` were its dequantized value.
+
+    Raises:
+        TypeError: `lhs` isn't a float array, `rhs` isn't a `QTensor` or `group_sizes` isn't of integers.
+        ValueError: shapes that don't fit, or a weight quantized over other axes.
+
+    Examples:
+        >>> import jax.numpy as jnp, jint8
+        >>> experts = jint8.quantize(jnp.stack([jnp.eye(4), 2 * jnp.eye(4)]), contract_axes=(1,))
+        >>> jint8.ragged_dot(jnp.ones((3, 4)), experts, jnp.array([1, 2]))[:, 0].tolist()
+        [1.0, 2.0, 2.0]
+
+    References:
+        arXiv 2208.07339, section 3.2.
+    """
+    check_activations(lhs, "lhs")
+    if not is_qtensor(rhs):
+        raise TypeError(f"Expected rhs to be a QTensor, got {type(rhs).__name__}.")
+    if not jnp.issubdtype(getattr(group_sizes, "dtype", float), jnp.integer):
+        raise TypeError(f"Expected group_sizes to be integers, got {getattr(group_sizes, 'dtype', group_sizes)}.")
+    if lhs.ndim != 2 or rhs.ndim != 3 or rhs.shape[1] != lhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
+        raise ValueError(
+            "Expected lhs [m, k], rhs [experts, k, n] and group_sizes [experts], got "
+            f"{lhs.shape}, {rhs.shape} and {group_sizes.shape}."
+        )
+    experts, k, n = rhs.shape
+    at = storage_axes(rhs)
+    if tuple(rhs.scale.shape[axis] for axis in at) != (experts, 1, n):
+        raise ValueError(f"Expected rhs to be quantized over axis 1, got scales of shape {rhs.scale.shape}.")
+    if k > _xla.MAX_K:
+        raise ValueError(f"Expected k of at most {_xla.MAX_K}, got {k}.")
+    config = rhs.config if config is None else config
+    if isinstance(rhs, Observed):
+        taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
+        taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
+        taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
+        lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
+        rhs = rhs.unobserved()
+    product = divided_by_xla(functools.partial(_ragged, config), lhs, rhs.q, at[2])
+    return product(lhs, rhs, group_sizes).astype(lhs.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _ragged(config: Config, x, w: QTensor, group_sizes):
+    rows = jnp.arange(x.shape[0])
+    in_group = (rows < jnp.sum(group_sizes))[:, None]
+    x = jnp.where(in_group, x, 0)
+    if SCHEMES[config.scheme].activations is None:
+        return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes)
+
+    at = storage_axes(w)
+    expert = jnp.minimum(_experts(group_sizes, x.shape[0]), w.shape[0] - 1)
+
+    def per_row(leaf):  # [experts, 1, n] -> [m, n]
+        return jnp.transpose(leaf, at)[expert, 0]
+
+    y = jnp.float32(0)
+    if w.outlier_rows is not None and w.outlier_index is not None and config.outliers == "static" and config.decomposes:
+        index = jnp.transpose(w.outlier_index, at)[..., 0]  # [experts or 1, c]
+        index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
+        columns = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+        kept_rows = jnp.transpose(w.outlier_rows, at).astype(jnp.float32)
+        y = lax.ragged_dot(columns, kept_rows, group_sizes, precision=lax.Precision.HIGHEST)
+        x = jnp.put_along_axis(x, index, jnp.zeros((), x.dtype), axis=1, inplace=False, mode="drop")
+
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (at[1],)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[at[0]]
+    )
+
+    def exact(q):  # sum_k q (w - zero), float32 [m, n]
+        acc = lax.ragged_dot_general(q, w.q, group_sizes, numbers, preferred_element_type=jnp.int32)
+        acc = acc.astype(jnp.float32)
+        return acc if w.zero is None else acc - _row_sum(q) * per_row(w.zero)
+
+    def of_digits(rows, count):  # int8 [count m, k] -> float32 [m, n]
+        sums = [exact(digit) for digit in jnp.split(rows, count)]
+        return _xla.join_digits(jnp.concatenate(sums), len(x))
+
+    parts = split_with_digits(x, config)
+    regular = of_digits(parts.q, config.digits)
+    if parts.zero is not None:
+        regular = regular - parts.zero * exact(jnp.ones_like(parts.q))
+    y = y + regular * parts.scale
+    if parts.outliers is not None:
+        assert parts.outliers.digits is not None
+        y = y + of_digits(parts.outliers.digits, OUTLIER_DIGITS) * parts.outliers.step
+    return jnp.where(in_group, y * per_row(w.scale), 0)
+
+
+@_ragged.defjvp
+def _ragged_jvp(config, primals, tangents):
+    x, w, group_sizes = primals
+    x_dot = tangents[0]
+    y_dot = lax.ragged_dot(x_dot, dequantize(w, x_dot.dtype), group_sizes)
+    return _ragged(config, x, w, group_sizes), y_dot.astype(jnp.float32)
+
+
+def _experts(group_sizes, m: int):
+    """The expert of each of `m` rows; their number for rows behind the last group."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
+
+
+def _row_sum(q):
+    return jnp.sum(q, axis=1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)

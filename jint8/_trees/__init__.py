@@ -1,0 +1,1 @@
+"""Parameter trees: names of leaves, int8 and back, bytes, shardings."""

@@ -1,0 +1,32 @@
+"""`QTensor` for `flax.serialization`: `to_state_dict`, `to_bytes` and their inverses. Imported where flax is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import serialization
+
+from jint8._core.static_fields import static_from_text, static_to_text
+from jint8._core.types import ARRAY_FIELDS, STATIC_FIELDS, QTensor
+
+
+def to_state(w: QTensor) -> dict[str, Any]:
+    """The arrays by name, and the static fields as one string."""
+    arrays = {name: getattr(w, name) for name in ARRAY_FIELDS if getattr(w, name) is not None}
+    return {**arrays, "static": static_to_text({name: getattr(w, name) for name in STATIC_FIELDS})}
+
+
+def from_state(target: QTensor, state: dict[str, Any]) -> QTensor:
+    """What was saved, with the static fields that it was saved with."""
+    path = serialization.current_path()
+    if not isinstance(state, dict) or not {"q", "scale", "static"} <= set(state):
+        got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: Expected a saved QTensor (q, scale, static), got {got}.")
+    if tuple(state["q"].shape) != tuple(target.q.shape):
+        raise ValueError(f"{path}: Expected int8 values of shape {target.q.shape}, got {state['q'].shape}.")
+    arrays: dict[str, Any] = {name: state.get(name) for name in ARRAY_FIELDS}
+    return dataclasses.replace(target, **arrays, **static_from_text(state["static"]))
+
+
+serialization.register_serialization_state(QTensor, to_state, from_state)

@@ -1,0 +1,246 @@
+"""Whole parameter trees to int8 and back, and what they weigh."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._core.quantize import canonical_axes, contract_last, dequantize, quantize
+from jint8._core.types import SCHEMES, Config, QTensor, check_config, is_qtensor
+from jint8._trees.paths import Patterns, leaf_paths, matches, path_group, path_string
+
+# The last projection, to the vocabulary: it stays in floating point unless `include` names it.
+OUTPUT_HEADS = ("lm_head", "output_head", "head", "logits", "logits_dense", "unembed", "embed_out", "classifier")
+
+_ATTENTION_IN = ("query", "key", "value")
+_ATTENTION_OUT = ("out",)
+
+
+def quantize_params(
+    params: Any,
+    *,
+    config: Config = Config(),
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+    keep_order: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
+) -> Any:
+    """Turns the projection weights in a tree of Flax parameters into `QTensor`s; leaves the rest untouched.
+
+    Without a plan, the names of the standard layers decide: `kernel` is contracted over its first axis
+    (`[k, n]`; the `query`, `key`, `value` and `out` kernels of attention over the axes that Flax gives them), `weight`
+    over its last (`[n, k]`). Kernels of other ranks are ambiguous and left alone: use `jint8.plan`.
+
+    Args:
+        params: any pytree of arrays. `QTensor`s that it holds already are kept.
+        config: how to quantize; the scheme `"none"` returns `params` as they are.
+        plan: from leaf path to contracted axes, such as `jint8.plan` returns.
+        skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
+            (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`,
+            `"*/gate"`.
+        include: patterns or a predicate that win over `skip` and over the default. With a plan they also name weights
+            that it skips only because they are looked up as well (`Plan.tied`).
+        keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
+            axes last, such as those that are sharded by the names of their axes. Products with them may be slower.
+        outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns:
+            those rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't
+            matter.
+
+    Returns:
+        A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of
+        the float weight.
+
+    Raises:
+        TypeError: `config` isn't a `Config`.
+        ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
+            fit it, or NaN or infinity in a weight; the message names the leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, jint8
+        >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+        >>> jint8.quantize_params(params)["dense"]["kernel"].q.dtype
+        dtype('int8')
+    """
+    check_config(config)
+    if SCHEMES[config.scheme].weights is None:
+        return params
+    if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
+        importlib.import_module("jint8._trees.flax_state")
+    paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
+    for what, named in (("plan", plan), ("outliers", outliers)):
+        if unknown := sorted(set(named or ()) - paths):
+            raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
+    found = projections(params, plan=plan, skip=skip, include=include)
+
+    def convert(key_path, leaf):
+        path = path_string(key_path)
+        if is_qtensor(leaf) or path not in found:
+            return leaf
+        axes, stack = found[path]
+        try:
+            axes = canonical_axes(axes, leaf.ndim)
+            columns = None if outliers is None else outliers.get(path)
+            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config, outliers=columns)
+            return w if matches(path, keep_order) else contract_last(w, axes, stack)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
+
+
+def projections(
+    params: Any, *, plan: Mapping[str, Sequence[int]] | None = None, skip: Patterns = (), include: Patterns = ()
+) -> dict[str, tuple[Sequence[int], tuple[int, ...]]]:
+    """Which float leaves `quantize_params` turns into int8: their contracted and stacked axes, by path."""
+    found = {}
+    for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
+        if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
+            continue
+        included = matches(path, include)
+        if plan is not None:
+            tied = getattr(plan, "tied", {}).get(path) if included else None
+            axes, stack = plan.get(path, tied), tuple(getattr(plan, "stacked", {}).get(path, ()))
+        else:
+            axes, stack = standard_axes(path, leaf.ndim, included)
+        if axes is not None and (included or not (matches(path, OUTPUT_HEADS) or matches(path, skip))):
+            found[path] = axes, stack
+    return found
+
+
+def standard_axes(path: str, ndim: int, included: bool = False) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """Contracted and stacked axes of a leaf of a standard Flax layer, by its name; None where it isn't a projection."""
+    *parents, name = path.split("/")
+    parent = parents[-1] if parents else ""
+    if name == "kernel" and ndim == 2:
+        return (0,), ()
+    if name == "kernel" and ndim == 3 and parent in _ATTENTION_IN:
+        return (0,), ()
+    if name == "kernel" and ndim == 3 and parent in _ATTENTION_OUT:
+        return (0, 1), ()
+    if name == "weight" and ndim in (2, 3):
+        return (ndim - 1,), tuple(range(ndim - 2))
+    if name == "embedding" and ndim == 2 and included:
+        return (1,), ()
+    return None, ()
+
+
+def dequantize_params(params: Any, dtype=None) -> Any:
+    """The tree with every `QTensor` turned back into a float array.
+
+    Args:
+        params: what `jint8.quantize_params` returned.
+        dtype: of those arrays; default: that of the weights before.
+
+    Returns:
+        A tree of the structure that `quantize_params` was given.
+
+    Examples:
+        >>> import jax.numpy as jnp, jint8
+        >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
+        >>> jint8.dequantize_params(params)["kernel"].shape
+        (4, 3)
+    """
+    return jax.tree.map(lambda leaf: dequantize(leaf, dtype) if is_qtensor(leaf) else leaf, params, is_leaf=is_qtensor)
+
+
+def with_config(params: Any, config: Config) -> Any:
+    """The tree with `config` as that of every `QTensor` in it: how it is multiplied, not how it was quantized.
+
+    Args:
+        params: any pytree, such as `jint8.quantize_params` returned.
+        config: the new `Config`. Functions that were jitted before are traced again, because it is part of the tree.
+
+    Returns:
+        A tree of the same arrays.
+
+    Raises:
+        TypeError: `config` isn't a `Config`.
+
+    Examples:
+        >>> import jax.numpy as jnp, jint8
+        >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
+        >>> jint8.with_config(params, jint8.Config(threshold=3.0))["kernel"].config.threshold
+        3.0
+    """
+    check_config(config)
+
+    def replace(leaf):
+        return dataclasses.replace(leaf, config=config) if isinstance(leaf, QTensor) else leaf
+
+    return jax.tree.map(replace, params, is_leaf=is_qtensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of parameters, before and after quantization.
+
+    Attributes:
+        groups: from the name of a group of leaves (paths with layer numbers as `*`) to (bytes in floating point,
+            bytes).
+    """
+
+    groups: dict[str, tuple[int, int]]
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of all leaves as they were before quantization."""
+        return sum(before for before, _ in self.groups.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all leaves as they are."""
+        return sum(after for _, after in self.groups.values())
+
+    def __str__(self):
+        rows = [(name, *sizes) for name, sizes in self.groups.items()] + [("total", self.float_bytes, self.bytes)]
+        width = max(len(name) for name, *_ in rows)
+        lines = [f"{'':{width}} {'float bytes':>15} {'bytes':>15} {'ratio':>6}"]
+        for name, before, after in rows:
+            lines.append(f"{name:{width}} {before:15,} {after:15,} {after / before if before else 1:6.3f}")
+        return "\n".join(lines)
+
+
+def memory_report(params: Any) -> MemoryReport:
+    """How many bytes a tree of parameters takes, and took before quantization.
+
+    Args:
+        params: any pytree of arrays (or `jax.ShapeDtypeStruct`s) and `QTensor`s. Other leaves aren't counted.
+
+    Returns:
+        A printable `MemoryReport`: bytes per group of leaves that differ only in a layer's number, and totals.
+
+    Examples:
+        >>> import jax.numpy as jnp, jint8
+        >>> report = jint8.memory_report(jint8.quantize_params({"kernel": jnp.ones((64, 8))}))
+        >>> report.float_bytes, report.bytes
+        (2048, 544)
+    """
+    groups: dict[str, tuple[int, int]] = {}
+    for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
+        group = path_group(path)
+        if not hasattr(leaf, "dtype"):
+            continue
+        # random keys have a dtype that isn't NumPy's, with an itemsize too
+        before = math.prod(leaf.shape) * leaf.dtype.itemsize
+        after = leaf.nbytes if is_qtensor(leaf) else before
+        total = groups.get(group, (0, 0))
+        groups[group] = (total[0] + before, total[1] + after)
+    return MemoryReport(groups)
+
+
+def projection_bytes(params: Any) -> int:
+    """Bytes of the `QTensor`s in a tree; where there are none, of the weights that `quantize_params` would turn."""
+    is_projection = jax.tree.map(is_qtensor, params, is_leaf=is_qtensor)
+    if not any(jax.tree.leaves(is_projection)):
+        is_projection = jax.tree.map(is_qtensor, jax.eval_shape(quantize_params, params), is_leaf=is_qtensor)
+    nbytes = jax.tree.map(lambda leaf, counts: leaf.nbytes * counts, params, is_projection, is_leaf=is_qtensor)
+    return sum(jax.tree.leaves(nbytes))

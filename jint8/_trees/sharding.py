@@ -1,0 +1,118 @@
+"""Shardings for quantized trees, from those of the float tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
+
+from jint8._core.types import QTensor, is_qtensor, storage_axes
+from jint8._trees.paths import path_string
+
+
+def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
+    """Shardings for a quantized tree, from a tree of them for the float parameters.
+
+    `jax.device_put(params, shardings)` then distributes the tree, and products under `jax.jit` equal those on one
+    device: outlier columns and row scales are found over all devices, sums stay exact in int32.
+
+    A weight's int8 values are sharded as the float weight, wherever they store its axes. Its scales and what else it
+    has are sharded the same, but on axes that they don't have in full (the contracted ones), where they are whole.
+
+    Args:
+        params: a tree with `QTensor`s (arrays or `jax.ShapeDtypeStruct`s).
+        specs: the same tree, or a prefix of it, for the float parameters: `PartitionSpec`s (as
+            `flax.linen.get_partition_spec` gives them, and for an nnx model's state `nnx.get_partition_spec`),
+            `NamedSharding`s, or None for what isn't sharded. Paths must agree, boxes and variables needn't.
+        mesh: for specs that aren't `NamedSharding`s.
+
+    Returns:
+        A tree of `params`' structure: `NamedSharding`s, in `QTensor`s where `params` has them.
+
+    Raises:
+        TypeError: a leaf of `specs` that is something else.
+        ValueError: no mesh, a tree of another structure, more axes than the weight has, or a size that the devices
+            of its axis don't divide. The leaf is named.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jint8
+        >>> from jax.sharding import PartitionSpec
+        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> params = jint8.quantize_params({"up": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}})
+        >>> specs = {"up": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}}
+        >>> placed = jint8.shardings(params, specs, mesh=mesh)
+        >>> tuple(placed["up"]["kernel"].scale.spec)  # stored with the contracted axis last
+        ('model', None)
+        >>> params = jax.device_put(params, placed)
+    """
+
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec)
+    by_path = {_whole_path(key_path): spec for key_path, spec in leaves}
+    unused = set(by_path)
+
+    def one(key_path, leaf):
+        name, parts = path_string(key_path), _whole_path(key_path).split("/")
+        nearest_first = ("/".join(parts[:i]) for i in range(len(parts), 0, -1))
+        above = next((path for path in nearest_first if path in by_path), None)
+        if above is None:
+            raise ValueError(f"{name}: Expected a spec for it or for a tree that it is in, got none.")
+        unused.discard(above)
+        return _leaf(name, leaf, *_spec_and_mesh(name, by_path[above], mesh))
+
+    placed = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_qtensor)
+    if unused:
+        names = ", ".join(sorted(path.lstrip("/") for path in unused))
+        raise ValueError(f"Expected specs for parameters that there are, got {names}.")
+    return placed
+
+
+def _whole_path(key_path: Any) -> str:
+    """`path_string` below a root, so that it doesn't drop the collection's name."""
+    return path_string((DictKey(""), *key_path))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, PartitionSpec)
+
+
+def _spec_and_mesh(name: str, spec: Any, mesh: Mesh | None) -> tuple[PartitionSpec, Mesh]:
+    if isinstance(spec, NamedSharding):
+        return spec.spec, spec.mesh  # type: ignore[return-value]
+    if spec is None:
+        spec = PartitionSpec()
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"{name}: Expected a PartitionSpec, a NamedSharding or None, got {type(spec).__name__}.")
+    if mesh is None:
+        raise ValueError(f"{name}: Expected a mesh for a PartitionSpec, got None.")
+    return spec, mesh
+
+
+def _leaf(name: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+    shape = leaf.shape
+    if len(spec) > len(shape):
+        raise ValueError(f"{name}: Expected at most {len(shape)} axes in the spec for shape {shape}, got {spec}.")
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    for size, axis in zip(shape, axes, strict=True):
+        devices = _devices(name, axis, mesh)
+        if size % devices:
+            raise ValueError(f"{name}: Expected shape {shape} to be divided by {devices} devices, got {spec}.")
+    if not isinstance(leaf, QTensor):
+        return NamedSharding(mesh, PartitionSpec(*axes))
+    stored = [axis for _, axis in sorted(zip(storage_axes(leaf), axes, strict=True), key=lambda pair: pair[0])]
+
+    def of(part):
+        whole = zip(part.shape, leaf.q.shape, stored, strict=True)
+        return NamedSharding(mesh, PartitionSpec(*(axis if size == full else None for size, full, axis in whole)))
+
+    return jax.tree.map(of, leaf)
+
+
+def _devices(name: str, axis: Any, mesh: Mesh) -> int:
+    count = 1
+    for part in axis if isinstance(axis, tuple) else (axis,):
+        if part is not None and part not in mesh.shape:
+            raise ValueError(f"{name}: Expected axes of the mesh {tuple(mesh.shape)}, got {part!r}.")
+        count *= 1 if part is None else mesh.shape[part]
+    return count

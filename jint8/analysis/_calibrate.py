@@ -1,0 +1,218 @@
+"""Which feature dimensions are outliers: statistics over any amount of data, and the paper's criteria."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._core.types import Config, is_qtensor
+from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
+from jint8._tracing.plan import plan as find_plan
+from jint8._trees.params import dequantize_params, projections
+from jint8._trees.paths import Patterns, leaf_paths, path_group, path_string
+
+
+def calibrate(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    threshold: float = 6.0,
+    relative: bool = False,
+    layer_share: float = 0.25,
+    position_share: float = 0.06,
+    budget: float | None = None,
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> dict[str, np.ndarray]:
+    """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.quantize_params`.
+
+    By the paper's criteria: a dimension is an outlier where its magnitude reaches `threshold` in at least
+    `layer_share` of the layers and, there, in at least `position_share` of the positions. Layers are those whose paths
+    differ in a number only (or the entries of a stacked weight), and all of them get the same dimensions. With
+    `budget`, each layer chooses for itself: the dimensions with the greatest mean square, to which the error that int8
+    weights add to the result is proportional.
+
+    Runs each batch forward, under `jit`; statistics add up over batches, so that data may be of any size.
+
+    Args:
+      apply_fn: `module.apply` of a linen module, or any function that multiplies by `jint8.matmul` and its like.
+      params: a tree of float parameters, or one with `QTensor`s: then only those are looked at.
+      batches: for each call, a tuple of the arguments after the parameters, or the only one. Leave padding out.
+      threshold: magnitude from which on a value is an outlier.
+      relative: the threshold counts in mean magnitudes of the token, as in `Config`.
+      layer_share: share of layers; 0 asks for one layer at least.
+      position_share: share of positions, over the layers in which there are any.
+      budget: None, or how many columns per layer (a share of them if below 1), whatever the threshold and the shares.
+      plan: which leaves are projections, and which of their axes are stacked; None finds out by `jint8.plan`.
+      skip: patterns or a predicate of leaves that aren't looked at, besides the output head.
+      include: patterns or a predicate that win over `skip`.
+
+    Returns:
+      From path to int32 `[c]`, sorted; with `budget`, `[*stack, c]` for stacked weights. c may be 0.
+
+    Raises:
+      TypeError: `apply_fn` isn't callable.
+      ValueError: no batches, no projections, an option out of its range, or a projection that the result doesn't
+        depend on by differentiable operations (through which statistics come out).
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> from flax import linen as nn
+      >>> model, x = nn.Dense(4), jnp.ones((2, 8)).at[:, 5].set(20.0)
+      >>> params = model.init(jax.random.key(0), x)
+      >>> found = jint8.calibrate(model.apply, params, [x])
+      >>> found["kernel"].tolist()
+      [5]
+      >>> jint8.quantize_params(params, outliers=found)["params"]["kernel"].outlier_rows.shape
+      (4, 1)
+
+    References:
+      arXiv 2208.07339, section 4.1.
+    """
+    check_criteria(layer_share, position_share, budget)
+    counted = Config(threshold=threshold, relative=relative)
+    seen = statistics(apply_fn, params, batches, counted=counted, plan=plan, skip=skip, include=include)
+    return choose(seen, layer_share=layer_share, position_share=position_share, budget=budget)
+
+
+def statistics(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    counted: Config = Config(),
+    plan: Mapping[str, Sequence[int]] | None = None,
+    skip: Patterns = (),
+    include: Patterns = (),
+) -> dict[str, Seen]:
+    """What the activations of each projection look like, by path; see `calibrate`, and `Seen` for the statistics."""
+    if not callable(apply_fn):
+        raise TypeError(f"Expected apply_fn to be callable, got {type(apply_fn).__name__}.")
+    from jint8.linen import apply  # imports flax
+
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("Expected at least one batch, got none.")
+    weights = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
+    if plan is None and (not weights or any(w.ndim > 2 for w in weights)):  # of others, no axis is stacked
+        floats = jax.eval_shape(dequantize_params, params) if weights else params
+        plan = find_plan(apply_fn, floats, *arguments(first))
+    axes = {} if weights else projections(params, plan=plan, skip=skip, include=include)
+    axes = axes or {path: ((), stack) for path, stack in getattr(plan, "stacked", {}).items()}
+    return collect(apply(apply_fn), params, itertools.chain([first], batches), axes=axes, counted=counted)
+
+
+def collect(
+    run: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    axes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    counted: Config,
+) -> dict[str, Seen]:
+    """Statistics of every `QTensor` in `params`, or of the float leaves that `axes` names.
+
+    `axes` has the contracted axes of these, and the stacked ones of either.
+    """
+    leaves = leaf_paths(params, is_leaf=is_qtensor)
+    has_int8 = any(is_qtensor(leaf) for _, leaf in leaves)
+
+    def watch(path: str, leaf: Any) -> Observed:
+        contracted, stacked = axes.get(path, ((), ()))
+        return observe(leaf, [a % leaf.ndim for a in contracted], counted, stacked)
+
+    watched = {path: watch(path, leaf) for path, leaf in leaves if (is_qtensor(leaf) if has_int8 else path in axes)}
+    if not watched:
+        raise ValueError("Expected parameters with projections, got none.")
+    taps = {path: empty_tap(w) for path, w in watched.items()}
+
+    @jax.jit
+    def step(params, taps, args):
+        def result(taps):
+            def leaf(key_path, leaf):
+                path = path_string(key_path)
+                return dataclasses.replace(watch(path, leaf), tap=taps[path]) if path in taps else leaf
+
+            out = run(jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_qtensor), *args)
+            floating = [a for a in jax.tree.leaves(out) if jnp.issubdtype(jnp.result_type(a), jnp.floating)]
+            return sum((jnp.sum(a.astype(jnp.float32)) for a in floating), jnp.float32(0))
+
+        return jax.grad(result)(taps)
+
+    total: dict[str, Seen] = {}
+    for batch in batches:
+        for path, tap in step(params, taps, arguments(batch)).items():
+            seen = read_tap(watched[path], tap)
+            before = total.get(path)
+            total[path] = seen if before is None else _add(before, seen)
+    if missing := sorted(path for path, seen in total.items() if not seen.positions.any()):
+        raise ValueError(
+            "Expected a result that depends on every projection by differentiable operations, got none of "
+            f"{', '.join(missing)}: leave those out with skip=."
+        )
+    return total
+
+
+def choose(
+    seen: Mapping[str, Seen], *, layer_share: float = 0.25, position_share: float = 0.06, budget: float | None = None
+) -> dict[str, np.ndarray]:
+    """Outlier dimensions out of statistics; see `calibrate`."""
+    if budget is not None:
+        return {path: _largest(s.square_sum, budget) for path, s in seen.items()}
+    groups: dict[str, list[str]] = {}
+    for path, s in seen.items():
+        groups.setdefault(f"{path_group(path)} {s.positions.shape[-1]}", []).append(path)
+    chosen: dict[str, np.ndarray] = {}
+    for paths in groups.values():
+        share, affected = shares([seen[path] for path in paths])
+        columns = np.flatnonzero((affected >= layer_share) & (affected > 0) & (share >= position_share))
+        chosen |= {path: columns.astype(np.int32) for path in paths}
+    return {path: chosen[path] for path in seen}
+
+
+def shares(layers: Iterable[Seen]) -> tuple[np.ndarray, np.ndarray]:
+    """For each dimension, over layers: the share of positions where it is an outlier, and the share of layers.
+
+    The share of positions is over the layers that have any such position.
+    """
+    by_layer = [[np.reshape(a, (-1, a.shape[-1])) for a in (s.outliers, s.positions)] for s in layers]
+    outliers, positions = (np.concatenate(a) for a in zip(*by_layer, strict=True))
+    affected = outliers > 0
+    share = np.sum(outliers, 0) / np.maximum(np.sum(np.where(affected, positions, 0), 0), 1)
+    return share, affected.mean(0)
+
+
+def check_criteria(layer_share: float, position_share: float, budget: float | None) -> None:
+    """Raises ValueError for options of `calibrate` that are out of their range."""
+    for name, share in (("layer_share", layer_share), ("position_share", position_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"Expected {name} to be in [0, 1], got {share}.")
+    if budget is not None and not (0 <= budget < 1 or budget == int(budget) >= 1):
+        raise ValueError(f"Expected budget to be a whole number of columns, or a share below 1, got {budget}.")
+
+
+def _largest(values: np.ndarray, budget: float) -> np.ndarray:
+    """Indices of the largest along the last axis, sorted."""
+    k = values.shape[-1]
+    count = min(k, math.floor(budget * k) if budget < 1 else int(budget))
+    return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1).astype(np.int32)
+
+
+def _add(a: Seen, b: Seen) -> Seen:
+    sums = Seen(*(x + y for x, y in zip(a, b, strict=True)))
+    return sums._replace(largest=np.maximum(a.largest, b.largest))
+
+
+def arguments(batch: Any) -> tuple[Any, ...]:
+    """A batch as arguments: a tuple's elements, or the only one."""
+    return batch if isinstance(batch, tuple) else (batch,)

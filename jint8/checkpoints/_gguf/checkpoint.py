@@ -1,0 +1,180 @@
+"""GGUF checkpoints: llama.cpp's files with Hugging Face's names, shapes and row order."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._gguf.config import config_from_metadata
+from jint8.checkpoints._gguf.header import GGUFFile, RawTensor, read_header
+from jint8.checkpoints._gguf.names import ARCHITECTURES, CONFIG_TENSORS, MIXTRAL, Architecture, hf_name, stem
+from jint8.checkpoints._optional import require
+from jint8.checkpoints._tokenizer.gguf import tokenizer_from_metadata
+from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
+
+# Types that are read as they are; every other one is dequantized to float32.
+PLAIN = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
+        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    }.items()
+}  # fmt: skip
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file, or the files of a split one.
+
+    Attributes:
+        metadata: The file's own key-value pairs (of a split model, those of the first file).
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: Path):
+        parts = [read_header(file) for file in _split_files(path)]
+        self._gguf = require("gguf")
+        self.metadata = parts[0].metadata
+        arch = self.metadata.get("general.architecture")
+        if arch not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{parts[0].path}: Expected an architecture among {known}, got {arch!r}")
+        experts = arch == "llama" and self.metadata.get("llama.expert_count")
+        self._architecture: Architecture = MIXTRAL if experts else ARCHITECTURES[arch]
+        self._begin: dict[str, tuple[Path, int]] = {}
+        self._stems: dict[str, str] = {}
+        self._maps: dict[Path, np.ndarray] | None = {}
+        infos = [info for part in parts for info in self._infos(part)]
+        tensors = {info.name: info for info in infos}
+        if len(tensors) != len(infos):
+            twice = next(i.name for i in infos if tensors[i.name] is not i)
+            raise ValueError(f"{path}: Expected every tensor once, got {twice!r} twice")
+        names = {stem: f"{self._architecture.names[stem]}.weight" for stem in ("token_embd", "output_norm", "output")}
+        for name in (names["token_embd"], names["output_norm"]):
+            if name not in tensors:
+                raise ValueError(f"{path}: Expected a tensor {name!r}, got none")
+        rope = {name: self._read_rows(t, 0, t.shape[0]) for name in CONFIG_TENSORS if (t := tensors.pop(name, None))}
+        config = config_from_metadata(
+            self.metadata,
+            self._architecture,
+            path=parts[0].path,
+            vocab_size=tensors[names["token_embd"]].shape[0],
+            tied=names["output"] not in tensors,
+            attention_bias=any(name.endswith(("q_proj.bias", "query_key_value.bias")) for name in tensors),
+            mlp_bias=any(name.endswith("up_proj.bias") for name in tensors),
+            rope_tensors=rope,
+        )
+        super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
+        for info in self.tensors.values():
+            self._row_order(info)  # checks that the rows are whole heads
+
+    def _infos(self, part: GGUFFile) -> list[TensorInfo]:
+        size = part.path.stat().st_size
+        infos = []
+        for raw in part.tensors:
+            where = f"{part.path}: tensor {raw.name!r}"
+            name = raw.name if raw.name in CONFIG_TENSORS else hf_name(raw.name, self._architecture)
+            if name is None:
+                arch = self.metadata["general.architecture"]
+                raise ValueError(f"{where}: Expected a tensor of the architecture {arch}, got an unknown name")
+            dtype, nbytes = self._type(raw, where)
+            if raw.begin + nbytes > size:
+                raise ValueError(f"{where}: Expected at least {raw.begin + nbytes} bytes, got {size} (truncated file)")
+            shape, count, kind = raw.shape, 1, stem(raw.name)
+            if kind in self._architecture.experts:
+                if len(shape) != 3 or not shape[0]:
+                    raise ValueError(f"{where}: Expected experts of shape (e, n, k), got {shape}")
+                count, shape = shape[0], shape[1:]
+            elif kind in self._architecture.transposed and len(shape) == 2:
+                shape = shape[::-1]
+            for e in range(count):
+                one, each = name.replace("{e}", str(e)), nbytes // count
+                infos.append(TensorInfo(name=one, shape=shape, dtype=dtype, file=part.path, nbytes=each))
+                self._begin[one] = (part.path, raw.begin + e * each)
+                self._stems[one] = kind
+        return infos
+
+    def _type(self, raw: RawTensor, where: str) -> tuple[str, int]:
+        """The name of a tensor's type, and its bytes."""
+        try:
+            kind = self._gguf.GGMLQuantizationType(raw.type)
+            block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
+            if kind.name not in PLAIN:
+                self._gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except (ValueError, KeyError, NotImplementedError) as e:
+            raise ValueError(f"{where}: Expected a type that the gguf package can dequantize, got {e}") from e
+        if block > 1 and (len(raw.shape) < 2 or raw.shape[-1] % block):
+            raise ValueError(
+                f"{where}: Expected rows of a multiple of {block} values for {kind.name}, got shape {raw.shape}"
+            )
+        return kind.name, math.prod(raw.shape) // block * block_bytes
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        if self._maps is None:
+            raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
+        if self._stems[info.name] in self._architecture.transposed and len(info.shape) == 2:
+            rows = info.shape[1]
+            stored = dataclasses.replace(info, shape=info.shape[::-1])
+            return self._stored_rows(stored, 0, rows).T[start:stop]
+        return self._stored_rows(info, start, stop)
+
+    def _stored_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """Rows in the file's orientation, in Hugging Face's order."""
+        assert self._maps is not None
+        file, begin = self._begin[info.name]
+        if file not in self._maps:
+            self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+        n_rows = info.shape[0] if info.shape else 1
+        raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, info.nbytes // max(n_rows, 1))
+        raw = raw[start:stop] if (order := self._row_order(info)) is None else raw[order[start:stop]]
+        shape = (stop - start, *info.shape[1:])
+        if info.dtype in PLAIN:
+            values = raw.reshape(-1).view(PLAIN[info.dtype]).reshape(shape)
+        else:
+            kind = self._gguf.GGMLQuantizationType[info.dtype]
+            with np.errstate(all="ignore"):  # a damaged scale gives NaN, which quantization reports by name
+                values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
+        if self._architecture.unit_norms and info.name.endswith("norm.weight"):
+            values = values - np.ones((), values.dtype)
+        return values
+
+    def _row_order(self, info: TensorInfo) -> np.ndarray | None:
+        """Which stored row is each of Hugging Face's, or None where the order is the same."""
+        kind = self._stems[info.name]
+        if self._architecture.rotary_pairs and kind in ("attn_q", "attn_k"):
+            heads = self.config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+            parts = 2 * heads
+        elif kind == self._architecture.interleaved:
+            heads = self.config[self._architecture.keys.get("num_attention_heads", "num_attention_heads")]
+            parts = 3 * heads
+        else:
+            return None
+        if not info.shape or info.shape[0] % parts:
+            raise ValueError(
+                f"{info.file}: tensor {info.name!r}: Expected rows for {heads} heads, got shape {info.shape}"
+            )
+        if kind == self._architecture.interleaved:
+            return np.arange(info.shape[0]).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
+        return np.arange(info.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def tokenizer(self) -> Tokenizer | None:
+        return tokenizer_from_metadata(self.metadata, path=self.path)
+
+    def close(self) -> None:
+        self._maps = None
+
+
+def _split_files(path: Path) -> list[Path]:
+    """The files of a split model, of which `path` is one; or `path` alone."""
+    part = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if part is None:
+        return [path]
+    files = [path.with_name(f"{part[1]}-{i:05d}-of-{part[2]}.gguf") for i in range(1, int(part[2]) + 1)]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: Expected this file, which {path.name} implies, got none")
+    return files

@@ -1,0 +1,1 @@
+"""Tokenizers: out of Hugging Face and GGUF files, streams of text, chat templates."""

@@ -1,0 +1,171 @@
+"""The tokenizer that a GGUF file has in its metadata."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jint8.checkpoints._optional import require
+from jint8.checkpoints._tokenizer.pretokenizers import PRE_TOKENIZERS, build_pre_tokenizer
+from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
+
+# llama.cpp's token types.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+SPACE = "\u2581"
+# Files name one end-of-text token, chat models end a turn with another; llama.cpp knows these by their text.
+END_OF_TURN = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>",
+)  # fmt: skip
+
+
+def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer | None:
+    """Build the tokenizer.
+
+    Args:
+        metadata: The file's metadata.
+        path: The file, for messages.
+
+    Returns:
+        The tokenizer, or None where the file has none.
+
+    Raises:
+        ValueError: If its kind or its pre-tokenizer isn't known, or a part is missing.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model in (None, "none", "no_vocab"):
+        return None
+    if model not in _BUILDERS:
+        raise ValueError(f"{path}: Expected a tokenizer.ggml.model among {', '.join(_BUILDERS)}, got {model!r}")
+    tokens = _required(metadata, "tokens", path)
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ValueError(
+            f"{path}: Expected distinct tokens with a type each, got {len(tokens)} tokens, {len(set(tokens))} of them "
+            f"distinct, and {len(types)} types"
+        )
+    backend, add_bos = _BUILDERS[model](metadata, tokens, types, path)
+    _add_special(backend, tokens, types)
+
+    def token_id(name: str) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and not 0 <= value < len(tokens):
+            raise ValueError(f"{path}: Expected a {name}_token_id below {len(tokens)}, got {value}")
+        return value
+
+    bos, eos = token_id("bos"), token_id("eos")
+    _add_ends(
+        backend,
+        tokens,
+        bos if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None,
+        eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None,
+    )
+    turns = [
+        i for t in END_OF_TURN if (i := backend.token_to_id(t)) is not None and types[i] in (CONTROL, USER_DEFINED)
+    ]
+    ends = [i for i in (eos, token_id("eot"), token_id("eom"), *turns) if i is not None]
+    template = metadata.get("tokenizer.chat_template")
+    return Tokenizer(backend, bos_id=bos, eos_ids=ends, pad_id=token_id("padding"), chat_template=template)
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: Path) -> Any:
+    """GPT-2's kind: bytes written as characters, merges by rank."""
+    tokenizers, models, decoders = require("tokenizers"), require("tokenizers.models"), require("tokenizers.decoders")
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(f"{path}: Expected a tokenizer.ggml.pre among {', '.join(PRE_TOKENIZERS)}, got {name!r}")
+    kind = PRE_TOKENIZERS[name]
+    vocab = {t: i for i, t in enumerate(tokens)}
+    merges = [tuple(m.split(" ", 1)) for m in _required(metadata, "merges", path)]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise ValueError(f"{path}: Expected merges of two tokens into a third, got {' '.join(merge)!r}")
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=kind.ignore_merges))
+    if kind.nfc:
+        backend.normalizer = require("tokenizers.normalizers").NFC()
+    backend.pre_tokenizer = build_pre_tokenizer(kind)
+    backend.decoder = decoders.ByteLevel()
+    return backend, kind.add_bos
+
+
+def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: Path) -> Any:
+    """SentencePiece's BPE: pieces with scores, spaces written as U+2581, unknown characters as bytes."""
+    tokenizers, models = require("tokenizers"), require("tokenizers.models")
+    normalizers, decoders = require("tokenizers.normalizers"), require("tokenizers.decoders")
+    scores = _required(metadata, "scores", path)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if len(scores) != len(tokens) or unknown >= len(tokens):
+        raise ValueError(
+            f"{path}: Expected a score for each of {len(tokens)} tokens and an unknown token among them, got "
+            f"{len(scores)} scores and {unknown}"
+        )
+    pieces = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind not in (UNKNOWN, CONTROL, BYTE)}
+    vocab = {t: i for i, t in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab, merges_from_scores(pieces, vocab), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
+        )
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * prefix
+    )
+    return backend, True
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentence_piece}
+
+
+def merges_from_scores(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Turn SentencePiece's scores into BPE merges.
+
+    SentencePiece joins the neighbours whose union is the piece of the highest score; as merges, every way to cut a
+    piece into two, in the order of the pieces' scores (then of the parts' ids, as transformers has it).
+
+    Args:
+        scores: The pieces that may come out of a merge, with their scores.
+        vocab: The pieces' ids.
+
+    Returns:
+        The merges, the first to be done first.
+
+    Examples:
+        >>> from jint8.checkpoints._tokenizer.gguf import merges_from_scores
+        >>> scores = {"a": -3.0, "b": -4.0, "ab": -1.0, "aba": -2.0}
+        >>> merges_from_scores(scores, {t: i for i, t in enumerate(scores)})
+        [('a', 'b'), ('ab', 'a')]
+    """
+    merges = [
+        (-score, vocab[left], vocab[right], left, right)
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
+    ]
+    return [merge[3:] for merge in sorted(merges)]
+
+
+def _add_special(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Let tokens that no merge makes be found in the text."""
+    added = require("tokenizers").AddedToken
+
+    def of(kinds: tuple[int, ...], special: bool) -> list[Any]:
+        return [added(t, normalized=False, special=special) for t, k in zip(tokens, types, strict=True) if k in kinds]
+
+    backend.add_special_tokens(of((CONTROL, UNKNOWN), True))
+    backend.add_tokens(of((USER_DEFINED,), False))
+
+
+def _add_ends(backend: Any, tokens: Sequence[str], bos: int | None, eos: int | None) -> None:
+    """Have BOS and EOS, where given, put around every text."""
+    first, last = ([] if i is None else [(tokens[i], i)] for i in (bos, eos))
+    if first or last:
+        template = [*(token for token, _ in first), "$A", *(token for token, _ in last)]
+        backend.post_processor = require("tokenizers.processors").TemplateProcessing(
+            single=template, special_tokens=first + last
+        )
+
+
+def _required(metadata: Mapping[str, Any], name: str, path: Path) -> Any:
+    key = f"tokenizer.ggml.{name}"
+    if key not in metadata:
+        raise ValueError(f"{path}: Expected the metadata {key}, got none")
+    return metadata[key]

@@ -1,0 +1,116 @@
+"""Text to tokens and back."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jint8.checkpoints._tokenizer.chat import render_chat
+from jint8.checkpoints._tokenizer.stream import TextStream
+
+
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template.
+
+    Attributes:
+        backend: The `tokenizers.Tokenizer` that does the work.
+        bos_id: Token that begins a text, or None.
+        eos_ids: Tokens that end a generated text.
+        pad_id: Token that fills up, or None.
+        chat_template: Jinja source, or None.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        pad_id: int | None = None,
+        chat_template: str | None = None,
+    ):
+        # A tokenizer.json may have been saved with truncation and padding on; neither belongs into a text's tokens.
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.bos_id = bos_id
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.pad_id = pad_id
+        self.chat_template = chat_template
+        self._special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, with the added ones."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into tokens.
+
+        Args:
+            text: The text; special tokens written in it (`<|im_start|>`) become those tokens.
+            add_special_tokens: Whether to add what the tokenizer adds to a text, such as BOS. False for a rendered chat
+                template, which has its own.
+
+        Returns:
+            The tokens' ids.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Turn tokens into text.
+
+        Args:
+            ids: The tokens' ids.
+            skip_special_tokens: Whether to leave out special tokens.
+
+        Returns:
+            The text.
+        """
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+        """Start an incremental decoder.
+
+        Args:
+            skip_special_tokens: Whether to leave out special tokens.
+
+        Returns:
+            A stream whose `push(token)` gives the text that is complete, and whose `flush()` the rest at the end.
+        """
+
+        def decode(ids: Sequence[int]) -> str:
+            return self.decode(ids, skip_special_tokens=skip_special_tokens)
+
+        return TextStream(decode, skip=self._special if skip_special_tokens else frozenset())
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Render a conversation as the prompt that the model was trained on.
+
+        Args:
+            messages: Such as `[{"role": "user", "content": "Hi"}]`.
+            add_generation_prompt: Whether to end with the start of the assistant's answer.
+            **variables: More variables for the template, such as `tools` or `enable_thinking`.
+
+        Returns:
+            The prompt; encode it with `add_special_tokens=False`.
+
+        Raises:
+            ValueError: If there is no template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("Expected a tokenizer with a chat template, got one without")
+        tokens = {
+            "bos_token": self._token(self.bos_id),
+            "eos_token": self._token(next(iter(self.eos_ids), None)),
+            "pad_token": self._token(self.pad_id),
+        }
+        return render_chat(
+            self.chat_template, messages, **{"add_generation_prompt": add_generation_prompt, **tokens, **variables}
+        )
+
+    def _token(self, i: int | None) -> str:
+        return "" if i is None else self.backend.id_to_token(i) or ""
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_ids={self.eos_ids})"

@@ -1,0 +1,196 @@
+"""`Config` and `QTensor` as values and as pytrees."""
+
+import copy
+import dataclasses
+import itertools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jint8
+from jint8._core.quantize import contract_last
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+AFFINE = jint8.Config(scheme="llm.int8-zp")
+
+
+def test_config_defaults_are_the_paper():
+    assert jint8.Config() == jint8.Config(scheme="llm.int8", threshold=6, outliers="batch")
+
+
+def test_config_is_frozen_hashable_and_keyword_only():
+    config = jint8.Config(threshold=np.float32(6))
+    assert (config, hash(config)) == (jint8.Config(), hash(jint8.Config()))
+    assert len({config, jint8.Config(), jint8.Config(threshold=5), jint8.Config(outliers="token"), AFFINE}) == 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.threshold = 3
+    with pytest.raises(TypeError):
+        jint8.Config("llm.int8")
+    assert pickle.loads(pickle.dumps(AFFINE)) == AFFINE
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"threshold": -1}, ValueError, "Expected threshold to be finite and at least 0, got -1"),
+        ({"threshold": float("nan")}, ValueError, "got nan"),
+        ({"threshold": float("inf")}, ValueError, "got inf"),
+        ({"threshold": "6"}, TypeError, "Expected threshold to be a real number, got '6'"),
+        ({"threshold": True}, TypeError, "got True"),
+        ({"scheme": "int4"}, ValueError, "Expected scheme to be one of none, absmax.* got 'int4'"),
+        ({"outliers": "row"}, ValueError, "Expected outliers to be one of batch, token, static, got 'row'"),
+    ],
+)
+def test_config_errors(fields, error, message):
+    with pytest.raises(error, match=message):
+        jint8.Config(**fields)
+
+
+@pytest.mark.parametrize("scheme", [s for s in jint8.SCHEMES if s != "none"])
+def test_leaves_start_with_q_and_share_its_rank(scheme):
+    w = jint8.quantize(normal(4, 5, 6), contract_axes=(0, 1), config=jint8.Config(scheme=scheme))
+    leaves = jax.tree.leaves(w)
+    assert leaves[0] is w.q
+    assert {leaf.ndim for leaf in leaves} == {3}
+    assert len(leaves) == 2 + jint8.SCHEMES[scheme].affine
+    assert w.nbytes == sum(leaf.nbytes for leaf in leaves)
+    assert (w.shape, w.ndim, w.size, w.config.scheme) == ((4, 5, 6), 3, 120, scheme)
+
+
+def test_key_paths_name_the_leaves():
+    tree = {"dense": jint8.quantize(normal(4, 5), config=AFFINE)}
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    assert names == ["['dense'].q", "['dense'].scale", "['dense'].zero"]
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [None, "name", object(), 3.5, jax.ShapeDtypeStruct((2,), jnp.int8), jax.sharding.PartitionSpec("x"), (1, 2)],
+    ids=lambda leaf: type(leaf).__name__,
+)
+def test_any_leaf_may_be_put_in(leaf):
+    w = jint8.quantize(normal(4, 5), config=AFFINE)
+    odd = jax.tree.map(lambda _: leaf, w)
+    assert odd.q is leaf
+    assert "QTensor" in repr(odd)
+    assert jax.tree.unflatten(jax.tree.structure(w), [leaf] * 3).config == AFFINE
+
+
+def test_map_keeps_the_static_fields():
+    w = contract_last(jint8.quantize(normal(4, 5), config=AFFINE), (0,))
+    doubled = jax.tree.map(lambda a: 2 * a, w)
+    assert (doubled.config, doubled.order, doubled.dtype) == (w.config, w.order, w.dtype)
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_clones_are_equal(clone):
+    w = contract_last(jint8.quantize(normal(3, 4, 5), contract_axes=(1,), config=AFFINE), (1,), (0,))
+    other = clone(w)
+    assert jax.tree.structure(other) == jax.tree.structure(w)
+    assert all(map(np.array_equal, jax.tree.leaves(other), jax.tree.leaves(w)))
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        jint8.quantize(normal(2, 2)).q = None
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "stack"),
+    [
+        ((4, 5), (0,), ()),
+        ((4, 5), (1,), ()),
+        ((4, 5, 6), (0, 1), ()),
+        ((4, 5, 6), (0, 2), ()),
+        ((4, 5, 6), (1,), ()),
+        ((3, 4, 5), (1,), (0,)),
+        ((4, 3, 5), (0,), (1,)),
+        ((3, 2, 4, 5), (2,), (0, 1)),
+        ((4, 3, 5, 6), (0, 2), (1,)),
+        ((1, 1, 1), (0,), (1,)),
+    ],
+    ids=str,
+)
+def test_contract_last_keeps_what_it_stands_for(shape, axes, stack):
+    w = jint8.quantize(normal(*shape), contract_axes=axes, stack_axes=stack, config=AFFINE)
+    moved = contract_last(w, axes, stack)
+    own = [size for a, size in enumerate(shape) if a not in axes and a not in stack]
+    contracted = [shape[a] for a in axes]
+    assert [s for a, s in enumerate(moved.q.shape) if a not in stack] == own + contracted
+    assert (moved.shape, moved.nbytes, moved.dtype) == (shape, w.nbytes, w.dtype)
+    np.testing.assert_array_equal(moved.dequantize(), w.dequantize())
+
+
+@pytest.mark.parametrize("layer_axis", [0, 1])
+def test_a_layer_that_is_sliced_out_has_its_own_shape(layer_axis):
+    shape = [4, 5]
+    shape.insert(layer_axis, 3)
+    axes = (1 - layer_axis,)  # the axis of size 4
+    w = jint8.quantize(normal(*shape), contract_axes=axes, stack_axes=(layer_axis,))
+    w = contract_last(w, axes, (layer_axis,))
+    expected = np.moveaxis(np.asarray(w.dequantize()), layer_axis, 0)
+
+    def of_a_layer(layer):
+        assert (layer.shape, layer.q.shape) == ((4, 5), (5, 4))
+        return layer.dequantize()
+
+    np.testing.assert_array_equal(jax.vmap(of_a_layer, in_axes=layer_axis)(w), expected)
+    np.testing.assert_array_equal(of_a_layer(jax.tree.map(lambda a: jnp.take(a, 1, layer_axis), w)), expected[1])
+    if layer_axis == 0:
+        np.testing.assert_array_equal(jax.lax.map(of_a_layer, w), expected)
+
+
+# with stack (0, 2) nothing tells which of the two was taken: the first is
+TWO_OF_FOUR = [
+    pytest.param(stack, sliced, id=f"{stack} without {stack[sliced]}")
+    for stack in itertools.combinations(range(4), 2)
+    for sliced in (0, 1)
+    if (stack, sliced) != ((0, 2), 1)
+]
+
+
+@pytest.mark.parametrize(("stack", "sliced"), TWO_OF_FOUR)
+def test_one_of_two_stack_axes_that_is_sliced_away(stack, sliced):
+    """Wherever the two lie, contracted axis 4 and channels 5 of one scanned or vmapped weight are told apart."""
+    shape, own = [0] * 4, [axis for axis in range(4) if axis not in stack]
+    for axis, size in zip((*stack, *own), (3, 2, 4, 5), strict=True):
+        shape[axis] = size
+    w = contract_last(jint8.quantize(normal(*shape), contract_axes=own[0], stack_axes=stack), own[:1], stack)
+    assert w.shape == tuple(shape)
+    whole = np.asarray(w.dequantize())
+    once = jax.tree.map(lambda leaf: jnp.take(leaf, 1, stack[sliced]), w)
+    np.testing.assert_array_equal(once.dequantize(), np.take(whole, 1, stack[sliced]))
+    rest = stack[1 - sliced] - (sliced == 0)
+    twice = jax.tree.map(lambda leaf: jnp.take(leaf, 1, rest), once)
+    np.testing.assert_array_equal(twice.dequantize(), np.take(np.take(whole, 1, stack[sliced]), 1, rest))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["contracted last", "order kept"])
+def test_transposed(last):
+    w = jint8.quantize(normal(3, 4, 5), contract_axes=(1,), config=AFFINE)
+    w = contract_last(w, (1,), (0,)) if last else w
+    assert w.T.shape == (5, 4, 3)
+    assert w.T.q is w.q
+    np.testing.assert_array_equal(w.T.dequantize(), np.asarray(w.dequantize()).T)
+    x = normal(6, 4)
+    got, want = (jint8.einsum("bk,nkl->bnl", x, v) for v in (w.T, jint8.quantize(w.dequantize().T, contract_axes=(1,))))
+    np.testing.assert_allclose(got, want, atol=0.05)
+
+
+def test_leading_axes_need_not_be_named_as_stacked():
+    w = contract_last(jint8.quantize(normal(3, 4, 5), contract_axes=(1,)), (1,))
+    assert jax.tree.map(lambda leaf: leaf[0], w).shape == (4, 5)
+
+
+def test_layers_that_are_stacked_keep_their_order():
+    layers = [contract_last(jint8.quantize(normal(4, 5) + i), (0,)) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    assert stacked.shape == (3, 4, 5)
+    np.testing.assert_array_equal(stacked.dequantize()[2], layers[2].dequantize())

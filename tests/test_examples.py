@@ -1,0 +1,29 @@
+"""The examples run, and show what they are for."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+
+
+@pytest.mark.parametrize("name", ["wrap_linen", "wrap_nnx", "scanned", "own_layer"])
+def test_error_is_small(name, capsys):
+    assert run(name) < 0.02
+    assert "relative error" in capsys.readouterr().out
+
+
+def test_lora_loss_falls():
+    losses = run("lora")
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_every_example_is_run():
+    tested = {"wrap_linen", "wrap_nnx", "scanned", "own_layer", "lora"}
+    tested |= {"launch", "many_processes"}  # by tests/inference/test_processes.py
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
