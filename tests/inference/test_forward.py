@@ -7,7 +7,8 @@ import pytest
 from family_files import DIRECTORY
 
 import jint8
-from jint8.models import _forward, context, make_cache
+from jint8._inference import forward as _forward
+from jint8.models import context, make_cache
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 11)).astype(np.int32)
 FIRST = jnp.array([0, 4])  # the second row begins with padding
