@@ -5,11 +5,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jint8._core import static_fields as _static  # noqa: F401 (registers QTensor with jax.export)
-from jint8._core.quantize import dequantize as dequantize
+from jint8._core.config import SCHEMES as SCHEMES
+from jint8._core.config import Config as Config
+from jint8._core.qtensor import QTensor as QTensor
+from jint8._core.qtensor import dequantize as dequantize
 from jint8._core.quantize import quantize as quantize
-from jint8._core.types import SCHEMES as SCHEMES
-from jint8._core.types import Config as Config
-from jint8._core.types import QTensor as QTensor
 from jint8._ops.activations import find_outliers as find_outliers
 from jint8._ops.dot_general import dot_general as dot_general
 from jint8._ops.dot_general import einsum as einsum
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Pickles hold the names of modules: these are the ones that 0.1.0 wrote.
-sys.modules["jint8._types"] = sys.modules["jint8._core.types"]
+sys.modules["jint8._types"] = sys.modules["jint8._core.qtensor"]
 sys.modules["jint8._plan"] = sys.modules["jint8._tracing.plan"]
 sys.modules["jint8._params"] = sys.modules["jint8._trees.params"]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jint8._core.types import SCHEMES, QTensor, is_qtensor
+from jint8._core.config import SCHEMES
+from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.paths import leaf_paths
 from jint8.checkpoints import Checkpoint
 from jint8.models import ModelConfig

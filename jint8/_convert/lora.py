@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings, place
 from jint8._convert.quantize_rows import cast
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._trees.paths import leaf_paths
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._safetensors import read_arrays

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jint8._core.quantize import SMALLEST_NORMAL
+from jint8._core.rounding import SMALLEST_NORMAL
 
 BLOCK = 1 << 20  # values in float32 at a time: fewer cost time in Python, more leave the cache
 

@@ -19,9 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jint8._convert import bitsandbytes as bitsandbytes
 from jint8._convert.assemble import Assembly, decoder_shardings, place
 from jint8._convert.quantize_rows import cast, check_finite, quantized_rows
+from jint8._core.config import SCHEMES, Config
 from jint8._core.outlier_rows import check_outliers
+from jint8._core.qtensor import QTensor
 from jint8._core.quantize import quantize as quantize_weight
-from jint8._core.types import SCHEMES, SMALLEST_NORMAL, Config, QTensor
+from jint8._core.rounding import SMALLEST_NORMAL
 from jint8._trees.params import OUTPUT_HEADS, standard_axes
 from jint8._trees.paths import Patterns, leaf_paths, matches, nested
 from jint8.checkpoints import Checkpoint

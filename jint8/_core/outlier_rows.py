@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.types import SCHEMES, SMALLEST_NORMAL, Config, QTensor, column_axis, contracted_axes
+from jint8._core.axes import column_axis
+from jint8._core.config import SCHEMES, Config
+from jint8._core.rounding import SMALLEST_NORMAL
 
 
 def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -> tuple[Config, Any]:
@@ -76,16 +78,14 @@ def _flatten(array: jax.Array, contract_axes: Sequence[int]) -> jax.Array:
     return moved.reshape(*(array.shape[a] for a in own), math.prod(array.shape[a] for a in contract_axes))
 
 
-@jax.jit
-def put_rows(values: jax.Array, w: QTensor) -> jax.Array:
-    """`values`, as stored, with the calibrated outlier columns out of their 16-bit rows."""
-    assert w.outlier_rows is not None
-    assert w.outlier_index is not None
-    axes = contracted_axes(w)
+@functools.partial(jax.jit, static_argnames=("contract_axes",))
+def put_rows(values, scale, outlier_rows, outlier_index, *, contract_axes: tuple[int, ...]) -> jax.Array:
+    """A weight's `values`, with the calibrated outlier columns out of their 16-bit rows. All arrays are as stored."""
+    axes = contract_axes
     own = [a for a in range(values.ndim) if a not in axes]
     flat = _flatten(values, axes)
-    rows = _flatten(w.outlier_rows, axes).astype(jnp.float32) * _flatten(w.scale, axes)
-    index = jnp.broadcast_to(_flatten(w.outlier_index, axes), rows.shape)
+    rows = _flatten(outlier_rows, axes).astype(jnp.float32) * _flatten(scale, axes)
+    index = jnp.broadcast_to(_flatten(outlier_index, axes), rows.shape)
     flat = jnp.put_along_axis(flat, index, rows, axis=-1, inplace=False, mode="drop")
     moved = flat.reshape(*flat.shape[:-1], *(values.shape[a] for a in axes))
     return jnp.transpose(moved, [[*own, *axes].index(a) for a in range(values.ndim)])

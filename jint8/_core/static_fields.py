@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import export
 
-from jint8._core.types import STATIC_FIELDS, Config, QTensor
+from jint8._core.config import Config
+from jint8._core.qtensor import STATIC_FIELDS, QTensor
 
 
 def static_to_text(fields: dict[str, Any]) -> str:

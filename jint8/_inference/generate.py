@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jint8._core.quantize import on_one_cpu
-from jint8._core.types import SCHEMES, is_qtensor
+from jint8._core.config import SCHEMES
+from jint8._core.platform import on_one_cpu
+from jint8._core.qtensor import is_qtensor
 from jint8._inference.forward import forward
 from jint8.models._attention import Context, LayerCache, context, make_cache
 from jint8.models._decoder import Decoder

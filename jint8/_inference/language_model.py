@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jint8._core.types import Config
+from jint8._core.config import Config
 from jint8._inference.forward import forward
 from jint8._inference.generate import Knobs, Sampling, decode, is_long, start
 from jint8._trees.params import with_config

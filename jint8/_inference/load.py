@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from jint8._convert.lora import saved_factors, with_adapter
 from jint8._convert.read import Progress, abstract_params, read_params, settings
-from jint8._core.types import Config
+from jint8._core.config import Config
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.save import read_saved, saved_config, saved_dtype
 from jint8._inference.text_encoder import TextEncoder

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings, place
 from jint8._convert.bitsandbytes import to_tensors
-from jint8._core.types import SCHEMES, Config, QTensor, is_qtensor
+from jint8._core.config import SCHEMES, Config
+from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
 from jint8._trees.params import with_config

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.types import Config
+from jint8._core.config import Config
 from jint8._inference.generate import bucket
 from jint8._trees.params import with_config
 from jint8.checkpoints import Tokenizer

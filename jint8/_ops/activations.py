@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.quantize import absmax, affine, divide_by, round_to_int8, symmetric
-from jint8._core.types import SCHEMES, SMALLEST_NORMAL, Config
+from jint8._core.config import SCHEMES, Config
+from jint8._core.rounding import SMALLEST_NORMAL, absmax, affine, divide_by, round_to_int8, symmetric
 
 # A value is written in digits of this base, each in [-127, 127].
 DIGIT_BASE = 255

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._core.types import Config, is_qtensor, storage_axes
+from jint8._core.config import Config
+from jint8._core.qtensor import is_qtensor, storage_axes
 from jint8._ops import xla as _xla
 from jint8._ops.matmul import check_activations, product_2d
 from jint8._ops.observe import Observed, watch

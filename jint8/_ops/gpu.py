@@ -17,18 +17,13 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jint8._core.types import SCHEMES, Config
+from jint8._core.config import SCHEMES, Config
+from jint8._core.platform import gpu_available
 from jint8._ops import xla as _xla
 from jint8._ops.activations import LARGEST_FLOAT
 from jint8._ops.xla import MAX_K, Weight
 
 BACKENDS = ("triton", "mosaic")
-
-
-def gpu_in_sight() -> bool:
-    """Whether what is traced now may run on a GPU: it is the default backend, or `jint8.export` names one."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() == "gpu" or (abstract is not None and abstract.platform == "gpu")
 
 
 def unsupported(m: int, w: Weight, config: Config, *, k_last: bool) -> str | None:
@@ -63,7 +58,7 @@ def product(call: Call, x: jax.Array, w: Weight, bias: jax.Array | None) -> jax.
     In programs for other platforms it is XLA's. With no GPU in sight, a kernel asked for by name runs in Pallas's
     interpret mode: slow, for tests.
     """
-    if not gpu_in_sight():
+    if not gpu_available():
         return _off_gpu(call, x, w, bias) if call.backend is None else _on_gpu(call, x, w, bias, interpret=True)
     leaves, tree = jax.tree.flatten((x, w, bias))
     return _product_p.bind(*leaves, call=call, tree=tree, mapped=())

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jint8._core.config import SCHEMES, Config
+from jint8._core.qtensor import QTensor, storage_axes
 from jint8._core.quantize import quantize
-from jint8._core.types import SCHEMES, Config, QTensor, storage_axes
 from jint8._ops.dot_general import _parse, contract, dot_general
 from jint8._ops.matmul import check_activations
 

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jint8._core.types import SCHEMES, Config, QTensor, check_config, contracted_axes, is_qtensor
+from jint8._core.config import SCHEMES, Config, check_config
+from jint8._core.platform import gpu_available
+from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor
 from jint8._ops import gpu as _kernels
 from jint8._ops import xla as _xla
 from jint8._ops.observe import Observed, watch
@@ -155,7 +157,7 @@ def choose(m: int, w: _xla.Weight, config: Config, implementation: str | None, *
     if implementation not in (None, "xla"):
         return implementation
     # a transpose of the weights at each call costs more than the kernels gain
-    if implementation is None and not reason and k_last and _kernels.gpu_in_sight():
+    if implementation is None and not reason and k_last and gpu_available():
         return KERNELS_ON_GPU
     return _xla.choose(m, k, config, k_last=k_last)
 

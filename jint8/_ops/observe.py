@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.types import ARRAY_FIELDS, STATIC_FIELDS, Config, QTensor, column_axis, contracted_axes, storage_axes
+from jint8._core.axes import column_axis
+from jint8._core.config import Config
+from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, contracted_axes, storage_axes
 from jint8._ops.activations import limits, outlier_elements
 
 

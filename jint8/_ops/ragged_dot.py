@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._core.quantize import dequantize
-from jint8._core.types import SCHEMES, Config, QTensor, is_qtensor, storage_axes
+from jint8._core.config import SCHEMES, Config
+from jint8._core.qtensor import QTensor, dequantize, is_qtensor, storage_axes
 from jint8._ops import xla as _xla
 from jint8._ops.activations import OUTLIER_DIGITS, split_with_digits
 from jint8._ops.matmul import check_activations, divided_by_xla

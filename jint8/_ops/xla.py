@@ -25,8 +25,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
-from jint8._core.quantize import absmax, on_one_cpu
-from jint8._core.types import SCHEMES, Config
+from jint8._core.config import SCHEMES, Config
+from jint8._core.platform import on_one_cpu, varying_as
+from jint8._core.rounding import absmax
 from jint8._ops.activations import (
     BLOCK,
     DIGIT_BASE,
@@ -401,13 +402,6 @@ def _join_wide(parts, step, wide: int):
     """float32 sums of outliers, of their wide digits' sums."""
     high, low = zip(*(jnp.split(part.astype(jnp.float32), 2) for part in parts), strict=True)
     return tuple((h * (2 * wide + 1) + lo) * step for h, lo in zip(high, low, strict=True))
-
-
-def varying_as(value: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """`value`, which under `jax.shard_map` counts as varying over the devices that any of `arrays` varies over."""
-    varying, *others = (jax.typeof(x).manual_axis_type.varying for x in (value, *arrays))
-    axes = set().union(*others) - varying
-    return lax.pcast(value, tuple(sorted(axes)), to="varying") if axes else value
 
 
 def int8_dot(x: jax.Array, q: jax.Array, k_last: bool) -> jax.Array:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._core.types import QTensor, _order, column_axis, contracted_axes, ordered, permuted, storage_axes
+from jint8._core.axes import column_axis
+from jint8._core.qtensor import QTensor, axis_order, contracted_axes, ordered, permuted, storage_axes
 from jint8._tracing.views import View
 
 __all__ = ["dynamic_sliced", "expanded", "looked_up", "ordered", "permuted", "reshaped", "sliced", "squeezed"]
@@ -23,16 +24,16 @@ __all__ = ["dynamic_sliced", "expanded", "looked_up", "ordered", "permuted", "re
 def squeezed(w: QTensor, axes: Sequence[int]) -> QTensor:
     """`squeeze(w, axes)`."""
     kept = [axis for axis in range(w.ndim) if axis not in axes]
-    gone = tuple(stored for stored, axis in enumerate(_order(w)) if axis in axes)
+    gone = tuple(stored for stored, axis in enumerate(axis_order(w)) if axis in axes)
     squeeze = jax.tree.map(lambda leaf: lax.squeeze(leaf, gone), w)
-    return dataclasses.replace(squeeze, order=tuple(kept.index(axis) for axis in _order(w) if axis in kept))
+    return dataclasses.replace(squeeze, order=tuple(kept.index(axis) for axis in axis_order(w) if axis in kept))
 
 
 def expanded(w: QTensor, rank: int, positions: Sequence[int]) -> QTensor:
     """`w` with further axes of size 1, its own being at `positions`."""
     new = [axis for axis in range(rank) if axis not in positions]
     expand = jax.tree.map(lambda leaf: lax.expand_dims(leaf, range(len(new))), w)
-    return dataclasses.replace(expand, order=(*new, *(positions[axis] for axis in _order(w))))
+    return dataclasses.replace(expand, order=(*new, *(positions[axis] for axis in axis_order(w))))
 
 
 def sliced(w: QTensor, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> QTensor:
@@ -54,7 +55,7 @@ def _each_leaf(
 
     Where a leaf has another size because the axis is contracted, it is taken whole.
     """
-    stored = [per_axis[axis] for axis in _order(w)]
+    stored = [per_axis[axis] for axis in axis_order(w)]
 
     def on_leaf(leaf):
         shapes = zip(leaf.shape, w.q.shape, stored, strict=True)
@@ -74,7 +75,7 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     Raises:
         ValueError: an axis of the result mixes contracted ones with others.
     """
-    order = _order(w)
+    order = axis_order(w)
     contracted = {order[stored] for stored in contracted_axes(w)}
     view = View.of_leaf(0, w.shape).reshaped(w.shape, shape)
     if any(0 < len(contracted & set(axes)) < len(set(axes)) for axes in view.axes):
@@ -114,7 +115,7 @@ def looked_up(
     Raises:
         ValueError: only a part of a contracted axis is taken.
     """
-    contracted = {_order(w)[stored] for stored in contracted_axes(w)}
+    contracted = {axis_order(w)[stored] for stored in contracted_axes(w)}
     if any(sizes[axis] != w.shape[axis] for axis in contracted):
         raise ValueError(f"Expected a lookup of whole rows of an int8 weight of shape {w.shape}, got slices {sizes}.")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jint8._core.types import QTensor, is_qtensor
+from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._ops.dot_general import dot_general
 from jint8._ops.ragged_dot import ragged_dot
 from jint8._tracing import rearrange as _rearrange

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax import serialization
 
+from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor
 from jint8._core.static_fields import static_from_text, static_to_text
-from jint8._core.types import ARRAY_FIELDS, STATIC_FIELDS, QTensor
 
 
 def to_state(w: QTensor) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.quantize import canonical_axes, contract_last, dequantize, quantize
-from jint8._core.types import SCHEMES, Config, QTensor, check_config, is_qtensor
+from jint8._core.axes import canonical_axes
+from jint8._core.config import SCHEMES, Config, check_config
+from jint8._core.qtensor import QTensor, contract_last, dequantize, is_qtensor
+from jint8._core.quantize import quantize
 from jint8._trees.paths import Patterns, leaf_paths, matches, path_group, path_string
 
 # The last projection, to the vocabulary: it stays in floating point unless `include` names it.

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
-from jint8._core.types import QTensor, is_qtensor, storage_axes
+from jint8._core.qtensor import QTensor, is_qtensor, storage_axes
 from jint8._trees.paths import path_string
 
 

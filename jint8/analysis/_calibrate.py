@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.types import Config, is_qtensor
+from jint8._core.config import Config
+from jint8._core.qtensor import is_qtensor
 from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
 from jint8._tracing.plan import plan as find_plan
 from jint8._trees.params import dequantize_params, projections

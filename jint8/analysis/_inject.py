@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._trees.params import standard_axes
 from jint8._trees.paths import leaf_paths, matches, path_string
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jint8._core.types import Config
+from jint8._core.config import Config
 from jint8._ops.observe import Seen
 from jint8._trees.paths import Patterns, path_group
 from jint8.analysis._calibrate import statistics

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report
-    from jint8._core.types import is_qtensor
+    from jint8._core.qtensor import is_qtensor
     from jint8._trees.params import projection_bytes
     from jint8._trees.paths import leaf_paths
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _counts(planned: dict[str, Any]) -> dict[str, int]:
-    from jint8._core.types import is_qtensor
+    from jint8._core.qtensor import is_qtensor
 
     quantized = sum(map(is_qtensor, planned.values()))
     return {"quantized": quantized, "skipped": len(planned) - quantized}

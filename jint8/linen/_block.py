@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jint8._core.types import Config, check_config
+from jint8._core.config import Config, check_config
 from jint8.linen._registry import int8_layers
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._ops import layers as _layers
 from jint8.linen._registry import float_config, has_int8, own_params, param, register
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from jint8._core.types import Config, check_config
+from jint8._core.config import Config, check_config
 from jint8.linen._handlers import dense, dense_general
 from jint8.linen._registry import register
 

@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 from flax.linen import meta
 
-from jint8._core.types import QTensor, is_qtensor
+from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._tracing.substitute import UnsupportedUse, with_int8
 
 _NOTE = "jint8: in "

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from jint8._core.types import Config
+from jint8._core.config import Config
 from jint8.linen._own_code import has_int8, note_where, own_params, run_own_code, run_setup, unbox
 
 Handler = Callable[..., Any]

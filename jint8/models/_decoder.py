@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._ops.layers import lookup
 from jint8._ops.matmul import matmul
 from jint8.models._attention import Attention, Context, LayerCache, context, mask

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._ops.matmul import divided_matmul, matmul
 from jint8._ops.ragged_dot import ragged_dot
 from jint8.models._config import ModelConfig

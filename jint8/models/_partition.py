@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._trees.paths import path_string
 
 COLUMN_PARALLEL = ("qkv", "gate_up", "up", "lm_head")

@@ -1,5 +1,6 @@
 """Flax nnx: int8 copies of models, and modules with int8 weights."""
 
+from jint8._trees import flax_state as _flax_state  # noqa: F401 (tells flax.serialization of QTensor)
 from jint8.nnx._calibrate import calibrate as calibrate
 from jint8.nnx._calibrate import statistics as statistics
 from jint8.nnx._modules import Int8Einsum as Int8Einsum

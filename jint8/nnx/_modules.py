@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jint8._core.quantize import contract_last
+from jint8._core.config import Config
+from jint8._core.qtensor import QTensor, contract_last, is_qtensor
 from jint8._core.quantize import quantize as quantize_array
-from jint8._core.types import Config, QTensor, is_qtensor
 from jint8._ops import layers as _layers
 
 

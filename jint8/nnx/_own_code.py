@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jint8._core.types import QTensor
+from jint8._core.qtensor import QTensor
 from jint8._tracing.substitute import UnsupportedUse, with_int8
 from jint8.nnx._modules import Quantized
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from jint8._core.types import Config, QTensor, is_qtensor
+from jint8._core.config import Config
+from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._tracing.plan import Plan
 from jint8._trees.params import OUTPUT_HEADS, quantize_params
 from jint8._trees.paths import Patterns, matches

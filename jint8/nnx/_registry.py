@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from flax import nnx
 
-from jint8._core.types import QTensor
+from jint8._core.qtensor import QTensor
 from jint8.nnx._modules import Int8Einsum, Int8Embed, Int8Linear, Int8LinearGeneral, Int8LoRALinear
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jint8
-from jint8._core.types import Config
+from jint8._core.config import Config
 from jint8._ops.observe import Seen
 from jint8.analysis._calibrate import choose, statistics
 

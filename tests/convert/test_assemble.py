@@ -9,7 +9,7 @@ import jint8
 from jint8._convert import read as _read
 from jint8._convert.assemble import Assembly
 from jint8._convert.read import read_params
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8.checkpoints import open_checkpoint
 from jint8.models import Decoder, model_config, partition_specs
 

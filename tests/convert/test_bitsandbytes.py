@@ -10,7 +10,7 @@ from family_files import DIRECTORY
 from tiny_model import make_llama_directory
 
 import jint8
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._trees.paths import leaf_paths
 
 SAVED = DIRECTORY.parent / "bitsandbytes"

@@ -8,7 +8,7 @@ import pytest
 from matmul_cases import VALUES
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 from jint8._tracing.substitute import with_int8
 
 IMPLEMENTATIONS = ("xla_digits", "xla_gather")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 
 
 def normal(*shape):

@@ -14,7 +14,7 @@ import oracle
 import pytest
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 
 EXACT = jint8.Config(threshold=0)
 ORDERS = pytest.mark.parametrize("last", [False, True], ids=["as_given", "contract_last"])

@@ -8,7 +8,7 @@ import pytest
 from matmul_cases import VALUES
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 
 CASE = VALUES["few_outliers"]
 X, W = jnp.asarray(CASE.x), contract_last(jint8.quantize(CASE.w), (0,))

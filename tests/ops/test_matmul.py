@@ -10,7 +10,7 @@ import pytest
 from matmul_cases import BEYOND_INT32, CASES, EXACT, NOT_FINITE, SHAPES, VALUES
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 
 # name for `implementation=`, and whether it quantizes activations
 IMPLEMENTATIONS = {"xla_digits": True, "xla_gather": True, "triton": True, "dequantize": False}

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 
 K, N = 32, 8
 W = jax.random.normal(jax.random.key(0), (3, K, N)) * jnp.array([0.1, 1.0, 10.0])[:, None, None]

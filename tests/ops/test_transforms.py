@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 
 TOKEN = jint8.Config(outliers="token")  # a row's result is the same in any batch
 LAYERS, K, N = 3, 80, 5

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 from jint8._tracing.substitute import UnsupportedUse, with_int8
 
 X = jax.random.normal(jax.random.key(1), (2, 3, 8))

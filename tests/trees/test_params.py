@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jint8
-from jint8._core.types import is_qtensor
+from jint8._core.qtensor import is_qtensor
 from jint8._trees.params import OUTPUT_HEADS
 
 

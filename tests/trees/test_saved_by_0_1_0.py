@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jint8
+import jint8.linen  # which tells flax.serialization of QTensor, in whatever order the two were imported
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "saved-0.1.0"
 EXPECTED = np.load(FOLDER / "expected.npz")

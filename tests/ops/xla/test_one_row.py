@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jint8
-from jint8._core.quantize import contract_last
+from jint8._core.qtensor import contract_last
 from jint8._ops import xla as _xla
 
 SIZES = {"even": (96, 16), "odd_k": (77, 12), "prime_n": (64, 13), "n=1": (64, 1), "k=1": (1, 8), "k=1536": (1536, 8)}

@@ -1,0 +1,137 @@
+"""`Config`, which says how to quantize and how to multiply, and the schemes that it can name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+OUTLIER_MODES = ("batch", "token", "static")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """One row of Table 1 of the paper (arXiv 2208.07339, section 3).
+
+    Attributes:
+      activations: one scale per `"token"`, one per `"tensor"`, or None for float activations.
+      weights: one scale per output `"channel"`, one per `"tensor"`, or None for float weights.
+      affine: whether both sides have a zero point.
+      decomposition: whether outlier feature dimensions are multiplied in 16 bits.
+    """
+
+    activations: str | None
+    weights: str | None
+    affine: bool = False
+    decomposition: bool = False
+
+
+SCHEMES = {
+    "none": Scheme(None, None),
+    "absmax": Scheme("tensor", "tensor"),
+    "zeropoint": Scheme("tensor", "tensor", affine=True),
+    "row": Scheme("token", "tensor"),
+    "row+dec": Scheme("token", "tensor", decomposition=True),
+    "vector": Scheme("token", "channel"),
+    "vector-zp": Scheme("token", "channel", affine=True),
+    "llm.int8": Scheme("token", "channel", decomposition=True),
+    "llm.int8-zp": Scheme("token", "channel", affine=True, decomposition=True),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How weights and activations are quantized. Hashable, so it can be static under `jax.jit`.
+
+    Args:
+      scheme: a name from Table 1 of the paper: `"llm.int8"` (vector-wise with mixed-precision decomposition),
+        `"vector"` (without decomposition), `"none"` (no quantization), and the others in `jint8.SCHEMES`.
+      threshold: a feature dimension with `abs(x) >= threshold` is an outlier. 0 turns decomposition off.
+      outliers: who decides that a column is an outlier. `"batch"`: any token of the call (the paper). `"token"`:
+        each token for itself, so that a token's result doesn't depend on its neighbours in the batch. `"static"`:
+        calibrated columns, of which the weight holds the rows in 16 bits (see `jint8.calibrate`), and beside those
+        each token for itself, as in `"token"`.
+      relative: the threshold counts in mean magnitudes of the token, `mean(abs(x))` over its features: for models whose
+        activations are large throughout, where an absolute one would send most columns to 16 bits.
+      digits: int8 digits per activation. 2 writes each as two, 32512 steps to either side instead of 127, for twice the
+        rows of the same int8 product; activations then have no zero point.
+
+    Raises:
+      TypeError: `threshold` isn't a real number, or `relative` isn't a bool.
+      ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, or `digits` other than 1 and 2.
+
+    Examples:
+      >>> import jint8
+      >>> jint8.Config().scheme, jint8.Config().threshold
+      ('llm.int8', 6.0)
+
+    References:
+      Dettmers et al., LLM.int8(), 2022, arXiv 2208.07339, section 3.
+    """
+
+    scheme: str = "llm.int8"
+    threshold: float = 6.0
+    outliers: str = "batch"
+    relative: bool = False
+    digits: int = 1
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"Expected scheme to be one of {', '.join(SCHEMES)}, got {self.scheme!r}.")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float, np.integer, np.floating)):
+            raise TypeError(f"Expected threshold to be a real number, got {self.threshold!r}.")
+        if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+            raise ValueError(f"Expected threshold to be finite and at least 0, got {self.threshold}.")
+        if self.outliers not in OUTLIER_MODES:
+            raise ValueError(f"Expected outliers to be one of {', '.join(OUTLIER_MODES)}, got {self.outliers!r}.")
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"Expected relative to be True or False, got {self.relative!r}.")
+        if self.digits not in (1, 2):
+            raise ValueError(f"Expected digits to be 1 or 2, got {self.digits!r}.")
+        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "digits", int(self.digits))
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """A choice that was measured; docs/quality.md has the numbers.
+
+        Args:
+          name: `"paper"`: LLM.int8() as published, `Config()`. `"static"`: calibrated outlier columns and zero points.
+            `"best"`: those, and two digits per activation: the quality of int8 weights with float activations.
+            `"fast"`: zero points and no decomposition.
+
+        Returns:
+          The config.
+
+        Raises:
+          ValueError: unknown name.
+
+        Examples:
+          >>> import jint8
+          >>> jint8.Config.preset("paper") == jint8.Config()
+          True
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Expected a preset among {', '.join(PRESETS)}, got {name!r}.")
+        return cls(**PRESETS[name])
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether outlier dimensions are split off: the scheme says so and the threshold isn't 0."""
+        return SCHEMES[self.scheme].decomposition and self.threshold > 0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "static": {"scheme": "llm.int8-zp", "outliers": "static"},
+    "best": {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2},
+    "fast": {"scheme": "vector-zp"},
+}
+
+
+def check_config(config: Any) -> None:
+    """Raises TypeError unless `config` is a `Config`."""
+    if not isinstance(config, Config):
+        raise TypeError(f"Expected config to be a jint8.Config, got {type(config).__name__}.")

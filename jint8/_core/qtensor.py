@@ -1,0 +1,216 @@
+"""`QTensor`, an int8 weight: a pytree that stands for a float array."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._core.axes import canonical_axes
+from jint8._core.config import Config
+from jint8._core.outlier_rows import put_rows
+
+ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index")
+STATIC_FIELDS = ("dtype", "config", "order", "stack")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=list(ARRAY_FIELDS), meta_fields=list(STATIC_FIELDS))
+@dataclasses.dataclass(frozen=True, eq=False)
+class QTensor:
+    """An int8 weight: a pytree that stands for the float array `scale * (q - zero)`.
+
+    Made by `jint8.quantize` and `jint8.quantize_params`; not meant to be built by hand.
+
+    Attributes:
+      q: int8, the quantized values.
+      scale: float32, of `q`'s rank, with size 1 on the contracted axes: one scale per output channel.
+      zero: None, or float32 of `scale`'s shape: the integer that stands for 0 (affine schemes).
+      outlier_rows: None, or float16: the weight's rows for calibrated outlier columns, in units of `scale`. Of `q`'s
+        shape, but that the last contracted axis has size c, the number of columns, and the other contracted ones 1.
+      outlier_index: None, or int32 of `outlier_rows`' rank, with size 1 on the axes of output channels: which columns
+        (over all contracted axes, flattened). The number of columns in all marks a slot that isn't used.
+      dtype: the dtype of the float weight.
+      config: the `Config` that `jint8.matmul` uses unless it is given another.
+      order: None, or the permutation with `q = transpose(w, order)`: `q` is stored with the contracted axes last.
+      stack: the axes that `order` leaves out because they keep their place, such as a scanned layer axis: for each, how
+        many of those in `order` lie in front of it. A slice of one layer has lost its entry and keeps the metadata, so
+        `storage_axes` finds out which are left.
+
+    Invariants: every leaf has `q`'s rank, so that scanned, sliced and vmapped axes sit at the same place in all; no
+    static field names an axis that a scanned axis shifts.
+    """
+
+    q: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+    outlier_rows: jax.Array | None = None
+    outlier_index: jax.Array | None = None
+    dtype: Any = np.dtype("float32")  # noqa: RUF009
+    config: Config = Config()
+    order: tuple[int, ...] | None = None
+    stack: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float weight."""
+        positions = storage_axes(self)
+        return tuple(self.q.shape[p] for p in positions)
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the float weight."""
+        return len(self.q.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the float weight."""
+        return math.prod(self.q.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def T(self) -> QTensor:
+        """The transposed weight, of the same arrays: models with a tied output head write it so."""
+        return permuted(ordered(self), range(self.ndim)[::-1])
+
+    def dequantize(self, dtype=None) -> jax.Array:
+        """The float weight, in `dtype` (default: its own). See `jint8.dequantize`."""
+        return dequantize(self, dtype)
+
+    def __repr__(self):
+        leaves = {name: getattr(self, name) for name in ARRAY_FIELDS}
+        shown = ", ".join(
+            f"{name}={getattr(v, 'dtype', type(v).__name__)}{list(getattr(v, 'shape', ()))}"
+            for name, v in leaves.items()
+            if v is not None
+        )
+        return f"QTensor({shown}, dtype={self.dtype}, scheme={self.config.scheme!r})"
+
+
+def storage_axes(w: QTensor) -> tuple[int, ...]:
+    """For each axis of the float weight, the axis of `w.q` that holds it."""
+    ndim = len(w.q.shape)
+    if w.order is None:
+        return tuple(range(ndim))
+    extra = ndim - len(w.order)
+    if extra < 0:
+        raise ValueError(f"Expected a weight of at least {len(w.order)} dimensions, got {w.q.shape}.")
+    stack = _stack_axes(w, extra)
+    own = [axis for axis in range(ndim) if axis not in stack]
+    positions = list(range(ndim))
+    for stored, original in enumerate(w.order):
+        positions[own[original]] = own[stored]
+    return tuple(positions)
+
+
+def _stack_axes(w: QTensor, count: int) -> tuple[int, ...]:
+    """Positions of the `count` stacked axes that are left: slices take some away, `jnp.stack` puts more in front.
+
+    Where several choices are left, contracted axes must come last, as they are stored: `scale` shows those. Where that
+    leaves a choice too, it is the axes in front that are gone, as after a scan over layers.
+    """
+    before = (0,) * (count - len(w.stack)) + w.stack
+    choices = [
+        tuple(own + i for i, own in enumerate(chosen))
+        for chosen in sorted({*itertools.combinations(before, count)}, reverse=True)
+    ]
+
+    def contracted_last(stack: tuple[int, ...]) -> bool:
+        contracted = [size != scale for size, scale in zip(w.q.shape, w.scale.shape, strict=True)]
+        own = [contracted[axis] for axis in range(len(contracted)) if axis not in stack]
+        return own == sorted(own) and not any(contracted[axis] for axis in stack)
+
+    return choices[0] if len(choices) == 1 else next(filter(contracted_last, choices), choices[0])
+
+
+def contracted_axes(w: QTensor) -> tuple[int, ...]:
+    """The contracted axes of `w.q`: where `scale` has size 1 (of two such, those where `q` hasn't)."""
+    ones = [axis for axis, size in enumerate(w.scale.shape) if size == 1]
+    return tuple(axis for axis in ones if w.q.shape[axis] != 1) or tuple(ones)
+
+
+def ordered(w: QTensor) -> QTensor:
+    """The same weight, with an `order` that names all its axes."""
+    at = storage_axes(w)
+    return dataclasses.replace(w, order=tuple(at.index(s) for s in range(w.ndim)), stack=())
+
+
+def permuted(w: QTensor, permutation: Sequence[int]) -> QTensor:
+    """`transpose(w, permutation)`."""
+    return dataclasses.replace(w, order=tuple(list(permutation).index(axis) for axis in axis_order(w)))
+
+
+def axis_order(w: QTensor) -> tuple[int, ...]:
+    """The `order` of a weight that has one."""
+    assert w.order is not None
+    return w.order
+
+
+def is_qtensor(x: Any) -> TypeGuard[QTensor]:
+    """Whether `x` is a `QTensor`; for `is_leaf=`."""
+    return isinstance(x, QTensor)
+
+
+def dequantize(w: QTensor, dtype=None) -> jax.Array:
+    """The float array that `w` stands for: `scale * (q - zero)`, within half a step of what was quantized.
+
+    The rows of calibrated outlier columns come out of their 16 bits.
+
+    Args:
+      w: the int8 weight.
+      dtype: of the result; default: that of the weight that was quantized.
+
+    Returns:
+      A float array of `w.shape`.
+
+    Raises:
+      TypeError: `w` isn't a `QTensor`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jint8
+      >>> jint8.dequantize(jint8.quantize(jnp.array([[2.0], [-1.0]]))).shape
+      (2, 1)
+    """
+    if not isinstance(w, QTensor):
+        raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
+    q = w.q.astype(jnp.float32)
+    if w.zero is not None:
+        q = q - w.zero
+    values = (
+        q * w.scale
+        if w.outlier_index is None
+        else put_rows(q * w.scale, w.scale, w.outlier_rows, w.outlier_index, contract_axes=contracted_axes(w))
+    )
+    return jnp.transpose(values, storage_axes(w)).astype(w.dtype if dtype is None else dtype)
+
+
+def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence[int] = ()) -> QTensor:
+    """The same weight stored with its contracted axes last: the order that every fast path reads.
+
+    Stacked axes keep their position. `.shape` stays that of the float weight.
+    """
+    ndim = w.q.ndim
+    contract, stack = canonical_axes(contract_axes, ndim), canonical_axes(stack_axes, ndim, "stack_axes")
+    # axes in front of all contracted ones don't move either: a layer axis may be among them
+    fixed = sorted({*stack, *range(min(contract, default=0))})
+    own = [a for a in range(ndim) if a not in fixed]
+    order = tuple(i for i, a in enumerate(own) if a not in contract) + tuple(
+        i for i, a in enumerate(own) if a in contract
+    )
+    if order == tuple(range(len(own))):
+        return w
+    permutation = list(range(ndim))
+    for stored, original in enumerate(order):
+        permutation[own[stored]] = own[original]
+    moved = jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)
+    return dataclasses.replace(moved, order=order, stack=tuple(sum(a < axis for a in own) for axis in fixed))

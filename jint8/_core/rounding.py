@@ -1,0 +1,75 @@
+"""From floats to integers and scales: largest magnitudes, exact division, rounding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jint8._core.axes import canonical_axes
+from jint8._core.platform import on_one_cpu
+
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+INFINITY_BITS = 0x7F800000  # as integers the bits of |x| are ordered, with infinity and then every NaN on top
+
+
+def absmax(x: jax.Array, axis) -> jax.Array:
+    """Maximum of `abs(x)` over `axis` in float32, size 1 kept there; NaN where a value isn't finite.
+
+    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton, so it is the maximum of the bits as integers.
+    That of rows takes XLA's CPU backend up to thirty times as long as of both halves of each row at once: a reduction
+    of one operand is split, with the bits in memory. Over other axes a float maximum is faster there, with NaN out of
+    a sum of zeros.
+    """
+    axes = tuple(range(x.ndim)) if axis is None else canonical_axes(axis, x.ndim)
+    x = x.astype(jnp.float32)
+    over_rows = x.ndim - 1 in axes
+    if on_one_cpu() and not over_rows:
+        not_finite = jnp.sum(x * 0, axis=axes, keepdims=True)
+        return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0) + not_finite
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    if not on_one_cpu():
+        return bits_to_float(jnp.max(bits, axis=axes, keepdims=True, initial=0))
+    k = x.shape[-1]
+    half = (k + 1) // 2
+    halves = [lax.slice_in_dim(bits, start, start + half, axis=-1) for start in (0, k - half)]
+    maximum = lambda a, b: [jnp.maximum(*pair) for pair in zip(a, b, strict=True)]
+    largest = jnp.maximum(*lax.reduce(halves, [jnp.int32(0)] * 2, maximum, axes))
+    return bits_to_float(jnp.expand_dims(largest, axes))
+
+
+def bits_to_float(bits: jax.Array) -> jax.Array:
+    """The magnitude that has these bits; NaN where it isn't finite."""
+    return jnp.where(bits < INFINITY_BITS, lax.bitcast_convert_type(bits, jnp.float32), jnp.nan)
+
+
+def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    """`x / divisor`, correctly rounded: XLA would turn a constant divisor into a product with its reciprocal."""
+    return x / jnp.where(x > -jnp.inf, jnp.float32(divisor), jnp.float32(1.0))
+
+
+def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 127.0) -> jax.Array:
+    """`clip(round_half_even(x / scale))`, still in float32; 0 where the scale is 0 or subnormal."""
+    steps = jnp.round(x.astype(jnp.float32) / scale)
+    return jnp.where(scale < SMALLEST_NORMAL, 0.0, jnp.clip(steps, -largest, largest))
+
+
+def symmetric(x: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
+    """Symmetric absmax quantization: int8 values and the float32 scale, of size 1 on `axis`."""
+    scale = divide_by(absmax(x, axis), 127.0)
+    return round_to_int8(x, scale).astype(jnp.int8), scale
+
+
+def affine(x: jax.Array, axis) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Zero-point quantization of the range from `min(x, 0)` to `max(x, 0)`: int8 values, scale, zero point."""
+    x = x.astype(jnp.float32)
+    finite = jnp.isfinite(absmax(x, axis))
+    high = jnp.max(x, axis=axis, keepdims=True, initial=0.0)
+    low = jnp.min(x, axis=axis, keepdims=True, initial=0.0)
+    # halves, because the range of float32 may overflow float32
+    scale = jnp.where(finite, divide_by(high / 2 - low / 2, 127.5), jnp.nan)
+    tiny = scale < SMALLEST_NORMAL
+    zero = jnp.where(tiny, 0.0, jnp.round(-128.0 - low / jnp.where(tiny, 1.0, scale)))
+    q = jnp.where(tiny, 0.0, jnp.clip(jnp.round(x / scale) + zero, -128.0, 127.0))
+    return q.astype(jnp.int8), scale, zero
