@@ -20,7 +20,8 @@ import numpy as np
 from harness import write
 
 import jint8
-from jint8._inference.generate import Knobs, Sampling, decode, start
+from jint8._inference.generate import decode, start
+from jint8._inference.sampling import Knobs, Sampling
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 

@@ -37,7 +37,8 @@ from harness import RESULTS, write
 
 import jint8
 from jint8._inference.evaluate import evaluate
-from jint8._trees.params import projection_bytes, with_config
+from jint8._trees.memory import projection_bytes
+from jint8._trees.params import with_config
 from jint8.analysis import inject_outliers, outlier_statistics
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE

@@ -35,7 +35,7 @@ def test_examples(name):
 def test_there_are_examples_to_run():
     finder = doctest.DocTestFinder()
     found = {test.name for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples}
-    assert {"jint8._core.quantize.quantize", "jint8._ops.matmul.matmul", "jint8._ops.dot_general.einsum"} <= found
+    assert {"jint8._core.quantize.quantize", "jint8._ops.matmul.matmul", "jint8._ops.einsum.einsum"} <= found
 
 
 @pytest.mark.parametrize("name", OURS)

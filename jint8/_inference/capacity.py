@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
-from jint8._convert.read import planned_tree
+from jint8._convert.wanted import planned_tree
 from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.collectives import KINDS, collectives
-from jint8._inference.generate import CHUNK, SLOTS, Knobs, Sampling, bucket, decode, prefill_at_once
+from jint8._inference.generate import CHUNK, SLOTS, bucket, decode, prefill_at_once
+from jint8._inference.sampling import Knobs, Sampling
 from jint8._trees.sharding import shardings
 from jint8.models import Decoder, ModelConfig, partition_specs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -14,7 +14,9 @@ from jax.experimental import multihost_utils
 
 from jint8._core.config import Config
 from jint8._inference.forward import forward
-from jint8._inference.generate import Knobs, Sampling, decode, is_long, start
+from jint8._inference.generate import decode, is_long, start
+from jint8._inference.sampling import Knobs, Sampling
+from jint8._inference.text import stop_texts, text_pieces
 from jint8._trees.params import with_config
 from jint8.analysis._calibrate import calibrate
 from jint8.checkpoints import Tokenizer
@@ -254,45 +256,3 @@ def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: floa
         raise ValueError(f"Expected top_k to be at least 0, got {top_k}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")
-
-
-def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Texts before which an answer ends. Raises ValueError for an empty one."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stop):
-        raise ValueError("Expected stop texts that aren't empty, got an empty one.")
-    return stop
-
-
-def text_pieces(
-    chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]
-) -> Iterator[list[str]]:
-    """Pieces of text for each row, ending at end tokens and before stop texts."""
-    streams = [tokenizer.stream() for _ in range(rows)]
-    held = [""] * rows  # text that may be the beginning of a stop text
-    done = [False] * rows
-    for chunk in chunks:
-        pieces = [""] * rows
-        for row, ids in enumerate(chunk):
-            for token in ids:
-                if done[row]:
-                    break
-                ended = int(token) in tokenizer.eos_ids
-                held[row] += streams[row].flush() if ended else streams[row].push(int(token))
-                cut, keep, stopped = _cut(held[row], stop)
-                done[row] = ended or stopped
-                pieces[row] += cut + (keep if ended and not stopped else "")
-                held[row] = "" if done[row] else keep
-        yield pieces
-        if all(done):
-            return
-    yield ["" if done[row] else held[row] + streams[row].flush() for row in range(rows)]
-
-
-def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
-    """Text that is safe to send, text to hold back, and whether a stop text was found."""
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    if found:
-        return text[: min(found)], "", True
-    longest = max((n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - longest], text[len(text) - longest :], False

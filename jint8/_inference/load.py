@@ -16,14 +16,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jint8._convert.lora import saved_factors, with_adapter
-from jint8._convert.read import Progress, abstract_params, read_params, settings
+from jint8._convert.read import Progress, read_params
+from jint8._convert.saved import read_saved, saved_config, saved_dtype
+from jint8._convert.settings import settings
+from jint8._convert.wanted import abstract_params
 from jint8._core.config import Config
 from jint8._inference.language_model import LanguageModel
-from jint8._inference.save import read_saved, saved_config, saved_dtype
 from jint8._inference.text_encoder import TextEncoder
 from jint8._trees.paths import Patterns
 from jint8.checkpoints import Checkpoint, open_checkpoint
-from jint8.checkpoints._jint8 import Jint8Checkpoint, verify_files
+from jint8.checkpoints._directory import verify_files
+from jint8.checkpoints._jint8 import Jint8Checkpoint
 from jint8.models import Decoder, Encoder, encoder_config, model_config
 from jint8.models.families import text_config
 

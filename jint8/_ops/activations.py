@@ -10,13 +10,8 @@ import numpy as np
 
 from jint8._core.config import SCHEMES, Config
 from jint8._core.rounding import SMALLEST_NORMAL, absmax, affine, divide_by, round_to_int8, symmetric
+from jint8._ops.digits import OUTLIER_DIGITS, _digit_rows, digit_step, digits, largest_in
 
-# A value is written in digits of this base, each in [-127, 127].
-DIGIT_BASE = 255
-# Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
-OUTLIER_DIGITS = 3
-BLOCK = 32  # outlier columns that are gathered at a time
-MAX_EXACT = 64  # columns over which products of wide digits sum exactly in float32
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -52,11 +47,6 @@ def find_outliers(x: jax.Array, threshold: float) -> jax.Array:
         return jnp.zeros(x.shape[-1], bool)
     over = outlier_elements(x, jnp.float32(min(threshold, LARGEST_FLOAT)))
     return jnp.any(over, axis=tuple(range(x.ndim - 1)))
-
-
-def largest_in(count: int) -> int:
-    """The largest value that `count` digits can write."""
-    return 127 * sum(DIGIT_BASE**place for place in range(count))
 
 
 class Outliers(NamedTuple):
@@ -160,45 +150,3 @@ def detect(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Arra
 def outlier_elements(x: jax.Array, limit: jax.Array) -> jax.Array:
     """Elementwise `abs(x) >= limit`, compared in float32."""
     return jnp.abs(x.astype(jnp.float32)) >= limit
-
-
-def digit_step(x: jax.Array, axis, count: int) -> jax.Array:
-    """What a unit of the last of `count` digits is worth, so that the largest of `x` over `axis` can be written."""
-    return divide_by(absmax(x, axis), largest_in(count))
-
-
-def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
-    """`x[m, k]` in units of `step` as int8 digits, `[count m, k]`: the highest of all rows first."""
-    return _digit_rows(round_to_int8(x, step, largest_in(count)), count)
-
-
-def wide_digit(k: int) -> int:
-    """The largest digit d of two in base `2 d + 1` whose products with int8 sum exactly.
-
-    In float32 over `MAX_EXACT` columns, `2047 * 127 * 64 < 2**24`; in int32 over `k`. 2047 is as fine as three int8
-    digits; at k = 32768 it is 516, which is 20 bits.
-    """
-    return min(2047, (2**31 - 1) // (127 * max(k, 1)))
-
-
-def wide_step(x: jax.Array, largest: int) -> jax.Array:
-    """What a unit of the lower of two digits up to `largest` is worth, for each row of `x`."""
-    return divide_by(absmax(x, 1), largest * (2 * largest + 2))
-
-
-def wide_digits(x: jax.Array, step: jax.Array, largest: int) -> jax.Array:
-    """`x[m, k]` in units of `step` as two digits up to `largest`, float32 `[2 m, k]`: the high ones first."""
-    base = 2 * largest + 1
-    value = round_to_int8(x, step, largest * (base + 1))
-    high = jnp.round(divide_by(value, base))
-    return jnp.concatenate([high, value - base * high])
-
-
-def _digit_rows(value: jax.Array, count: int) -> jax.Array:
-    rows = []
-    for place in range(count - 1, 0, -1):
-        unit = float(DIGIT_BASE**place)
-        digit = jnp.round(divide_by(value, unit))  # exactly: half a unit in the last place would be one too many
-        value = value - unit * digit
-        rows.append(digit)
-    return jnp.concatenate([*rows, value]).astype(jnp.int8)

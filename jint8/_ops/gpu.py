@@ -19,9 +19,9 @@ from jax.interpreters import batching, mlir
 
 from jint8._core.config import SCHEMES, Config
 from jint8._core.platform import gpu_available
-from jint8._ops import xla as _xla
 from jint8._ops.activations import LARGEST_FLOAT
-from jint8._ops.xla import MAX_K, Weight
+from jint8._ops.weight import MAX_K, Weight
+from jint8._ops.xla import paths
 
 BACKENDS = ("triton", "mosaic")
 
@@ -82,8 +82,8 @@ def _on_gpu(call, x, w, bias, interpret=False):
 
 
 def _off_gpu(call, x, w, bias):
-    path = _xla.choose(x.shape[0], x.shape[1], call.config, k_last=call.k_last)
-    return _xla.product(x, w, bias, call.config, k_last=call.k_last, implementation=path, dtype=call.dtype)
+    path = paths.choose(x.shape[0], x.shape[1], call.config, k_last=call.k_last)
+    return paths.product(x, w, bias, call.config, k_last=call.k_last, implementation=path, dtype=call.dtype)
 
 
 def _function(run, call, tree, mapped):

@@ -17,8 +17,9 @@ from jax import lax
 from jint8._core.config import SCHEMES, Config
 from jint8._core.qtensor import QTensor, storage_axes
 from jint8._core.quantize import quantize
-from jint8._ops.dot_general import _parse, contract, dot_general
-from jint8._ops.matmul import check_activations
+from jint8._ops.checks import check_activations
+from jint8._ops.dot_general import contract, dot_general
+from jint8._ops.einsum import parse_subscripts
 
 Weight = QTensor | jax.Array
 
@@ -114,7 +115,7 @@ def einsum(
 ) -> jax.Array:
     """`jnp.einsum(subscripts, x, w) + bias`, the bias on those axes of the result that come from `w`."""
     dtype = compute_dtype(dtype, x, w, bias)
-    (x_labels, w_labels), output = _parse(subscripts, x, w, 1)
+    (x_labels, w_labels), output = parse_subscripts(subscripts, x, w, 1)
     contract = [label for label in x_labels if label in w_labels and label not in output]
     batch = [label for label in x_labels if label in w_labels and label in output]
     summed = [i for i, label in enumerate(x_labels) if label not in w_labels and label not in output]

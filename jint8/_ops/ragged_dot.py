@@ -10,10 +10,12 @@ from jax import lax
 
 from jint8._core.config import SCHEMES, Config
 from jint8._core.qtensor import QTensor, dequantize, is_qtensor, storage_axes
-from jint8._ops import xla as _xla
-from jint8._ops.activations import OUTLIER_DIGITS, split_with_digits
-from jint8._ops.matmul import check_activations, divided_by_xla
+from jint8._ops.activations import split_with_digits
+from jint8._ops.checks import check_activations
+from jint8._ops.digits import OUTLIER_DIGITS, join_digits
 from jint8._ops.observe import Observed, watch
+from jint8._ops.product import divided_by_xla
+from jint8._ops.weight import MAX_K
 
 
 def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: Config | None = None) -> jax.Array:
@@ -59,8 +61,8 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
     at = storage_axes(rhs)
     if tuple(rhs.scale.shape[axis] for axis in at) != (experts, 1, n):
         raise ValueError(f"Expected rhs to be quantized over axis 1, got scales of shape {rhs.scale.shape}.")
-    if k > _xla.MAX_K:
-        raise ValueError(f"Expected k of at most {_xla.MAX_K}, got {k}.")
+    if k > MAX_K:
+        raise ValueError(f"Expected k of at most {MAX_K}, got {k}.")
     config = rhs.config if config is None else config
     if isinstance(rhs, Observed):
         taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
@@ -106,7 +108,7 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
 
     def of_digits(rows, count):  # int8 [count m, k] -> float32 [m, n]
         sums = [exact(digit) for digit in jnp.split(rows, count)]
-        return _xla.join_digits(jnp.concatenate(sums), len(x))
+        return join_digits(jnp.concatenate(sums), len(x))
 
     parts = split_with_digits(x, config)
     regular = of_digits(parts.q, config.digits)

@@ -4,14 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jint8.checkpoints._jint8 import (
-    CHAT_TEMPLATE,
-    TOKENIZER,
-    new_directory,
-    write_arrays,
-    write_json,
-    write_manifest,
-)
+from jint8.checkpoints._directory import new_directory, write_arrays, write_json, write_manifest
+from jint8.checkpoints._jint8 import CHAT_TEMPLATE, TOKENIZER
 from jint8.checkpoints._safetensors import INDEX
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report
     from jint8._core.qtensor import is_qtensor
-    from jint8._trees.params import projection_bytes
+    from jint8._trees.memory import projection_bytes
     from jint8._trees.paths import leaf_paths
 
     config = _common.quant_config(args)

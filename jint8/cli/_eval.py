@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report
     from jint8._inference.evaluate import evaluate
-    from jint8._trees.params import projection_bytes
+    from jint8._trees.memory import projection_bytes
 
     config = _common.quant_config(args)
     dtype = args.dtype or "float32"

@@ -100,7 +100,8 @@ def _turn() -> str | None:
 def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]]) -> dict[str, Any]:
     """Continues tokens; the text is printed as it comes unless `--json` was given. Returns it, and what it took."""
     from jint8 import memory_report
-    from jint8._inference.language_model import STOP_TOKENS, STREAM_TOKENS, stop_texts, text_pieces
+    from jint8._inference.language_model import STOP_TOKENS, STREAM_TOKENS
+    from jint8._inference.text import stop_texts, text_pieces
 
     tokenizer, stop = model.require_tokenizer(), stop_texts(args.stop)
     stream = len(prompts) == 1 and not args.json

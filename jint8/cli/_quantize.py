@@ -47,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report, save
-    from jint8._convert.read import planned_params, settings
+    from jint8._convert.settings import settings
+    from jint8._convert.wanted import planned_params
     from jint8._inference.load import decoder, default_dtype
     from jint8.checkpoints import open_checkpoint
-    from jint8.checkpoints._jint8 import check_destination
+    from jint8.checkpoints._directory import check_destination
 
     config = _common.quant_config(args)
     source, destination = _common.find_source(args, args.source), Path(args.destination)

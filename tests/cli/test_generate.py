@@ -9,7 +9,7 @@ import pytest
 from tiny_model import CHANNELS, OTHERS, WEIGHTS, make_llama_directory
 
 import jint8
-from jint8._inference.generate import Knobs, Sampling, sample
+from jint8._inference.sampling import Knobs, Sampling, sample
 
 PROMPT, OTHER = "the quick brown", "fox"
 N = 12

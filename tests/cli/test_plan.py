@@ -8,7 +8,7 @@ import pytest
 from family_files import DIRECTORY
 from virtual_devices import run_on_eight_devices
 
-from jint8._convert.read import abstract_params
+from jint8._convert.wanted import abstract_params
 from jint8._inference.capacity import known_models, longest_context, model_mesh
 from jint8._inference.collectives import KINDS
 from jint8.cli import _plan

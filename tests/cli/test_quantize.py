@@ -12,7 +12,7 @@ from checkpoint_files import safetensors_bytes
 from tiny_model import make_llama_directory
 
 import jint8
-from jint8.checkpoints import _jint8
+from jint8.checkpoints import _directory, _jint8
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
@@ -178,16 +178,16 @@ def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_pa
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(_jint8, function, fail)
+    monkeypatch.setattr(_jint8 if function == "write_json" else _directory, function, fail)
     assert run("quantize", source, tmp_path / "dst", "--quiet")[0] == status
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
 KILLED = """
 import os, signal, sys
-from jint8.checkpoints import _jint8
+from jint8.checkpoints import _directory
 from jint8.cli import main
-setattr(_jint8, sys.argv[1], lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+setattr(_directory, sys.argv[1], lambda *args: os.kill(os.getpid(), signal.SIGKILL))
 main(["quantize", *sys.argv[2:]])
 """
 

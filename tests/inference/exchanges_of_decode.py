@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jint8
-from jint8._inference.generate import Knobs, Sampling, State, decode, empty_cache
+from jint8._inference.generate import State, decode, empty_cache
+from jint8._inference.sampling import Knobs, Sampling
 from jint8.models import Decoder, model_config, partition_specs
 
 CONFIG = {

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jint8._inference import generate as _generate
-from jint8._inference.generate import most_likely
+from jint8._inference import sampling
+from jint8._inference.sampling import most_likely
 
 RNG = np.random.default_rng(0)
 LOGITS = {
@@ -22,7 +22,7 @@ LOGITS = {
 @pytest.mark.parametrize("one_cpu", [True, False])
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
 def test_greedy_is_argmax(monkeypatch, one_cpu, logits):
-    monkeypatch.setattr(_generate, "on_one_cpu", lambda: one_cpu)
+    monkeypatch.setattr(sampling, "on_one_cpu", lambda: one_cpu)
     logits = logits.astype(np.float32)
     got = jax.jit(lambda x: most_likely(x))(logits)
     assert got.dtype == np.int32
@@ -30,7 +30,7 @@ def test_greedy_is_argmax(monkeypatch, one_cpu, logits):
 
 
 def test_nan_chooses_a_token(monkeypatch):
-    monkeypatch.setattr(_generate, "on_one_cpu", lambda: True)
+    monkeypatch.setattr(sampling, "on_one_cpu", lambda: True)
     logits = np.array([[1.0, np.nan, 2.0], [np.nan] * 3], np.float32)
     assert jax.jit(lambda x: most_likely(x))(logits).tolist()[1] == 0
     assert 0 <= int(most_likely(logits)[0]) < 3

@@ -12,7 +12,7 @@ from tiny_model import make_llama_directory
 
 import jint8
 from jint8.checkpoints import open_checkpoint
-from jint8.checkpoints._jint8 import _shards
+from jint8.checkpoints._directory import _shards
 
 
 @pytest.fixture(scope="module")
