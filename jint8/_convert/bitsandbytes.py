@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from jint8._core.config import SCHEMES
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.paths import leaf_paths
 from jint8.checkpoints import Checkpoint
@@ -142,7 +141,7 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
 
 
 def _check(path: str, w: QTensor) -> None:
-    scheme = SCHEMES[w.config.scheme]
+    scheme = w.config.table_row
     if path == "embedding" or w.q.ndim != 2:
         what = "experts" if w.q.ndim > 2 else "embeddings"
         raise ValueError(f"{path}: Expected no int8 {what}, which bitsandbytes keeps in floating point, got some.")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jint8._convert import bitsandbytes as bitsandbytes
 from jint8._convert.assemble import Assembly, place
 from jint8._convert.quantize_rows import cast, check_finite, quantized_rows
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.outlier_rows import check_outliers
 from jint8._core.qtensor import QTensor
 from jint8._core.quantize import quantize as quantize_weight
@@ -53,7 +53,7 @@ class Reader:
             "q": Assembly(shape, np.int8, None if sharding is None else sharding.q),
             "scale": Assembly((*shape[:-1], 1), np.float32, of_rows),
         }
-        if SCHEMES[self.config.scheme].affine:
+        if self.config.table_row.affine:
             arrays["zero"] = Assembly((*shape[:-1], 1), np.float32, of_rows)
         config, columns, more = self.config, None, dict[str, Any]()
         if outliers is not None:
@@ -86,7 +86,7 @@ class Reader:
         if not len(held):
             return
         rows = slice(int(held[0]), int(held[-1]) + 1)
-        if SCHEMES[self.config.scheme].weights == "tensor":  # its scale is that of all rows
+        if self.config.table_row.weights == "tensor":  # its scale is that of all rows
             rows = slice(0, len(at))
         start = rows.start
         for values, pieces in self._quantized(name, rows) if "q" in arrays else self._float(name, rows):
@@ -99,7 +99,7 @@ class Reader:
 
     def _quantized(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows of a tensor, as they are in the checkpoint and as arrays of a `QTensor`, from top to bottom."""
-        scheme = SCHEMES[self.config.scheme]
+        scheme = self.config.table_row
         if bitsandbytes.is_int8_weight(self.checkpoint, name):
             q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
             yield q, {"q": q, "scale": scale}

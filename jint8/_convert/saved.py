@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings, place
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.params import with_config
 from jint8._trees.paths import nested
@@ -41,7 +41,7 @@ def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
     own = _decode_config(checkpoint, _field(checkpoint, "quant", dict))
     if config is None:
         return own
-    wanted, got = SCHEMES[config.scheme], SCHEMES[own.scheme]
+    wanted, got = config.table_row, own.table_row
     if (wanted.weights, wanted.affine) != (got.weights, got.affine):
         raise ValueError(
             f"{checkpoint.path}: Expected a scheme that runs on weights quantized by {own.scheme!r}, got "

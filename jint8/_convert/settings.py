@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jint8._convert import bitsandbytes as bitsandbytes
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._trees.paths import Patterns, matches
 from jint8.checkpoints import Checkpoint
 
@@ -26,7 +26,7 @@ def settings(
     elif config is None:
         config = Config() if asked.threshold is None else Config(threshold=asked.threshold)
     if bitsandbytes.is_int8(checkpoint):
-        scheme = SCHEMES[config.scheme]
+        scheme = config.table_row
         if not quantize or callable(skip) or callable(include) or list(skip) or list(include):
             raise ValueError(f"{checkpoint.path}: Expected a checkpoint in floating point, got int8 of bitsandbytes.")
         if scheme.affine or scheme.weights != "channel":

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jint8._convert import bitsandbytes as bitsandbytes
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.quantize import quantize as quantize_weight
 from jint8._trees.params import OUTPUT_HEADS, standard_axes
 from jint8._trees.paths import Patterns, leaf_paths, matches, nested
@@ -47,7 +47,7 @@ def planned_tree(
     for path, source in sources(model.config, expected, ()).items():
         leaf: Any = expected[path]
         axes = None
-        if SCHEMES[config.scheme].weights is not None:
+        if config.quantizes_weights:
             axes = quantized_axes(path, source, len(leaf.shape), skip, include)
         planned[path] = leaf if axes is None else quantized_shape(leaf, axes, config)
     return nested(planned)
@@ -93,7 +93,7 @@ def wanted_params(
     is_int8 = bitsandbytes.is_int8(checkpoint)
 
     def axes(path: str) -> tuple[int, ...] | None:
-        if SCHEMES[config.scheme].weights is None:
+        if not config.quantizes_weights:
             return None
         if is_int8:
             int8 = all(bitsandbytes.is_int8_weight(checkpoint, name) for name in found[path].tensors)

@@ -118,9 +118,36 @@ class Config:
         return cls(**PRESETS[name])
 
     @property
+    def table_row(self) -> Scheme:
+        """The row of the paper's Table 1 that `scheme` names: what is quantized, and how finely."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether weights become int8: all schemes but `"none"`."""
+        return self.table_row.weights is not None
+
+    @property
     def decomposes(self) -> bool:
         """Whether outlier dimensions are split off: the scheme says so and the threshold isn't 0."""
-        return SCHEMES[self.scheme].decomposition and self.threshold > 0
+        return self.table_row.decomposition and self.threshold > 0
+
+    @property
+    def uses_calibrated_columns(self) -> bool:
+        """Whether outlier columns that were found by calibration are multiplied in 16 bits."""
+        return self.decomposes and self.outliers == "static"
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a token's result depends on the other tokens of the call."""
+        return self.table_row.activations == "tensor" or (self.decomposes and self.outliers == "batch")
+
+    def by_token(self) -> Config:
+        """This config with outliers decided by each token for itself, where any token of the call would decide.
+
+        What several rows of a call need so that none depends on its neighbours. Calibrated columns stay.
+        """
+        return dataclasses.replace(self, outliers="token") if self.outliers == "batch" else self
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._core.axes import column_axis
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.rounding import SMALLEST_NORMAL
 
 
 def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -> tuple[Config, Any]:
     """The config of a weight with outlier columns, and these as int32 `[*stack, c]`."""
-    if not SCHEMES[config.scheme].decomposition:
+    if not config.table_row.decomposition:
         raise ValueError(f"Expected a scheme with decomposition for outlier columns, got {config.scheme!r}.")
     if not isinstance(outliers, jax.Array):
         outliers = np.asarray(outliers)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jint8._core.axes import canonical_axes
-from jint8._core.config import SCHEMES, Config, check_config
+from jint8._core.config import Config, check_config
 from jint8._core.outlier_rows import check_outliers, keep_rows
 from jint8._core.qtensor import QTensor
 from jint8._core.rounding import affine, symmetric
@@ -18,7 +18,7 @@ from jint8._core.rounding import affine, symmetric
 
 @functools.partial(jax.jit, static_argnames=("contract_axes", "config", "channel_axes"))
 def _quantize(w, *, contract_axes, config, channel_axes):
-    scheme = SCHEMES[config.scheme]
+    scheme = config.table_row
     per_channel = scheme.weights == "channel"
     axis = contract_axes if per_channel else tuple(sorted(contract_axes + channel_axes))
     q, scale, *rest = (affine if scheme.affine else symmetric)(w, axis)
@@ -74,7 +74,7 @@ def quantize(
         got = getattr(w, "dtype", type(w).__name__)
         raise TypeError(f"Expected w to be a float array, got {got}.")
     check_config(config)
-    if SCHEMES[config.scheme].weights is None:
+    if not config.quantizes_weights:
         raise ValueError(f"Expected a scheme that quantizes weights, got {config.scheme!r}.")
     contract_axes = canonical_axes(contract_axes, w.ndim)
     stack_axes = canonical_axes(stack_axes, w.ndim, "stack_axes")

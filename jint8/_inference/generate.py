@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jint8._core.config import SCHEMES
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.forward import forward
 from jint8._inference.sampling import Knobs, Sampling, sample
@@ -108,7 +107,7 @@ def empty_cache(model: Decoder, params: Any, batch: int, slots: int) -> list[Lay
 def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
     """The axis of the model's mesh over which rows of a batch are divided: none where they depend on each other."""
     for config in {leaf.config for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)}:
-        if SCHEMES[config.scheme].activations == "tensor" or (config.decomposes and config.outliers == "batch"):
+        if config.depends_on_batch:
             return None
     return batch_axis(model.mesh, batch)
 

@@ -192,8 +192,8 @@ class LanguageModel:
             self._check_ids(np.asarray(ids, np.int64))
             self._check_length(len(ids) + max_tokens)
         several = len(prompts) > 1 or is_long(prompts)
-        if config is None and several and self.quant.decomposes and self.quant.outliers == "batch":
-            config = dataclasses.replace(self.quant, outliers="token")
+        if config is None and several and self.quant.decomposes and self.quant.depends_on_batch:
+            config = self.quant.by_token()
         params = {"params": self.params if config is None else with_config(self.params, config)}
         sampling = Sampling(greedy=temperature == 0, top_k=top_k, nucleus=top_p < 1)
         knobs = Knobs(jnp.float32(temperature), jnp.float32(top_p))

@@ -180,7 +180,7 @@ def _load(
             )
             if outliers is not None:
                 quant = dataclasses.replace(quant, outliers="static")
-            elif quant.outliers == "static" and quant.decomposes:
+            elif quant.uses_calibrated_columns:
                 if kind is not LanguageModel:
                     raise ValueError(f"{path}: Expected outliers by batch or by token for an encoder, got static.")
                 dynamic = read(config=dataclasses.replace(quant, outliers="token"))

@@ -87,8 +87,8 @@ class TextEncoder:
                 f"Expected token ids in [0, {self.config.vocab_size}), got {tokens.min()} to {tokens.max()}."
             )
         params = self.params
-        if len(ids) > 1 and self.quant.decomposes and self.quant.outliers == "batch":
-            params = with_config(params, dataclasses.replace(self.quant, outliers="token"))
+        if len(ids) > 1 and self.quant.decomposes and self.quant.depends_on_batch:
+            params = with_config(params, self.quant.by_token())
         first = np.array([length - len(row) for row in ids], np.int32)
         vectors = np.asarray(_means(self.model, {"params": params}, tokens, first))
         if normalize:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.rounding import SMALLEST_NORMAL, absmax, affine, divide_by, round_to_int8, symmetric
 from jint8._ops.digits import OUTLIER_DIGITS, _digit_rows, digit_step, digits, largest_in
 
@@ -84,7 +84,7 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
     """
     if not config.decomposes:
         return split(x, config)
-    scheme = SCHEMES[config.scheme]
+    scheme = config.table_row
     outlier, columns, limit = detect(x, config)
     parts = jnp.where(jnp.stack([~outlier, outlier]), x, 0).astype(jnp.float32)  # (2, m, k)
     if affine_activations(config) or scheme.activations == "tensor":
@@ -113,7 +113,7 @@ def quantize_row(x: jax.Array, largest: jax.Array, config: Config) -> tuple[jax.
 
 def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """int8 values, and scale and zero point of each row `[m, 1]`."""
-    axis = 1 if SCHEMES[config.scheme].activations == "token" else None
+    axis = 1 if config.table_row.activations == "token" else None
     zero: list[jax.Array] = []
     if config.digits == 2:
         scale = digit_step(x, axis, 2)
@@ -126,7 +126,7 @@ def _quantize(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.A
 
 def affine_activations(config: Config) -> bool:
     """Whether activations have a zero point: with two digits it would gain nothing."""
-    return SCHEMES[config.scheme].affine and config.digits == 1
+    return config.table_row.affine and config.digits == 1
 
 
 def limits(x: jax.Array, config: Config) -> jax.Array:

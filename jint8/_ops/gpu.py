@@ -17,7 +17,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.platform import gpu_available
 from jint8._ops.activations import LARGEST_FLOAT
 from jint8._ops.weight import MAX_K, Weight
@@ -28,7 +28,7 @@ BACKENDS = ("triton", "mosaic")
 
 def unsupported(m: int, w: Weight, config: Config, *, k_last: bool) -> str | None:
     """Why the kernels can't compute the product of `m` rows and `w`; None if they can."""
-    scheme = SCHEMES[config.scheme]
+    scheme = config.table_row
     n, k = w.q.shape if k_last else w.q.shape[::-1]
     if (scheme.activations, scheme.weights, scheme.affine) != ("token", "channel", False) or w.zero is not None:
         return f"scheme {config.scheme!r}, whose scales aren't one per token and output channel without zero points"

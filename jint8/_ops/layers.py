@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, storage_axes
 from jint8._core.quantize import quantize
 from jint8._ops.checks import check_activations
@@ -57,7 +57,7 @@ def product(
 
 def _float_weight_product(x, w, numbers, config):
     config = config or Config()
-    if SCHEMES[config.scheme].weights is None:
+    if not config.quantizes_weights:
         return lax.dot_general(x, w.astype(x.dtype), numbers, preferred_element_type=jnp.float32)
     numbers = tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in numbers)
     return _straight_through((numbers, config), x, w)

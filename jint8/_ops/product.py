@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from jint8._core.config import SCHEMES, Config, check_config
+from jint8._core.config import Config, check_config
 from jint8._core.platform import gpu_available
 from jint8._ops import gpu as _kernels
 from jint8._ops.weight import Divided, Weight
@@ -26,7 +26,7 @@ def choose(m: int, w: Weight, config: Config, implementation: str | None, *, k_l
     """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or `KERNELS_ON_GPU`."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
-    if SCHEMES[config.scheme].activations is None:
+    if config.table_row.activations is None:
         return "dequantize"
     reason = _kernels.unsupported(m, w, config, k_last=k_last)
     if implementation in _kernels.BACKENDS and reason:
@@ -89,7 +89,7 @@ def _product(static, x, w, bias):
     if w.outlier_index is None or static.path == "dequantize":
         return _compute(static, x, w, bias)
     int8 = w._replace(outlier_rows=None, outlier_index=None)
-    if static.config.outliers != "static" or not static.config.decomposes:
+    if not static.config.uses_calibrated_columns:
         return _compute(static, x, int8, bias)
     # the calibrated columns in 16 bits, and the rest as if they were zeros
     rest = without_columns(x, w.outlier_index)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, dequantize, is_qtensor, storage_axes
 from jint8._ops.activations import split_with_digits
 from jint8._ops.checks import check_activations
@@ -79,7 +79,7 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
     rows = jnp.arange(x.shape[0])
     in_group = (rows < jnp.sum(group_sizes))[:, None]
     x = jnp.where(in_group, x, 0)
-    if SCHEMES[config.scheme].activations is None:
+    if config.table_row.activations is None:
         return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes)
 
     at = storage_axes(w)
@@ -89,7 +89,7 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
         return jnp.transpose(leaf, at)[expert, 0]
 
     y = jnp.float32(0)
-    if w.outlier_rows is not None and w.outlier_index is not None and config.outliers == "static" and config.decomposes:
+    if w.outlier_rows is not None and w.outlier_index is not None and config.uses_calibrated_columns:
         index = jnp.transpose(w.outlier_index, at)[..., 0]  # [experts or 1, c]
         index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
         columns = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)

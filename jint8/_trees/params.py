@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._core.axes import canonical_axes
-from jint8._core.config import SCHEMES, Config, check_config
+from jint8._core.config import Config, check_config
 from jint8._core.qtensor import QTensor, contract_last, dequantize, is_qtensor
 from jint8._core.quantize import quantize
 from jint8._trees.paths import Patterns, leaf_paths, matches, path_string
@@ -72,7 +72,7 @@ def quantize_params(
         dtype('int8')
     """
     check_config(config)
-    if SCHEMES[config.scheme].weights is None:
+    if not config.quantizes_weights:
         return params
     if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
         importlib.import_module("jint8._trees.flax_state")

@@ -6,13 +6,14 @@ library that names a leaf (plans, skip lists, error messages, checkpoints) uses 
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-__all__ = ["Patterns", "leaf_paths", "matches", "nested", "path_group", "path_string"]
+__all__ = ["Patterns", "Selection", "leaf_paths", "matches", "nested", "path_group", "path_string"]
 
 Patterns = str | Iterable[str] | Callable[[str], bool]
 
@@ -116,6 +117,28 @@ def matches(path: str, patterns: Patterns) -> bool:
     ends = range(len(segments) + 1)
     runs = ["/".join(segments[start:stop]) for start in ends for stop in ends[start + 1 :]]
     return any(fnmatchcase(run, pattern) for pattern in patterns for run in runs)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights a caller wants in floating point, and which in int8 whatever else says no.
+
+    Attributes:
+      skip: patterns, or a predicate, of weights that stay in floating point.
+      include: patterns, or a predicate, that win over `skip` and over every default.
+    """
+
+    skip: Patterns = ()
+    include: Patterns = ()
+
+    def includes(self, *names: str) -> bool:
+        """Whether `include` matches any of the names that a weight is known by."""
+        return any(matches(name, self.include) for name in names)
+
+    def skips(self, *names: str, default: Patterns = ()) -> bool:
+        """Whether `skip`, or the patterns that are left out by default, match any name, and `include` matches none."""
+        skipped = any(matches(name, self.skip) or matches(name, default) for name in names)
+        return skipped and not self.includes(*names)
 
 
 def path_group(path: str) -> str:

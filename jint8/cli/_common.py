@@ -93,7 +93,7 @@ def quant_config(args: argparse.Namespace) -> Config | None:
         raise ValueError("Expected --scheme or --preset, got both")
     config = Config() if args.preset is None else Config.preset(args.preset)
     config = dataclasses.replace(config, **given)
-    if args.calibrate is not None and not (config.outliers == "static" and config.decomposes):
+    if args.calibrate is not None and not (config.uses_calibrated_columns):
         raise ValueError("Expected --calibrate with static outliers (--preset static or best, --outliers static)")
     return config if given or args.preset is not None else None
 

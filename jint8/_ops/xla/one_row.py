@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jint8._core.config import SCHEMES, Config
+from jint8._core.config import Config
 from jint8._core.rounding import absmax
 from jint8._ops.activations import limits, quantize_row
 from jint8._ops.digits import largest_in
@@ -36,11 +35,11 @@ def row_by_row(config: Config) -> Callable[[jax.Array, Weight], jax.Array]:
     @row.def_vmap
     def rows(size, batched, x, w):
         x_batched, w_batched = batched
-        if any(jax.tree.leaves(w_batched)) or SCHEMES[config.scheme].activations != "token":
+        if any(jax.tree.leaves(w_batched)) or config.table_row.activations != "token":
             one = functools.partial(int8_product, config=config, k_last=True, implementation="xla_digits", divided=None)
             return jax.vmap(one, jax.tree.map(lambda leaf: 0 if leaf else None, (x_batched, w_batched)))(x, w), True
         # the outlier columns of one row are those that its own values make
-        own = dataclasses.replace(config, outliers="token") if config.outliers == "batch" else config
+        own = config.by_token()
         path = "xla_digits" if size <= FEW_ROWS else "xla_gather"
         return int8_product(x[:, 0], w, own, True, path, None)[:, None], True
 
