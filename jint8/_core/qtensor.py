@@ -38,10 +38,10 @@ class QTensor:
         (over all contracted axes, flattened). The number of columns in all marks a slot that isn't used.
       dtype: the dtype of the float weight.
       config: the `Config` that `jint8.matmul` uses unless it is given another.
-      order: None, or the permutation with `q = transpose(w, order)`: `q` is stored with the contracted axes last.
-      stack: the axes that `order` leaves out because they keep their place, such as a scanned layer axis: for each, how
-        many of those in `order` lie in front of it. A slice of one layer has lost its entry and keeps the metadata, so
-        `storage_axes` finds out which are left.
+      order: None, or a permutation of the weight's own axes, `q = transpose(w, order)`: `q` is stored with the
+        contracted axes last. Stacked axes, such as a scanned layer axis, aren't among them and keep their position.
+      stack: for each stacked axis, how many own axes are in front of it. A slice of one layer has lost an axis and
+        keeps this metadata, so all are equal: whichever is gone, the others are known.
 
     Invariants: every leaf has `q`'s rank, so that scanned, sliced and vmapped axes sit at the same place in all; no
     static field names an axis that a scanned axis shifts.
@@ -98,39 +98,50 @@ class QTensor:
 
 
 def storage_axes(w: QTensor) -> tuple[int, ...]:
-    """For each axis of the float weight, the axis of `w.q` that holds it."""
+    """For each axis of the float weight, the axis of `w.q` that holds it.
+
+    `order` names the weight's own axes. What `q` has beyond those are stacked axes: of those that `stack` places, some
+    may be gone (a scan over layers takes one), and others may have come in front (as by `jnp.stack`).
+
+    Raises:
+      ValueError: the weight has lost an axis that it needs, or it can't be told which stacked axis it has lost.
+    """
     ndim = len(w.q.shape)
     if w.order is None:
         return tuple(range(ndim))
     extra = ndim - len(w.order)
     if extra < 0:
         raise ValueError(f"Expected a weight of at least {len(w.order)} dimensions, got {w.q.shape}.")
-    stack = _stack_axes(w, extra)
-    own = [axis for axis in range(ndim) if axis not in stack]
+    stacked = _stacked_positions(w, extra)
+    own = [axis for axis in range(ndim) if axis not in stacked]
     positions = list(range(ndim))
     for stored, original in enumerate(w.order):
         positions[own[original]] = own[stored]
     return tuple(positions)
 
 
-def _stack_axes(w: QTensor, count: int) -> tuple[int, ...]:
-    """Positions of the `count` stacked axes that are left: slices take some away, `jnp.stack` puts more in front.
-
-    Where several choices are left, contracted axes must come last, as they are stored: `scale` shows those. Where that
-    leaves a choice too, it is the axes in front that are gone, as after a scan over layers.
-    """
-    before = (0,) * (count - len(w.stack)) + w.stack
-    choices = [
-        tuple(own + i for i, own in enumerate(chosen))
-        for chosen in sorted({*itertools.combinations(before, count)}, reverse=True)
-    ]
-
-    def contracted_last(stack: tuple[int, ...]) -> bool:
+def _stacked_positions(w: QTensor, count: int) -> tuple[int, ...]:
+    """Where in `w.q` the `count` stacked axes are that it has."""
+    if count >= len(w.stack):
+        before = (0,) * (count - len(w.stack)) + w.stack
+        return tuple(own + i for i, own in enumerate(before))
+    # Some are gone. `contract_last` makes sure that all have equally many own axes in front: then it doesn't matter
+    # which. Weights that 0.1.0 saved may differ there: of those, contracted axes are stored last, which `scale` shows.
+    choices = {tuple(own + i for i, own in enumerate(kept)) for kept in itertools.combinations(w.stack, count)}
+    if len(choices) > 1:
         contracted = [size != scale for size, scale in zip(w.q.shape, w.scale.shape, strict=True)]
-        own = [contracted[axis] for axis in range(len(contracted)) if axis not in stack]
-        return own == sorted(own) and not any(contracted[axis] for axis in stack)
 
-    return choices[0] if len(choices) == 1 else next(filter(contracted_last, choices), choices[0])
+        def contracted_are_last(stacked: tuple[int, ...]) -> bool:
+            own = [contracted[axis] for axis in range(len(contracted)) if axis not in stacked]
+            return own == sorted(own) and not any(contracted[axis] for axis in stacked)
+
+        choices = set(filter(contracted_are_last, choices))
+    if len(choices) != 1:
+        raise ValueError(
+            f"Expected a slice of an int8 weight that shows which stacked axis it has lost, got {w.q.shape} of one "
+            "that jint8 0.1.0 quantized with several: quantize it again."
+        )
+    return choices.pop()
 
 
 def contracted_axes(w: QTensor) -> tuple[int, ...]:
@@ -197,20 +208,27 @@ def dequantize(w: QTensor, dtype=None) -> jax.Array:
 def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence[int] = ()) -> QTensor:
     """The same weight stored with its contracted axes last: the order that every fast path reads.
 
-    Stacked axes keep their position. `.shape` stays that of the float weight.
+    `.shape` stays that of the float weight. Stacked axes keep their position, and any of them may be sliced away
+    later, as by a scan over layers. Where nothing would then tell which is gone, because own axes lie between them,
+    the weight stays as it is: right, if slower.
     """
     ndim = w.q.ndim
-    contract, stack = canonical_axes(contract_axes, ndim), canonical_axes(stack_axes, ndim, "stack_axes")
-    # axes in front of all contracted ones don't move either: a layer axis may be among them
-    fixed = sorted({*stack, *range(min(contract, default=0))})
-    own = [a for a in range(ndim) if a not in fixed]
-    order = tuple(i for i, a in enumerate(own) if a not in contract) + tuple(
-        i for i, a in enumerate(own) if a in contract
-    )
+    contract, stacked = canonical_axes(contract_axes, ndim), canonical_axes(stack_axes, ndim, "stack_axes")
+    # Axes in front of all contracted ones needn't move, and a layer axis may be among them that nobody has named. They
+    # count as stacked, too, unless a named one lies further behind.
+    leading = range(min(contract, default=0))
+    for fixed in (sorted({*stacked, *leading}), sorted(stacked)):
+        own = [axis for axis in range(ndim) if axis not in fixed]
+        in_front = [sum(a < axis for a in own) for axis in fixed]
+        if len(set(in_front)) <= 1:
+            break
+    else:
+        return w
+    order = tuple(sorted(range(len(own)), key=lambda i: own[i] in contract))  # stable: others keep their order
     if order == tuple(range(len(own))):
         return w
     permutation = list(range(ndim))
     for stored, original in enumerate(order):
         permutation[own[stored]] = own[original]
     moved = jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)
-    return dataclasses.replace(moved, order=order, stack=tuple(sum(a < axis for a in own) for axis in fixed))
+    return dataclasses.replace(moved, order=order, stack=tuple(in_front))
