@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jint8.cli import _bench, _demo, _eval, _generate, _outliers, _plan, _quantize
+from jint8.cli import _bench, _common, _demo, _eval, _fit, _generate, _outliers, _quantize
 
 COMMANDS = {
     "demo": _demo,
@@ -17,8 +17,9 @@ COMMANDS = {
     "eval": _eval,
     "outliers": _outliers,
     "bench": _bench,
-    "plan": _plan,
+    "fit": _fit,
 }
+OLD_NAMES = {"plan": "fit"}  # of commands; they still work
 BAD_INPUT, INTERRUPTED = 2, 130
 ERRORS = (ValueError, TypeError, OSError, ImportError, KeyError, NotImplementedError)
 
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
+        if new := OLD_NAMES.get(args.command):
+            _common.say(args, f"jint8: the command {args.command} is called {new} now")
     except KeyboardInterrupt:
         print("jint8: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -73,11 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = Parser(prog="jint8", description="LLM.int8() for JAX: language models with int8 weights.")
     parser.add_argument("--version", action="version", version=f"jint8 {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, module in COMMANDS.items():
         text = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,
+            aliases=[old for old, new in OLD_NAMES.items() if new == name],
             help=text.partition("\n")[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,

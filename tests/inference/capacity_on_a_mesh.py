@@ -1,4 +1,4 @@
-"""What `jint8 plan` says of a model of three layers on two devices, and XLA of all of it; see `test_plan.py`."""
+"""What `jint8 fit` says of a model of three layers on two devices, and XLA of all of it; see `test_fit.py`."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ ARGUMENTS = [
 with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()) as out:
     file = Path(directory, "config.json")
     file.write_text(json.dumps(CONFIG))
-    assert main(["plan", str(file), *ARGUMENTS]) == 0
+    assert main(["fit", str(file), *ARGUMENTS]) == 0
 model = model_config(CONFIG)
 full = measure(model, model_mesh(model, 2), context=in_slots(CONTEXT), batch=1, quant=jint8.Config())
-print(json.dumps({"plan": json.loads(out.getvalue()), "full": full}))
+print(json.dumps({"fit": json.loads(out.getvalue()), "full": full}))

@@ -1,10 +1,10 @@
 """Whether a model fits on several devices, without its weights.
 
-MODEL is a directory of a checkpoint, its config.json, a GGUF file, or the name of a known size. The model is divided
-among the devices as `jint8.load(mesh=)` does it, and its programs are compiled for as many virtual CPU devices, with
-one and with two layers; more layers are on the line through both. Weights, cache and collectives follow from shapes and
-shardings. Temporaries are those of XLA's CPU backend, with float32 activations; those of experts hold copies of all
-their weights, which its grouped products make.
+MODEL is a directory of a checkpoint, its config.json, a GGUF file, or the name of a known size. The model is sharded
+over the devices as `jint8.load(mesh=)` does it, and its programs are compiled for as many virtual CPU devices, with one
+and with two layers; the numbers of more layers are extrapolated from both. Weights, cache and collectives follow from
+shapes and shardings. Temporaries are those of XLA's CPU backend, with float32 activations; those of experts hold copies
+of all their weights, which its grouped products make.
 
 JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype; per_device {int8
 {projections, scales, embeddings, others, weights, cache, prefill, decode, needed}, float {weights}}, in bytes;
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"Expected --{name} to be at least 1, got {getattr(args, name)}")
     source, config = find_config(args.model)
     use_cpu_devices(devices)
-    result = plan(args, source, config, devices, memory, reserve)
+    result = fit(args, source, config, devices, memory, reserve)
     if args.json:
         _common.report(args, result)
     else:
@@ -111,10 +111,10 @@ def use_cpu_devices(count: int) -> None:
             raise ValueError(f"Expected a process in which JAX hasn't started, got: {error}") from None
 
 
-def plan(
+def fit(
     args: argparse.Namespace, source: str | None, config: dict[str, Any], devices: int, memory: int, reserve: int
 ) -> dict[str, Any]:
-    """The JSON object."""
+    """Whether the model fits: what `--json` prints."""
     import jax.numpy as jnp
 
     from jint8 import Config
@@ -130,7 +130,7 @@ def plan(
         raise ValueError(
             f"Expected --context of at most {positions}, which the model has positions for, got {args.context}"
         )
-    model_mesh(decoder, devices)  # raises
+    model_mesh(decoder, devices)  # raises before anything is compiled
 
     @functools.cache
     def at(context: int) -> Capacity:

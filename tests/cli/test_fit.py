@@ -1,4 +1,4 @@
-"""`jint8 plan`: what it says of a small model, against all of it compiled, loaded and counted."""
+"""`jint8 fit`: what it says of a small model, against all of it compiled, loaded and counted."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from virtual_devices import run_on_eight_devices
 from jint8._convert.wanted import abstract_params
 from jint8._inference.capacity import known_models, longest_context, model_mesh
 from jint8._inference.collectives import KINDS
-from jint8.cli import _plan
+from jint8.cli import _fit
 from jint8.models import Decoder, model_config
 
 
@@ -20,7 +20,7 @@ from jint8.models import Decoder, model_config
     [("8x24GiB", 8, 24 * 2**30), ("1x80GB", 1, 80 * 10**9), ("16x0.5MiB", 16, 2**19)],
 )
 def test_mesh(text, devices, memory):
-    assert _plan.parse_mesh(text) == (devices, memory)
+    assert _fit.parse_mesh(text) == (devices, memory)
 
 
 ERRORS = {
@@ -42,7 +42,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("argv", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors(argv, message, run_error):
-    assert message in run_error("plan", *argv)
+    assert message in run_error("fit", *argv)
 
 
 PARAMETERS = {  # billions, as published
@@ -96,7 +96,7 @@ def found():
 
 @pytest.mark.slow
 def test_one_and_two_layers_say_what_three_take(found):
-    int8, full = found["plan"]["per_device"]["int8"], found["full"]
+    int8, full = found["fit"]["per_device"]["int8"], found["full"]
     for temporaries in ("prefill", "decode"):
         assert int8[temporaries] == pytest.approx(full[temporaries], rel=0.05)
     assert int8["cache"] == 4 * full["cache size"]
@@ -105,24 +105,24 @@ def test_one_and_two_layers_say_what_three_take(found):
         for kind in KINDS
         if f"token {kind}" in full
     ]
-    assert found["plan"]["collectives"] == of_full
+    assert found["fit"]["collectives"] == of_full
     assert full["token all-reduce"] >= 2 * 3  # of the row-parallel products in each layer
 
 
 def test_weights_and_cache_are_what_the_program_takes(found):
-    int8 = found["plan"]["per_device"]["int8"]
+    int8 = found["fit"]["per_device"]["int8"]
     tokens, rest = 4 * 128, 64  # and counters, the key and the end
     assert 0 < found["full"]["arguments"] - int8["weights"] - int8["cache"] - tokens < rest
     assert int8["weights"] == sum(int8[name] for name in ("projections", "scales", "embeddings", "others"))
 
 
 def test_cache_and_verdicts(found):
-    plan = found["plan"]
-    int8 = plan["per_device"]["int8"]
+    fit = found["fit"]
+    int8 = fit["per_device"]["int8"]
     assert int8["cache"] == 3 * 2 * 128 * 2 * 8 * 4  # layers, keys and values, slots, 2 of 4 heads of 8, float32
     assert int8["needed"] == int8["weights"] + int8["cache"] + max(int8["prefill"], int8["decode"])
-    assert plan["fits"] is (int8["needed"] <= plan["memory"] - plan["reserve"])
-    assert (plan["longest_context"], plan["longest_by"]) == (48, "positions")
+    assert fit["fits"] is (int8["needed"] <= fit["memory"] - fit["reserve"])
+    assert (fit["longest_context"], fit["longest_by"]) == (48, "positions")
 
 
 def test_devices_that_do_not_divide_the_heads():
@@ -133,4 +133,18 @@ def test_devices_that_do_not_divide_the_heads():
 
 def test_more_devices_than_jax_has_started_with(run_error):
     jax.devices()
-    assert "Expected a process in which JAX hasn't started" in run_error("plan", "opt-175b", "--mesh", "8x24GiB")
+    assert "Expected a process in which JAX hasn't started" in run_error("fit", "opt-175b", "--mesh", "8x24GiB")
+
+
+def test_the_old_name_says_the_new_one(run, monkeypatch):
+    found = {"fits": True}
+    monkeypatch.setattr(_fit, "use_cpu_devices", lambda count: None)
+    monkeypatch.setattr(_fit, "fit", lambda args, *_: found)
+    argv = ("opt-175b", "--mesh", "8x24GiB", "--json")
+    assert run("fit", *argv) == (0, '{"fits": true}\n', "")
+    assert run("plan", *argv) == (0, '{"fits": true}\n', "jint8: the command plan is called fit now\n")
+    assert run("plan", *argv, "--quiet") == (0, '{"fits": true}\n', "")
+
+
+def test_errors_of_the_old_name(run_error):
+    assert run_error("plan", "opt-175b", "--mesh", "eight").endswith("got 'eight'")
