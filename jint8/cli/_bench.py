@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
     _common.use_compile_cache(args)
     source = _common.find_source(args, args.source)
     models = {
-        "int8": _common.load(args, source, config=config, dtype=args.dtype),
-        "float": _common.load(args, source, quantize=False, dtype=args.dtype),
+        "int8": _common.load(args, source, config=config),
+        "float": _common.load(args, source, quantize=False),
     }
     limit = models["int8"].config.max_positions
     if limit and args.prompt_tokens + args.new_tokens > limit:

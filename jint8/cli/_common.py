@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jint8 import Config, LanguageModel
 
 Progress = Callable[[int, int], None]
@@ -98,10 +100,26 @@ def quant_config(args: argparse.Namespace) -> Config | None:
     return config if given or args.preset is not None else None
 
 
+def float_dtype(name: str) -> np.dtype:
+    """The dtype that `--dtype` names.
+
+    Raises:
+      ValueError: it isn't the name of a float type.
+    """
+    import jax.numpy as jnp
+
+    with contextlib.suppress(TypeError):  # NumPy's, of a name that no dtype has
+        dtype = jnp.dtype(name)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return dtype
+    raise ValueError(f"Expected --dtype to be a float type, such as float32 or bfloat16, got {name!r}")
+
+
 def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any) -> LanguageModel:
-    """`jint8.load` with a progress bar, and the text to calibrate on if one was given."""
+    """`jint8.load` with a progress bar, `--dtype`, and the text to calibrate on if one was given."""
     import jint8
 
+    options["dtype"] = None if args.dtype is None else float_dtype(args.dtype)
     if args.calibrate is not None and options.get("quantize", True):
         options["calibrate"] = read_text(args.calibrate)
     with progress_bar(args, "loading", unit="B", unit_scale=True) as progress:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     config = _common.quant_config(args)
     _common.use_compile_cache(args)
     file = find_file(args)
-    model = _common.load(args, file, config=config, dtype=args.dtype)
+    model = _common.load(args, file, config=config)
     count = sum(math.prod(leaf.shape) for _, leaf in leaf_paths(model.params, is_leaf=is_qtensor))
     weight_bytes = {
         "float32": 4 * count,

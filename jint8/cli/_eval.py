@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _common.add_adapter_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
+    parser.set_defaults(dtype="float32")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,15 +44,14 @@ def run(args: argparse.Namespace) -> None:
     from jint8._trees.memory import projection_bytes
 
     config = _common.quant_config(args)
-    dtype = args.dtype or "float32"
     _common.use_compile_cache(args)
     source = _common.find_source(args, args.source)
-    model = _common.load(args, source, config=config, dtype=dtype)
+    model = _common.load(args, source, config=config)
     tokens = _tokens(args, model)
     reference = None
     if args.compare:
         plain = model.quant.scheme == "none"
-        reference = model if plain else _common.load(args, source, quantize=False, dtype=dtype)
+        reference = model if plain else _common.load(args, source, quantize=False)
     begin = time.perf_counter()
     with _common.progress_bar(args, "scoring", unit="seq") as progress:
         found = evaluate(model, tokens, batch_size=args.batch_size, reference=reference, progress=progress)

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _common.add_model_arguments(parser)
     _common.add_output_arguments(parser)
+    parser.set_defaults(dtype="bfloat16")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,16 +116,12 @@ def fit(
     args: argparse.Namespace, source: str | None, config: dict[str, Any], devices: int, memory: int, reserve: int
 ) -> dict[str, Any]:
     """Whether the model fits: what `--json` prints."""
-    import jax.numpy as jnp
-
     from jint8 import Config
     from jint8._inference.capacity import capacity, in_slots, longest_context, model_mesh
     from jint8.models import model_config
 
     decoder = model_config(config)
-    dtype = jnp.dtype(args.dtype or "bfloat16")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"Expected --dtype to be a float type, got {args.dtype}")
+    dtype = _common.float_dtype(args.dtype)
     positions = decoder.max_positions if decoder.learned_positions is not None else None
     if positions is not None and args.context > positions:
         raise ValueError(

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("Expected --system with --chat, got it without")
     config = _common.quant_config(args)
     _common.use_compile_cache(args)
-    model = _common.load(args, _common.find_source(args, args.source), config=config, dtype=args.dtype)
+    model = _common.load(args, _common.find_source(args, args.source), config=config)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     if not prompts:
         converse(args, model, system)

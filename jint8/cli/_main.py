@@ -1,4 +1,9 @@
-"""From arguments to a command, and from errors to one line and an exit status."""
+"""From arguments to a command, and from errors to one line and an exit status.
+
+The library says of bad input what it expected: "Expected ..., got ...". With the errors of files and missing packages,
+these are the user's, and their message is all that is printed. Every other error is a bug of jint8's, and is called so.
+The environment variable JINT8_DEBUG=1 lets both through as they are, with their traceback.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,8 @@ COMMANDS = {
     "fit": _fit,
 }
 OLD_NAMES = {"plan": "fit"}  # of commands; they still work
-BAD_INPUT, INTERRUPTED = 2, 130
-ERRORS = (ValueError, TypeError, OSError, ImportError, KeyError, NotImplementedError)
+FAILED, INTERRUPTED = 2, 130
+DEBUG = "JINT8_DEBUG=1 in the environment shows the traceback"
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with a message, without the usage."""
-        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(FAILED, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; None means the process's.
 
     Returns:
-      The exit status: 0, 2 for bad input (with one line on standard error), 130 when interrupted.
+      The exit status: 0, 2 for bad input and other errors (with one line on standard error), 130 when interrupted.
+
+    Raises:
+      Exception: any error, with JINT8_DEBUG=1 in the environment.
 
     Examples:
       >>> import contextlib, io
@@ -63,18 +71,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ERRORS as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"jint8: {' '.join(str(message).split())}", file=sys.stderr)
-        return BAD_INPUT
+    except Exception as error:
+        if os.environ.get("JINT8_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"jint8: {' '.join(message(error).split())}", file=sys.stderr)
+        return FAILED
     return 0
+
+
+def message(error: Exception) -> str:
+    """What to tell the user: what was wrong with the input, or that it is a bug."""
+    if isinstance(error, (OSError, ImportError)) or "Expected " in str(error):
+        return str(error)
+    return f"internal error: {type(error).__name__}: {error}; {DEBUG}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     from jint8 import __version__
 
-    parser = Parser(prog="jint8", description="LLM.int8() for JAX: language models with int8 weights.")
+    parser = Parser(
+        prog="jint8",
+        description="LLM.int8() for JAX: language models with int8 weights.",
+        epilog=f"An error is one line on standard error; {DEBUG}.",
+    )
     parser.add_argument("--version", action="version", version=f"jint8 {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, module in COMMANDS.items():

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"Expected --limit to be at least 1, got {args.limit}")
     _common.use_compile_cache(args)
     source = _common.find_source(args, args.source)
-    model = _common.load(args, source, dtype=args.dtype, **({"quantize": False} if args.float else {}))
+    model = _common.load(args, source, quantize=not args.float)
     text = None if args.text is None else _common.read_text(args.text)
     batches = model.batches(text, args.seq_len)[: args.limit]
     with _common.progress_bar(args, "reading", unit="seq") as progress:

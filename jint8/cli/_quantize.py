@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{source}: Expected a checkpoint to quantize, got one that jint8 wrote")
         bytes_in = checkpoint.file_bytes
         config, skip = settings(checkpoint, quantize=True, **options)
-        model = decoder(checkpoint, args.dtype or default_dtype())
+        model = decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
         planned = planned_params(checkpoint, model, config=config, skip=skip, include=args.include)
     plan = memory_report(planned)
     result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
     if not args.dry_run:
-        save(destination, _common.load(args, source, dtype=args.dtype, **options), format=args.format)
+        save(destination, _common.load(args, source, **options), format=args.format)
         sizes = [file.stat().st_size for file in destination.iterdir()]
         result |= {"files": len(sizes), "bytes_out": sum(sizes)}
     if args.json:

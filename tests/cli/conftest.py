@@ -26,6 +26,7 @@ def float_model(llama):
 def run(capsys, monkeypatch, tmp_path):
     """Runs a command in this process -> (status, standard output, standard error)."""
     monkeypatch.setenv("JINT8_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JINT8_DEBUG", raising=False)
 
     def run(*argv):
         capsys.readouterr()
@@ -52,7 +53,7 @@ def run_json(run):
 
 @pytest.fixture
 def run_error(run):
-    """Runs a command that fails -> its one line on standard error."""
+    """Runs a command that fails on bad input -> its one line on standard error."""
 
     def run_error(*argv):
         status, out, err = run(*argv)
@@ -60,6 +61,7 @@ def run_error(run):
         lines = err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("jint8")
+        assert "internal error" not in lines[0]
         return lines[0]
 
     return run_error

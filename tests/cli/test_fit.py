@@ -36,7 +36,10 @@ ERRORS = {
         "at most 2048, which the model has positions",
     ),
     "family": ([str(DIRECTORY.parent / "encoders" / "bert"), "--mesh", "1x24GiB"], "Expected a decoder"),
-    "dtype": (["opt-175b", "--mesh", "1x24GiB", "--dtype", "int8"], "--dtype to be a float type, got int8"),
+    "dtype": (
+        ["opt-175b", "--mesh", "1x24GiB", "--dtype", "int8"],
+        "--dtype to be a float type, such as float32 or bfloat16, got 'int8'",
+    ),
 }
 
 

@@ -79,6 +79,7 @@ def test_bad_arguments(argv, message, llama, tmp_path, capsys):
     assert out == ""
     assert len(err.splitlines()) == 1
     assert message in err
+    assert "internal error" not in err
     assert not (tmp_path / "dst").exists()
 
 
@@ -89,6 +90,64 @@ def test_interrupted(monkeypatch, run):
     monkeypatch.setattr(_eval, "run", interrupt)
     status, out, err = run("eval", "x", "--text", "y")
     assert (status, out, err) == (130, "", "jint8: interrupted\n")
+
+
+BUGS = {
+    "type": (TypeError("unsupported operand"), "internal error: TypeError: unsupported operand; JINT8_DEBUG=1"),
+    "key": (KeyError("layers_0"), "internal error: KeyError: 'layers_0'; JINT8_DEBUG=1"),
+    "value": (ValueError("shapes\n(2,) (3,)"), "internal error: ValueError: shapes (2,) (3,); JINT8_DEBUG=1"),
+    "assertion": (AssertionError(), "internal error: AssertionError: ; JINT8_DEBUG=1"),
+}
+INPUT = {
+    "type": TypeError("Expected integer tokens, got float32."),
+    "value": ValueError("a.json: Expected JSON, got: nothing."),
+    "not_implemented": NotImplementedError("Expected a CPU, got a toaster."),
+    "file": FileNotFoundError("no such file"),
+    "package": ImportError("pip install 'jint8[hf]'"),
+}
+
+
+def fail(monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(_eval, "run", run)
+
+
+@pytest.mark.parametrize(("error", "message"), BUGS.values(), ids=BUGS)
+def test_a_bug_is_called_one(error, message, monkeypatch, run):
+    fail(monkeypatch, error)
+    status, out, err = run("eval", "x", "--text", "y")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"jint8: {message}")
+
+
+@pytest.mark.parametrize("error", INPUT.values(), ids=INPUT)
+def test_bad_input_is_not_called_a_bug(error, monkeypatch, run_error):
+    fail(monkeypatch, error)
+    assert run_error("eval", "x", "--text", "y") == f"jint8: {error}"
+
+
+@pytest.mark.parametrize("error", [BUGS["key"][0], *INPUT.values()], ids=["bug", *INPUT])
+def test_debugging_shows_the_traceback(error, monkeypatch, run):
+    fail(monkeypatch, error)
+    monkeypatch.setenv("JINT8_DEBUG", "1")
+    with pytest.raises(type(error)) as raised:
+        run("eval", "x", "--text", "y")
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_no_debugging(value, monkeypatch, run_error):
+    fail(monkeypatch, INPUT["value"])
+    monkeypatch.setenv("JINT8_DEBUG", value)
+    assert run_error("eval", "x", "--text", "y") == "jint8: a.json: Expected JSON, got: nothing."
+
+
+def test_traceback_of_the_process(tmp_path):
+    done = shell("eval", tmp_path / "none", "--text", "y", "--no-compile-cache", JINT8_DEBUG="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
 
 
 CACHES = {
