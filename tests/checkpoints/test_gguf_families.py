@@ -10,6 +10,7 @@ import safetensors.numpy
 from family_files import DIRECTORY, config
 
 import jint8
+from jint8.checkpoints._gguf.architectures import ARCHITECTURES
 
 # name -> (llama.cpp's architecture, what differs in the ModelConfig because GGUF doesn't say it)
 FAMILIES = {
@@ -85,8 +86,9 @@ def write(path, name):
     if "factor" in rope:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if name == "gpt_neox":
+    if "partial_rotary_factor" in rope:
         writer.add_rope_dimension_count(int(c["hidden_size"] / heads * rope["partial_rotary_factor"]))
+    if "use_parallel_residual" in c:
         writer.add_parallel_residual(c["use_parallel_residual"])
     if name == "mixtral":
         writer.add_expert_count(c["num_local_experts"])
@@ -105,6 +107,10 @@ def write(path, name):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_every_architecture_is_tested():
+    assert {arch for arch, _ in FAMILIES.values()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -60,7 +60,7 @@ def test_old_keys(name, change):
 
 
 BAD = {
-    "unknown": (lambda c: {"model_type": "mamba"}, "Expected a model_type among bloom, .*qwen3, got 'mamba'"),
+    "unknown": (lambda c: {"model_type": "mamba"}, "Expected a model_type among bloom, .*, qwen3.*, got 'mamba'"),
     "no_type": (lambda c: {}, "got None"),
     "heads": (renamed(num_attention_heads=5, num_key_value_heads=5, head_dim=None), "to divide hidden_size 32, got 5"),
     "key_value_heads": (renamed(num_key_value_heads=3), "to divide 4 attention heads, got 3"),

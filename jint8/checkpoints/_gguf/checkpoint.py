@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._gguf.architectures import ARCHITECTURES, Architecture
 from jint8.checkpoints._gguf.config import config_from_metadata
 from jint8.checkpoints._gguf.header import GGUFFile, RawTensor, read_header
-from jint8.checkpoints._gguf.names import ARCHITECTURES, CONFIG_TENSORS, MIXTRAL, Architecture, hf_name, stem
+from jint8.checkpoints._gguf.names import CONFIG_TENSORS, hf_name, stem
 from jint8.checkpoints._optional import require
 from jint8.checkpoints._tokenizer.gguf import tokenizer_from_metadata
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
@@ -43,8 +44,9 @@ class GGUFCheckpoint(Checkpoint):
         if arch not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{parts[0].path}: Expected an architecture among {known}, got {arch!r}")
-        experts = arch == "llama" and self.metadata.get("llama.expert_count")
-        self._architecture: Architecture = MIXTRAL if experts else ARCHITECTURES[arch]
+        self._architecture: Architecture = ARCHITECTURES[arch]
+        if self._architecture.with_experts is not None and self.metadata.get(f"{arch}.expert_count"):
+            self._architecture = self._architecture.with_experts
         self._begin: dict[str, tuple[Path, int]] = {}
         self._stems: dict[str, str] = {}
         self._maps: dict[Path, np.ndarray] | None = {}
@@ -64,8 +66,7 @@ class GGUFCheckpoint(Checkpoint):
             path=parts[0].path,
             vocab_size=tensors[names["token_embd"]].shape[0],
             tied=names["output"] not in tensors,
-            attention_bias=any(name.endswith(("q_proj.bias", "query_key_value.bias")) for name in tensors),
-            mlp_bias=any(name.endswith("up_proj.bias") for name in tensors),
+            tensors=tensors,
             rope_tensors=rope,
         )
         super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
@@ -145,11 +146,11 @@ class GGUFCheckpoint(Checkpoint):
     def _row_order(self, info: TensorInfo) -> np.ndarray | None:
         """Which stored row is each of Hugging Face's, or None where the order is the same."""
         kind = self._stems[info.name]
+        heads = self.metadata[f"{self.metadata['general.architecture']}.attention.head_count"]
         if self._architecture.rotary_pairs and kind in ("attn_q", "attn_k"):
-            heads = self.config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+            heads = heads if kind == "attn_q" else self.config["num_key_value_heads"]
             parts = 2 * heads
         elif kind == self._architecture.interleaved:
-            heads = self.config[self._architecture.keys.get("num_attention_heads", "num_attention_heads")]
             parts = 3 * heads
         else:
             return None

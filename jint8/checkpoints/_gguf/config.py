@@ -1,31 +1,15 @@
 """From GGUF metadata to the keys of a Hugging Face config.json."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jint8.checkpoints._gguf.names import Architecture
-
-_REQUIRED = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-}
-_OPTIONAL = {
-    "sliding_window": "attention.sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "num_local_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "use_parallel_residual": "use_parallel_residual",
-}
+from jint8.checkpoints._gguf.architectures import Architecture
 
 
 def config_from_metadata(
@@ -35,84 +19,77 @@ def config_from_metadata(
     path: Path,
     vocab_size: int,
     tied: bool,
-    attention_bias: bool,
-    mlp_bias: bool,
+    tensors: Collection[str],
     rope_tensors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Build the model's configuration.
 
     Args:
-        metadata: The file's metadata.
-        architecture: The model's architecture.
-        path: The file, for messages.
-        vocab_size: Rows of the embedding.
-        tied: Whether the output head is the embedding.
-        attention_bias: Whether query, key and value projections have a bias.
-        mlp_bias: Whether the feed-forward projections have biases.
-        rope_tensors: The frequency factors that GGUF keeps as tensors, by name.
+      metadata: of the file.
+      architecture: of the model.
+      path: the file, for messages.
+      vocab_size: rows of the embedding.
+      tied: whether the output head is the embedding.
+      tensors: Hugging Face's names of the tensors that the file has.
+      rope_tensors: the frequency factors that GGUF keeps as tensors, by name.
 
     Returns:
-        A dict as in `config.json`.
+      A dict as in `config.json`.
 
     Raises:
-        ValueError: If a value is missing, or the rotary scaling isn't of a known kind.
+      ValueError: a value is missing or impossible, or the rotary scaling isn't of a known kind.
     """
     arch = metadata["general.architecture"]
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"{arch}.{key}", default)
 
-    config: dict[str, Any] = {"model_type": architecture.model_type}
-    for name, key in _REQUIRED.items():
-        if name == "rms_norm_eps" and not architecture.rms_norm:
-            key = "attention.layer_norm_epsilon"
-        value = get(key)
-        if value is None and name == "num_key_value_heads":
-            value = config["num_attention_heads"]
+    def positive(key: str, default: int | None = None) -> int | float:
+        value = get(key, default)
         if value is None:
             raise ValueError(f"{path}: Expected the metadata {arch}.{key}, got none")
-        if not isinstance(value, float if name == "rms_norm_eps" else int) or not value > 0:
+        if not isinstance(value, float if key.endswith("epsilon") else int) or not value > 0:
             raise ValueError(f"{path}: Expected a positive number as {arch}.{key}, got {value!r}")
-        config[name] = value
-    # Written as float32: 1e-05 reads back as 9.999999747378752e-06.
-    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.7g}")
-    heads = config["num_attention_heads"]
-    config["head_dim"] = get("attention.key_length", config["hidden_size"] // heads)
-    rotary = get("rope.dimension_count", config["head_dim"])
-    if rotary != config["head_dim"] or config["model_type"] == "gpt_neox":  # which rotates a quarter by default
-        config["partial_rotary_factor"] = rotary / config["head_dim"]
-    config |= {name: get(key) for name, key in _OPTIONAL.items() if get(key) is not None}
-    config |= {
+        # float32 in the file: 1e-05 reads back as 9.999999747378752e-06
+        return float(f"{value:.7g}") if isinstance(value, float) else value
+
+    width, heads = positive("embedding_length"), positive("attention.head_count")
+    head_dim = get("attention.key_length", width // heads)
+    config: dict[str, Any] = {
+        "model_type": architecture.model_type,
         "vocab_size": vocab_size,
-        "hidden_act": architecture.hidden_act,
+        "num_key_value_heads": positive("attention.head_count_kv", heads),
+        "head_dim": head_dim,
         "tie_word_embeddings": tied,
-        "attention_bias": attention_bias,
-        "mlp_bias": mlp_bias,
-        "rope_theta": float(get("rope.freq_base", 10000.0)),
+        **architecture.constants,
     }
-    config["rope_scaling"] = _rope_scaling(get, config, rope_tensors, path)
+    config |= {name: positive(key) for name, key in architecture.keys.items()}
+    config |= {name: get(key) for name, key in architecture.optional.items() if get(key) is not None}
+    for name, module in architecture.biases.items():
+        config[name] = any(tensor.endswith(f"{module}.bias") for tensor in tensors)
+    if architecture.rotary:
+        config["rope_theta"] = float(get("rope.freq_base", 10000.0))
+        config["rope_scaling"] = _rope_scaling(get, config, rope_tensors, path)
+        rotary = get("rope.dimension_count", head_dim)
+        if rotary != head_dim or architecture.partial_rotary:
+            config["partial_rotary_factor"] = _factor(rotary, head_dim)
+    if architecture.mean_head_layers:
+        mean = get("block_count") in architecture.mean_head_layers
+        config["query_pre_attn_scalar"] = width // heads if mean else head_dim
     for name in ("bos", "eos", "padding"):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
-    if architecture.model_type.startswith("gemma"):
-        config |= _gemma(get, config)
-    return {architecture.keys.get(name, name): value for name, value in config.items()}
+    return config
 
 
-def _gemma(get: Any, config: dict[str, Any]) -> dict[str, Any]:
-    # The largest model of each generation scales by the mean head size; the files don't say so (llama.cpp too goes by
-    # the number of layers: 46 of Gemma 2, 62 of Gemma 3).
-    large = config["num_hidden_layers"] in (46, 62)
-    scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
-    extra: dict[str, Any] = {"hidden_activation": config["hidden_act"], "query_pre_attn_scalar": scalar}
-    if config["model_type"] == "gemma3_text":
-        extra["rope_local_base_freq"] = float(get("rope.freq_base_swa", 10000.0))
-        extra["sliding_window_pattern"] = 6
-    return extra
+def _factor(rotary: int, head_dim: int) -> float:
+    """The `partial_rotary_factor` of which `int(head_dim * factor)` is `rotary`: 30 / 44 * 44 is 29.999999999999996."""
+    factor = rotary / head_dim
+    return factor if int(head_dim * factor) == rotary else math.nextafter(factor, math.inf)
 
 
 def _rope_scaling(
-    get: Any, config: dict[str, Any], tensors: Mapping[str, np.ndarray], path: Path
+    get: Callable[..., Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray], path: Path
 ) -> dict[str, Any] | None:
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(tensors["rope_freqs.weight"], config, path)

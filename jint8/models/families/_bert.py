@@ -31,22 +31,25 @@ def _config(config: Fields) -> ModelConfig:
 
 
 _LAYER = "encoder.layer.{i}."
-BERT = Family(
-    config=_config,
-    prefixes=("", "bert."),
-    modules={
-        "embedding": "embeddings.word_embeddings",
-        "positions": "embeddings.position_embeddings",
-        "token_types": "embeddings.token_type_embeddings",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/attention/qkv": tuple(f"{_LAYER}attention.self.{name}" for name in ("query", "key", "value")),
-        "layers/attention/out": f"{_LAYER}attention.output.dense",
-        "layers/attention_norm": f"{_LAYER}attention.output.LayerNorm",
-        "layers/mlp/up": f"{_LAYER}intermediate.dense",
-        "layers/mlp/down": f"{_LAYER}output.dense",
-        "layers/mlp_norm": f"{_LAYER}output.LayerNorm",
-        "lm_head": "cls.predictions.decoder",
-    },
-    # features come from the last layer: neither the pooler on its first token nor the head of the training is used
-    unused=("*embeddings.position_ids", "*pooler.*", "cls.*"),
-)
+FAMILIES = {
+    "bert": Family(
+        config=_config,
+        encoder=True,
+        prefixes=("", "bert."),
+        modules={
+            "embedding": "embeddings.word_embeddings",
+            "positions": "embeddings.position_embeddings",
+            "token_types": "embeddings.token_type_embeddings",
+            "embedding_norm": "embeddings.LayerNorm",
+            "layers/attention/qkv": tuple(f"{_LAYER}attention.self.{name}" for name in ("query", "key", "value")),
+            "layers/attention/out": f"{_LAYER}attention.output.dense",
+            "layers/attention_norm": f"{_LAYER}attention.output.LayerNorm",
+            "layers/mlp/up": f"{_LAYER}intermediate.dense",
+            "layers/mlp/down": f"{_LAYER}output.dense",
+            "layers/mlp_norm": f"{_LAYER}output.LayerNorm",
+            "lm_head": "cls.predictions.decoder",
+        },
+        # features come from the last layer: neither the pooler on its first token nor the head of the training is used
+        unused=("*embeddings.position_ids", "*pooler.*", "cls.*"),
+    ),
+}

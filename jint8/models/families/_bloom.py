@@ -31,20 +31,22 @@ def _config(config: Fields) -> ModelConfig:
     )
 
 
-BLOOM = Family(
-    config=_config,
-    prefixes=("transformer.", ""),
-    modules={
-        "embedding": "word_embeddings",
-        "embedding_norm": "word_embeddings_layernorm",
-        "layers/attention_norm": "h.{i}.input_layernorm",
-        "layers/attention/qkv": "h.{i}.self_attention.query_key_value",
-        "layers/attention/out": "h.{i}.self_attention.dense",
-        "layers/mlp_norm": "h.{i}.post_attention_layernorm",
-        "layers/mlp/up": "h.{i}.mlp.dense_h_to_4h",
-        "layers/mlp/down": "h.{i}.mlp.dense_4h_to_h",
-        "norm": "ln_f",
-        "lm_head": "lm_head",
-    },
-    layouts={"layers/attention/qkv": HEADS},
-)
+FAMILIES = {
+    "bloom": Family(
+        config=_config,
+        prefixes=("transformer.", ""),
+        modules={
+            "embedding": "word_embeddings",
+            "embedding_norm": "word_embeddings_layernorm",
+            "layers/attention_norm": "h.{i}.input_layernorm",
+            "layers/attention/qkv": "h.{i}.self_attention.query_key_value",
+            "layers/attention/out": "h.{i}.self_attention.dense",
+            "layers/mlp_norm": "h.{i}.post_attention_layernorm",
+            "layers/mlp/up": "h.{i}.mlp.dense_h_to_4h",
+            "layers/mlp/down": "h.{i}.mlp.dense_4h_to_h",
+            "norm": "ln_f",
+            "lm_head": "lm_head",
+        },
+        layouts={"layers/attention/qkv": HEADS},
+    ),
+}

@@ -24,6 +24,7 @@ class Family:
         the other factor: `COLUMNS` is `[k, n]`; `HEADS` has each head's query, key and value rows next to each other,
         as the decoder has them.
       unused: patterns of tensors that aren't parameters, such as masks.
+      encoder: for `jint8.load_encoder`; the others are decoders.
     """
 
     config: Callable[[Fields], ModelConfig]
@@ -31,3 +32,4 @@ class Family:
     prefixes: tuple[str, ...] = ("model.", "")
     layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    encoder: bool = False

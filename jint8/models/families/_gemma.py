@@ -62,10 +62,12 @@ _MODULES = MODULES | {
     "layers/mlp_norm": "layers.{i}.pre_feedforward_layernorm",
     "layers/mlp_out_norm": "layers.{i}.post_feedforward_layernorm",
 }
-GEMMA2 = Family(config=_gemma2, modules=_MODULES, unused=UNUSED)
-GEMMA3 = Family(
-    config=_gemma3,
-    modules=_MODULES,
-    prefixes=("model.", "", "model.language_model.", "language_model.model."),
-    unused=(*UNUSED, "*vision_tower.*", "*multi_modal_projector.*"),
-)
+FAMILIES = {
+    "gemma2": Family(config=_gemma2, modules=_MODULES, unused=UNUSED),
+    "gemma3_text": Family(
+        config=_gemma3,
+        modules=_MODULES,
+        prefixes=("model.", "", "model.language_model.", "language_model.model."),
+        unused=(*UNUSED, "*vision_tower.*", "*multi_modal_projector.*"),
+    ),
+}

@@ -29,23 +29,25 @@ def _config(config: Fields) -> ModelConfig:
     )
 
 
-GPT2 = Family(
-    config=_config,
-    prefixes=("transformer.", ""),
-    modules={
-        "embedding": "wte",
-        "positions": "wpe",
-        "layers/attention_norm": "h.{i}.ln_1",
-        "layers/attention/qkv": "h.{i}.attn.c_attn",
-        "layers/attention/out": "h.{i}.attn.c_proj",
-        "layers/mlp_norm": "h.{i}.ln_2",
-        "layers/mlp/up": "h.{i}.mlp.c_fc",
-        "layers/mlp/down": "h.{i}.mlp.c_proj",
-        "norm": "ln_f",
-        "lm_head": "lm_head",
-    },
-    layouts=dict.fromkeys(
-        ("layers/attention/qkv", "layers/attention/out", "layers/mlp/up", "layers/mlp/down"), COLUMNS
+FAMILIES = {
+    "gpt2": Family(
+        config=_config,
+        prefixes=("transformer.", ""),
+        modules={
+            "embedding": "wte",
+            "positions": "wpe",
+            "layers/attention_norm": "h.{i}.ln_1",
+            "layers/attention/qkv": "h.{i}.attn.c_attn",
+            "layers/attention/out": "h.{i}.attn.c_proj",
+            "layers/mlp_norm": "h.{i}.ln_2",
+            "layers/mlp/up": "h.{i}.mlp.c_fc",
+            "layers/mlp/down": "h.{i}.mlp.c_proj",
+            "norm": "ln_f",
+            "lm_head": "lm_head",
+        },
+        layouts=dict.fromkeys(
+            ("layers/attention/qkv", "layers/attention/out", "layers/mlp/up", "layers/mlp/down"), COLUMNS
+        ),
+        unused=("*.attn.bias", "*.attn.masked_bias"),
     ),
-    unused=("*.attn.bias", "*.attn.masked_bias"),
-)
+}

@@ -72,29 +72,31 @@ def _qwen(config: Fields, **choices: Any) -> ModelConfig:
     return llama_config(config, windows=windows if config.get("use_sliding_window") else (), **choices)
 
 
-LLAMA = Family(config=llama_config, modules=MODULES, unused=UNUSED)
-MISTRAL = Family(config=_sliding, modules=MODULES, unused=UNUSED)
-MIXTRAL = Family(
-    config=_mixtral,
-    modules=MODULES
-    | {
-        "layers/mlp/router": "layers.{i}.block_sparse_moe.gate",
-        "layers/mlp/gate_up": (
-            "layers.{i}.block_sparse_moe.experts.{e}.w1",
-            "layers.{i}.block_sparse_moe.experts.{e}.w3",
-        ),
-        "layers/mlp/down": "layers.{i}.block_sparse_moe.experts.{e}.w2",
-    },
-    unused=UNUSED,
-)
-QWEN2 = Family(config=lambda c: _qwen(c, qkv_bias=True, out_bias=False), modules=MODULES, unused=UNUSED)
-QWEN3 = Family(config=lambda c: _qwen(c, qk_norm=True), modules=MODULES, unused=UNUSED)
-PHI3 = Family(
-    config=_sliding,
-    modules=MODULES
-    | {
-        "layers/attention/qkv": "layers.{i}.self_attn.qkv_proj",
-        "layers/mlp/gate_up": "layers.{i}.mlp.gate_up_proj",
-    },
-    unused=UNUSED,
-)
+FAMILIES = {
+    "llama": Family(config=llama_config, modules=MODULES, unused=UNUSED),
+    "mistral": Family(config=_sliding, modules=MODULES, unused=UNUSED),
+    "mixtral": Family(
+        config=_mixtral,
+        modules=MODULES
+        | {
+            "layers/mlp/router": "layers.{i}.block_sparse_moe.gate",
+            "layers/mlp/gate_up": (
+                "layers.{i}.block_sparse_moe.experts.{e}.w1",
+                "layers.{i}.block_sparse_moe.experts.{e}.w3",
+            ),
+            "layers/mlp/down": "layers.{i}.block_sparse_moe.experts.{e}.w2",
+        },
+        unused=UNUSED,
+    ),
+    "qwen2": Family(config=lambda c: _qwen(c, qkv_bias=True, out_bias=False), modules=MODULES, unused=UNUSED),
+    "qwen3": Family(config=lambda c: _qwen(c, qk_norm=True), modules=MODULES, unused=UNUSED),
+    "phi3": Family(
+        config=_sliding,
+        modules=MODULES
+        | {
+            "layers/attention/qkv": "layers.{i}.self_attn.qkv_proj",
+            "layers/mlp/gate_up": "layers.{i}.mlp.gate_up_proj",
+        },
+        unused=UNUSED,
+    ),
+}

@@ -31,20 +31,22 @@ def _config(config: Fields) -> ModelConfig:
     )
 
 
-GPT_NEOX = Family(
-    config=_config,
-    prefixes=("gpt_neox.", ""),
-    modules={
-        "embedding": "embed_in",
-        "layers/attention_norm": "layers.{i}.input_layernorm",
-        "layers/attention/qkv": "layers.{i}.attention.query_key_value",
-        "layers/attention/out": "layers.{i}.attention.dense",
-        "layers/mlp_norm": "layers.{i}.post_attention_layernorm",
-        "layers/mlp/up": "layers.{i}.mlp.dense_h_to_4h",
-        "layers/mlp/down": "layers.{i}.mlp.dense_4h_to_h",
-        "norm": "final_layer_norm",
-        "lm_head": "embed_out",
-    },
-    layouts={"layers/attention/qkv": HEADS},
-    unused=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
-)
+FAMILIES = {
+    "gpt_neox": Family(
+        config=_config,
+        prefixes=("gpt_neox.", ""),
+        modules={
+            "embedding": "embed_in",
+            "layers/attention_norm": "layers.{i}.input_layernorm",
+            "layers/attention/qkv": "layers.{i}.attention.query_key_value",
+            "layers/attention/out": "layers.{i}.attention.dense",
+            "layers/mlp_norm": "layers.{i}.post_attention_layernorm",
+            "layers/mlp/up": "layers.{i}.mlp.dense_h_to_4h",
+            "layers/mlp/down": "layers.{i}.mlp.dense_4h_to_h",
+            "norm": "final_layer_norm",
+            "lm_head": "embed_out",
+        },
+        layouts={"layers/attention/qkv": HEADS},
+        unused=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
+    ),
+}

@@ -33,25 +33,27 @@ def _config(config: Fields) -> ModelConfig:
     )
 
 
-OPT = Family(
-    config=_config,
-    prefixes=("model.decoder.", "decoder.", ""),
-    modules={
-        "embedding": "embed_tokens",
-        "positions": "embed_positions",
-        "project_in": "project_in",
-        "layers/attention_norm": "layers.{i}.self_attn_layer_norm",
-        "layers/attention/qkv": (
-            "layers.{i}.self_attn.q_proj",
-            "layers.{i}.self_attn.k_proj",
-            "layers.{i}.self_attn.v_proj",
-        ),
-        "layers/attention/out": "layers.{i}.self_attn.out_proj",
-        "layers/mlp_norm": "layers.{i}.final_layer_norm",
-        "layers/mlp/up": "layers.{i}.fc1",
-        "layers/mlp/down": "layers.{i}.fc2",
-        "norm": "final_layer_norm",
-        "project_out": "project_out",
-        "lm_head": "lm_head",
-    },
-)
+FAMILIES = {
+    "opt": Family(
+        config=_config,
+        prefixes=("model.decoder.", "decoder.", ""),
+        modules={
+            "embedding": "embed_tokens",
+            "positions": "embed_positions",
+            "project_in": "project_in",
+            "layers/attention_norm": "layers.{i}.self_attn_layer_norm",
+            "layers/attention/qkv": (
+                "layers.{i}.self_attn.q_proj",
+                "layers.{i}.self_attn.k_proj",
+                "layers.{i}.self_attn.v_proj",
+            ),
+            "layers/attention/out": "layers.{i}.self_attn.out_proj",
+            "layers/mlp_norm": "layers.{i}.final_layer_norm",
+            "layers/mlp/up": "layers.{i}.fc1",
+            "layers/mlp/down": "layers.{i}.fc2",
+            "norm": "final_layer_norm",
+            "project_out": "project_out",
+            "lm_head": "lm_head",
+        },
+    ),
+}

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from jint8.models._config import ModelConfig
 from jint8.models._fused import row_order
-from jint8.models.families._bert import BERT
-from jint8.models.families._bloom import BLOOM
 from jint8.models.families._family import COLUMNS, HEADS, Family
-from jint8.models.families._gemma import GEMMA2, GEMMA3
-from jint8.models.families._gpt2 import GPT2
 from jint8.models.families._layout import Source
-from jint8.models.families._llama import LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3
-from jint8.models.families._neox import GPT_NEOX
-from jint8.models.families._opt import OPT
 
-FAMILIES: Mapping[str, Family] = {
-    "bloom": BLOOM,
-    "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
-    "gpt2": GPT2,
-    "gpt_neox": GPT_NEOX,
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "mixtral": MIXTRAL,
-    "opt": OPT,
-    "phi3": PHI3,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-}
-ENCODERS: Mapping[str, Family] = {"bert": BERT}
+
+def _find_families() -> dict[str, Family]:
+    """The `FAMILIES` of every module in this package that has such a table, by `model_type`."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        families = getattr(importlib.import_module(f"{__package__}.{module.name}"), "FAMILIES", {})
+        if twice := found.keys() & families.keys():
+            raise ValueError(f"Expected each model_type in one file, got {', '.join(twice)} again in {module.name}")
+        found |= families
+    return dict(sorted(found.items()))
+
+
+_ALL = _find_families()
+FAMILIES: Mapping[str, Family] = {name: family for name, family in _ALL.items() if not family.encoder}
+ENCODERS: Mapping[str, Family] = {name: family for name, family in _ALL.items() if family.encoder}
 HEAD = "lm_head"
 
 
@@ -91,7 +87,7 @@ def _config(config: Mapping[str, Any], families: Mapping[str, Family]) -> ModelC
 
 def family(config: ModelConfig) -> Family:
     """The family of a model."""
-    return {**FAMILIES, **ENCODERS}[config.family]
+    return _ALL[config.family]
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
