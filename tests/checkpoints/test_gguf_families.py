@@ -24,6 +24,7 @@ FAMILIES = {
     "gpt2": ("gpt2", set()),
     "bloom": ("bloom", set()),
     "gpt_neox": ("gptneox", set()),
+    "stablelm": ("stablelm", set()),
 }
 
 

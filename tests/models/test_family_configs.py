@@ -49,6 +49,7 @@ OLD = {
     "phi3_su": ("phi3_longrope", old_phi3),
     "qwen2_upper_layers": ("qwen2_sliding", renamed(layer_types=None)),
     "bloom": ("bloom", old_bloom),
+    "stablelm": ("stablelm", renamed(rope_parameters=None, rope_theta=10000, partial_rotary_factor=0.5)),
     "opt": ("opt", renamed(word_embed_proj_dim=None, tie_word_embeddings=None)),
     "gpt2": ("gpt2", renamed(n_inner=None, tie_word_embeddings=None, activation_function=None)),
 }  # fmt: skip
@@ -82,6 +83,10 @@ BAD = {
         "apply_residual_connection_post_layernorm to be False, got True",
     ),
     "gpt2": (lambda c: config("gpt2") | {"scale_attn_weights": False}, "scale_attn_weights to be True, got False"),
+    "stablelm_12b": (lambda c: config("stablelm") | {"qk_layernorm": True}, "qk_layernorm to be False, got True"),
+    "stablelm_parallel": (
+        lambda c: config("stablelm") | {"use_parallel_residual": True}, "use_parallel_residual to be False, got True",
+    ),
 }  # fmt: skip
 
 

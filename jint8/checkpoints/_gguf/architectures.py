@@ -171,4 +171,11 @@ ARCHITECTURES = {
         partial_rotary=True,
         interleaved="attn_qkv",
     ),
+    "stablelm": Architecture(
+        model_type="stablelm",
+        keys=_SIZES | {"layer_norm_eps": _LAYER_NORM},
+        optional={"use_parallel_residual": "use_parallel_residual"},
+        biases={"use_qkv_bias": "q_proj"},
+        partial_rotary=True,
+    ),
 }  # fmt: skip
