@@ -1,4 +1,4 @@
-"""From a path to a model that runs."""
+"""From a path to a model that runs: what `jint8.load` and `jint8.load_encoder` do, in `_load_fields`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
 
 from jint8._convert.lora import saved_factors, with_adapter
 from jint8._convert.read import Progress, read_params
@@ -35,7 +36,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     config: Config | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     quantize: bool = True,
     skip: Patterns = (),
@@ -59,8 +60,8 @@ def load(
         `llm_int8_threshold` of a `quantization_config` in `config.json`.
       dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
         float32 on CPUs and bfloat16 on GPUs.
-      mesh: divides the model among its devices, by `jint8.models.partition_specs`. Each process reads what its devices
-        hold, and nothing is whole on one of them. None is one device.
+      mesh: the devices that the model is sharded over, by `jint8.models.partition_specs`. Each process reads the shards
+        of its own devices; no device ever holds the whole. None is one device.
       quantize: False keeps every weight in `dtype`.
       skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
         experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
@@ -80,35 +81,41 @@ def load(
     Raises:
       FileNotFoundError: nothing at `path`, or a shard or a file of the adapter is missing.
       ValueError: an unsupported architecture, a truncated file, a tensor that is missing, unknown, or of a wrong shape,
-        NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`, a weight that `mesh`
-        doesn't divide; the message names file and tensor.
+        NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`, a weight whose size isn't
+        a multiple of the devices in `mesh`; the message names file and tensor.
       TypeError: `dtype` isn't a float type.
 
     References:
       arXiv 2208.07339, abstract: "a 16/32-bit checkpoint can be loaded, converted to Int8, and used immediately".
     """
-    return _load(
-        LanguageModel,
+    if mesh is not None:
+        # Auto leaves the shardings of activations to XLA. `jax.make_mesh` makes Explicit axes, which would have the
+        # model's code name them.
+        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    fields = _load_fields(
         path,
-        config,
-        dtype,
-        mesh,
-        quantize,
-        skip,
-        include,
-        adapter,
-        verify,
-        progress,
+        functools.partial(decoder, mesh=mesh),
+        config=config,
+        dtype=dtype,
+        mesh=mesh,
+        quantize=quantize,
+        skip=skip,
+        include=include,
+        adapter=adapter,
         outliers=outliers,
         calibrate=calibrate,
+        find_outliers=lambda dynamic: LanguageModel(**dynamic).calibrate(calibrate),
+        verify=verify,
+        progress=progress,
     )
+    return LanguageModel(**fields)
 
 
 def load_encoder(
     path: str | os.PathLike[str],
     *,
     config: Config | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     quantize: bool = True,
     skip: Patterns = (),
     include: Patterns = (),
@@ -137,32 +144,49 @@ def load_encoder(
       ValueError: as `jint8.load`; also for a decoder.
       TypeError: `dtype` isn't a float type.
     """
-    return _load(TextEncoder, path, config, dtype, None, quantize, skip, include, adapter, verify, progress)
+    fields = _load_fields(
+        path,
+        encoder,
+        config=config,
+        dtype=dtype,
+        quantize=quantize,
+        skip=skip,
+        include=include,
+        adapter=adapter,
+        verify=verify,
+        progress=progress,
+    )
+    return TextEncoder(**fields)
 
 
-def _load(
-    kind,
-    path,
-    config,
-    dtype,
-    mesh,
-    quantize,
-    skip,
-    include,
-    adapter,
-    verify,
-    progress,
+def _load_fields(
+    path: str | os.PathLike[str],
+    build: Callable[[Checkpoint, DTypeLike], Decoder | Encoder],
     *,
-    outliers=None,
-    calibrate=None,
-) -> Any:
+    config: Config | None,
+    dtype: DTypeLike | None,
+    quantize: bool,
+    skip: Patterns,
+    include: Patterns,
+    adapter: str | os.PathLike[str] | None,
+    verify: bool,
+    progress: Progress | None,
+    mesh: Mesh | None = None,
+    outliers: Mapping[str, Any] | None = None,
+    calibrate: str | None = None,
+    find_outliers: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The fields of a `LanguageModel` or a `TextEncoder`, read from a checkpoint.
+
+    Args (the others are those of `load`):
+      build: makes the Flax module.
+      find_outliers: finds the columns of static outliers with the fields of a model that decides per token; None for a
+        kind of model that can't be calibrated.
+    """
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
     if verify:
         verify_files(Path(path))
-    if mesh is not None:  # XLA decides how activations are divided: jax.make_mesh's default asks the model's code to
-        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    build = functools.partial(decoder, mesh=mesh) if kind is LanguageModel else encoder
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
             if not quantize or skip or include or outliers is not None or calibrate is not None:
@@ -181,42 +205,44 @@ def _load(
             if outliers is not None:
                 quant = dataclasses.replace(quant, outliers="static")
             elif quant.uses_calibrated_columns:
-                if kind is not LanguageModel:
+                if find_outliers is None:
                     raise ValueError(f"{path}: Expected outliers by batch or by token for an encoder, got static.")
+                # Which columns have outliers shows in a model that finds them token by token. Its parameters are
+                # gone before the ones that stay are read: both together may not fit.
                 dynamic = read(config=dataclasses.replace(quant, outliers="token"))
-                outliers = _loaded(kind, checkpoint, model, dynamic, quant).calibrate(calibrate)
+                outliers = find_outliers(_fields(checkpoint, model, dynamic, quant))
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:
             params = with_adapter(params, model, Path(adapter), mesh)
-        return _loaded(kind, checkpoint, model, params, quant)
+        return _fields(checkpoint, model, params, quant)
 
 
-def _loaded(kind, checkpoint: Checkpoint, model: Any, params: Any, quant: Config) -> Any:
-    return kind(
-        model=model,
-        params=params,
-        tokenizer=checkpoint.tokenizer(),
-        config=model.config,
-        quant=quant,
-        hf_config=text_config(checkpoint.config),
-    )
+def _fields(checkpoint: Checkpoint, model: Decoder | Encoder, params: dict[str, Any], quant: Config) -> dict[str, Any]:
+    return {
+        "model": model,
+        "params": params,
+        "tokenizer": checkpoint.tokenizer(),
+        "config": model.config,
+        "quant": quant,
+        "hf_config": text_config(checkpoint.config),
+    }
 
 
 def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Where the parts of a divided model come from: no device has to hold more than its own."""
+    """A context in which arrays are made on the host, where a model is sharded: no device holds more than its shard."""
     return contextlib.nullcontext() if mesh is None else jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def decoder(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> Decoder:
-    """The model of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
+def decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = None) -> Decoder:
+    """The decoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
         return Decoder(model_config(checkpoint.config), jnp.dtype(dtype), mesh)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
-def encoder(checkpoint: Checkpoint, dtype: Any) -> Encoder:
+def encoder(checkpoint: Checkpoint, dtype: DTypeLike) -> Encoder:
     """The encoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
         return Encoder(encoder_config(checkpoint.config), jnp.dtype(dtype))
