@@ -80,7 +80,7 @@ def verify_files(path: Path) -> None:
     for name, digest in sums.items():
         if not (path / name).exists():
             raise FileNotFoundError(f"{path / name}: Expected this file, which {MANIFEST} lists, got none")
-        if (got := _sha256(path / name)) != digest:
+        if (got := sha256(path / name)) != digest:
             raise ValueError(f"{path / name}: Expected SHA-256 {digest}, got {got}")
 
 
@@ -110,7 +110,7 @@ def write_arrays(directory: Path, arrays: Mapping[str, Any], shard_bytes: int) -
 
 def write_manifest(directory: Path) -> None:
     """Write the SHA-256 of every file that is there."""
-    sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
+    sums = [f"{sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
     (directory / MANIFEST).write_text("".join(sums), encoding="utf-8")
 
 
@@ -138,7 +138,8 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

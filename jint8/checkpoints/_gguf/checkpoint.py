@@ -5,10 +5,10 @@ import math
 import re
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._gguf.architectures import ARCHITECTURES, Architecture
 from jint8.checkpoints._gguf.config import config_from_metadata
 from jint8.checkpoints._gguf.header import GGUFFile, RawTensor, read_header
@@ -16,15 +16,6 @@ from jint8.checkpoints._gguf.names import CONFIG_TENSORS, hf_name, stem
 from jint8.checkpoints._optional import require
 from jint8.checkpoints._tokenizer.gguf import tokenizer_from_metadata
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
-
-# Types that are read as they are; every other one is dequantized to float32.
-PLAIN = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
-        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    }.items()
-}  # fmt: skip
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -104,7 +95,7 @@ class GGUFCheckpoint(Checkpoint):
         try:
             kind = self._gguf.GGMLQuantizationType(raw.type)
             block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
-            if kind.name not in PLAIN:
+            if kind.name not in DTYPES:
                 self._gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
         except (ValueError, KeyError, NotImplementedError) as e:
             raise ValueError(f"{where}: Expected a type that the gguf package can dequantize, got {e}") from e
@@ -133,8 +124,8 @@ class GGUFCheckpoint(Checkpoint):
         raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, info.nbytes // max(n_rows, 1))
         raw = raw[start:stop] if (order := self._row_order(info)) is None else raw[order[start:stop]]
         shape = (stop - start, *info.shape[1:])
-        if info.dtype in PLAIN:
-            values = raw.reshape(-1).view(PLAIN[info.dtype]).reshape(shape)
+        if info.dtype in DTYPES:
+            values = raw.reshape(-1).view(DTYPES[info.dtype]).reshape(shape)
         else:
             kind = self._gguf.GGMLQuantizationType[info.dtype]
             with np.errstate(all="ignore"):  # a damaged scale gives NaN, which quantization reports by name
