@@ -3,89 +3,117 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jint8._core.config import Config
-from jint8._core.qtensor import is_qtensor, storage_axes
-from jint8._ops.checks import check_activations
+from jint8._core.qtensor import QTensor, is_qtensor, storage_axes
+from jint8._ops.checks import check_activations, check_bias
 from jint8._ops.observe import Observed, watch
-from jint8._ops.product import product_2d
+from jint8._ops.product import Implementation, rows_product
 from jint8._ops.weight import Weight
+
+Axes = Sequence[int]
+DimensionNumbers = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]  # (contracted of x, of w), (batch of x, of w)
 
 
 def dot_general(
     lhs: Any,
     rhs: Any,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    out_sharding=None,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
     *,
+    bias: jax.Array | None = None,
     config: Config | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` where one side may be a `QTensor`: that product is LLM.int8()'s.
 
     Args:
-        lhs: array, or the `QTensor`.
-        rhs: array, or the `QTensor`. Without any, this is `jax.lax.dot_general`.
-        dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`. The contracted axes of the weight
-            must be those that it was quantized over. Outlier columns are decided within each entry of the batch axes.
-        precision: only for products without a `QTensor`.
-        preferred_element_type: dtype of the result; default: that of the activations.
-        out_sharding: only for products without a `QTensor`.
-        config: None means the one stored in the weight.
-        implementation: as in `jint8.matmul`.
+      lhs: array, or the `QTensor`.
+      rhs: array, or the `QTensor`. Without any, this is `jax.lax.dot_general`.
+      dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`. The contracted axes of the weight
+        must be those that it was quantized over. Outlier columns are decided within each entry of the batch axes.
+      precision: as in `jax.lax`, of what is computed in floating point: calibrated outlier columns (by default at full
+        precision), products with dequantized weights, derivatives. Sums of int8 products, and of the outliers that are
+        found in a call, are exact whatever it says.
+      preferred_element_type: dtype of the result; default: that of the activations.
+      out_sharding: of the result, on a mesh whose axes are explicit, as in `jax.lax`.
+      bias: None, or float `[*batch, *free axes of the weight]`: added before the result is rounded.
+      config: None means the one stored in the weight.
+      implementation: as in `jint8.matmul`.
 
     Returns:
-        Batch axes, then the free axes of `lhs`, then those of `rhs`.
+      Batch axes, then the free axes of `lhs`, then those of `rhs`.
 
     Raises:
-        TypeError: activations of an unsupported dtype, or two `QTensor`s.
-        ValueError: shapes that don't fit, or a weight quantized over other axes.
+      TypeError: activations or a bias of an unsupported dtype, two `QTensor`s, or a bias without any.
+      ValueError: shapes that don't fit, a weight quantized over other axes, or an `out_sharding` that the mesh hasn't.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
-        >>> jint8.dot_general(jnp.ones((5, 4)), w, (((1,), (0,)), ((), ()))).shape
-        (5, 2, 3)
+      >>> import jax.numpy as jnp, jint8
+      >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
+      >>> jint8.dot_general(jnp.ones((5, 4)), w, (((1,), (0,)), ((), ()))).shape
+      (5, 2, 3)
     """
     if is_qtensor(lhs) and is_qtensor(rhs):
         raise TypeError("Expected at most one QTensor, got two.")
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = (map(tuple, pair) for pair in dimension_numbers)
     if is_qtensor(rhs):
-        x, w, x_contract, w_contract, x_batch, w_batch = lhs, rhs, lhs_contract, rhs_contract, lhs_batch, rhs_batch
+        x, w, numbers = lhs, rhs, ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
     elif is_qtensor(lhs):
-        x, w, x_contract, w_contract, x_batch, w_batch = rhs, lhs, rhs_contract, lhs_contract, rhs_batch, lhs_batch
+        x, w, numbers = rhs, lhs, ((rhs_contract, lhs_contract), (rhs_batch, lhs_batch))
     else:
+        if bias is not None or config is not None or implementation is not None:
+            raise TypeError("Expected a QTensor beside bias, config or implementation, got none.")
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
     check_activations(x, "activations")
-    config = w.config if config is None else config
-    dtype = x.dtype if preferred_element_type is None else preferred_element_type
-    y = contract(x, w, (x_contract, w_contract), (x_batch, w_batch), config, implementation, dtype)
+    y = activations_first(
+        x,
+        w,
+        numbers,
+        config=w.config if config is None else config,
+        implementation=implementation,
+        dtype=x.dtype if preferred_element_type is None else preferred_element_type,
+        bias=bias,
+        precision=precision,
+    )
     if w is lhs:  # batch, free of x, free of w -> batch, free of w, free of x
-        batch, free_w = len(x_batch), len(w.shape) - len(w_batch) - len(w_contract)
+        batch, free_w = len(numbers[1][1]), len(w.shape) - len(numbers[1][1]) - len(numbers[0][1])
         axes = range(y.ndim)
         y = jnp.transpose(y, (*axes[:batch], *axes[y.ndim - free_w :], *axes[batch : y.ndim - free_w]))
-    return y
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
-def contract(x, w, contracted, batched, config, implementation, dtype, bias=None):
-    """`dtype`, batch axes, then free axes of x, then free axes of w. `bias` has the free axes of w: no batch axes."""
-    (x_contract, w_contract), (x_batch, w_batch) = contracted, batched
+def activations_first(
+    x: jax.Array,
+    w: QTensor,
+    numbers: DimensionNumbers,
+    *,
+    config: Config,
+    implementation: Implementation | None = None,
+    dtype: DTypeLike,
+    bias: jax.Array | None = None,
+    precision: Any = None,
+) -> jax.Array:
+    """`dot_general(x, w, numbers)` -> `dtype`, batch axes, then free axes of x, then free axes of w."""
+    (x_contract, w_contract), (x_batch, w_batch) = numbers
     _check_axes(x, w, x_contract, w_contract, x_batch, w_batch)
     at = storage_axes(w)
-    # contracted axes in the order in which the weight stores them: permuting x is cheap, permuting the weight isn't
+    # Contracted axes in the order in which the weight stores them: permuting x is cheap, permuting the weight isn't.
     pairs = sorted((at[b % w.ndim], a % x.ndim) for a, b in zip(x_contract, w_contract, strict=True))
     stored_contract, x_contract = [p[0] for p in pairs], [p[1] for p in pairs]
     stored_batch, x_batch = [at[b % w.ndim] for b in w_batch], [a % x.ndim for a in x_batch]
-    # free axes in the order of the float weight
+    # Free axes in the order of the float weight.
     stored_free = [at[a] for a in range(w.ndim) if at[a] not in stored_contract and at[a] not in stored_batch]
     x_free = [a for a in range(x.ndim) if a not in x_contract and a not in x_batch]
 
@@ -95,39 +123,41 @@ def contract(x, w, contracted, batched, config, implementation, dtype, bias=None
     k = math.prod(x.shape[a] for a in x_contract)
     free_shape = [w.q.shape[a] for a in stored_free]
     n = math.prod(free_shape)
+    if bias is not None:
+        check_bias(bias, (*batch_shape, *free_shape))
+        bias = bias.reshape(*batch_shape, n)
 
-    x_rows = jnp.transpose(x, x_batch + x_free + x_contract)
-    x_rows = x_rows.reshape(*batch_shape, math.prod(x.shape[a] for a in x_free), k)
-    q = jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n)))
-    scale = jnp.transpose(w.scale, order).reshape(*batch_shape, n)
-    zero = None if w.zero is None else jnp.transpose(w.zero, order).reshape(*batch_shape, n)
+    rows = jnp.transpose(x, x_batch + x_free + x_contract)
+    rows = rows.reshape(*batch_shape, math.prod(x.shape[a] for a in x_free), k)
     if isinstance(w, Observed):
-        tap = _columns(w.tap, order, stored_batch, stored_free, batch_shape)
-        x_rows = watch(w.counted, x_rows, tap)
-    rows, index = _outlier_columns(w, order, stored_batch, stored_free, batch_shape, (n, -1) if k_last else (-1, n))
-    flat_bias = None if bias is None else bias.reshape(n)
+        rows = watch(w.counted, rows, _column_lists(w.tap, order, stored_batch, stored_free, batch_shape))
+    channels = lambda leaf: jnp.transpose(leaf, order).reshape(*batch_shape, n)
+    outlier_rows = outlier_index = None
+    if w.outlier_index is not None and w.outlier_rows is not None:
+        outlier_rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *((n, -1) if k_last else (-1, n)))
+        outlier_index = _column_lists(w.outlier_index, order, stored_batch, stored_free, batch_shape)
+    flat = Weight(
+        q=jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n))),
+        scale=channels(w.scale),
+        zero=None if w.zero is None else channels(w.zero),
+        outlier_rows=outlier_rows,
+        outlier_index=outlier_index,
+        k_last=k_last,
+    )
 
-    def product(x, weight):
-        return product_2d(
-            x, weight, flat_bias, k_last=k_last, config=config, implementation=implementation, dtype=dtype
+    def product(x, weight, bias):
+        return rows_product(
+            x, weight, bias, config=config, implementation=implementation, dtype=dtype, precision=precision
         )
 
     for _ in batch_shape:
         product = jax.vmap(product)
-    y = product(x_rows, Weight(q, scale, zero, rows, index))
+    y = product(rows, flat, bias)
     return y.reshape(*batch_shape, *(x.shape[a] for a in x_free), *free_shape)
 
 
-def _outlier_columns(w, order, stored_batch, stored_free, batch_shape, shape):
-    """`Weight.rows` and `index` of a weight that is transposed by `order`, for each entry of the batch."""
-    if w.outlier_index is None:
-        return None, None
-    rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *shape)
-    return rows, _columns(w.outlier_index, order, stored_batch, stored_free, batch_shape)
-
-
-def _columns(leaf, order, stored_batch, stored_free, batch_shape):
-    """A leaf with a list for each stacked weight, as a list for each entry of the batch."""
+def _column_lists(leaf, order, stored_batch, stored_free, batch_shape) -> jax.Array:
+    """A leaf with a list of columns for each stacked weight, as a list for each entry of the batch."""
     if any(leaf.shape[axis] != 1 for axis in stored_free):
         raise ValueError(
             "Expected one list of outlier columns for all output channels, got one for each entry of an axis that "

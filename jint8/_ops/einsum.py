@@ -1,53 +1,69 @@
-"""`jint8.einsum`: labels to axes, then `jint8.dot_general`."""
+"""`jint8.einsum`: labels to axes, then the product of `jint8.dot_general`."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
 from jint8._ops.checks import check_activations
-from jint8._ops.dot_general import dot_general
+from jint8._ops.dot_general import DimensionNumbers, activations_first
+from jint8._ops.product import Implementation
 
 
 def einsum(
     subscripts: str,
     *operands: Any,
+    bias: jax.Array | None = None,
     config: Config | None = None,
-    implementation: str | None = None,
-    precision=None,
-    preferred_element_type=None,
+    implementation: Implementation | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """`jax.numpy.einsum` where one of two operands may be a `QTensor`: that product is LLM.int8()'s.
 
     Args:
-        subscripts: such as `"btd,dnh->btnh"`; the activations may have an ellipsis. Labels in both operands that
-            aren't in the result are contracted, and must be those that the weight was quantized over.
-        *operands: activations and a `QTensor`, in any order. Without a `QTensor`, this is `jax.numpy.einsum`.
-        config: None means the one stored in the weight.
-        implementation: as in `jint8.matmul`.
-        precision: only for products without a `QTensor`.
-        preferred_element_type: dtype of the result; default: that of the activations.
+      subscripts: such as `"btd,dnh->btnh"`; the activations may have an ellipsis. Labels in both operands that aren't
+        in the result are contracted, and must be those that the weight was quantized over.
+      *operands: activations and a `QTensor`, in any order. Without a `QTensor`, this is `jax.numpy.einsum`.
+      bias: None, or float of those axes of the result that the weight has, in the order of the result (`[n, h]` in the
+        example above): added before the result is rounded.
+      config: None means the one stored in the weight.
+      implementation: as in `jint8.matmul`.
+      precision: as in `jint8.dot_general`.
+      preferred_element_type: dtype of the result; default: that of the activations.
+      out_sharding: as in `jint8.dot_general`.
 
     Returns:
-        The axes that the subscripts name.
+      The axes that the subscripts name.
 
     Raises:
-        TypeError: as in `jint8.dot_general`.
-        ValueError: subscripts that don't fit the operands.
-        NotImplementedError: a `QTensor` with a repeated label, with an ellipsis or among more than two operands.
+      TypeError: as in `jint8.dot_general`.
+      ValueError: subscripts that don't fit the operands, or a bias that doesn't fit the result.
+      NotImplementedError: a `QTensor` with a repeated label, with an ellipsis or among more than two operands.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
-        >>> jint8.einsum("...d,dnh->...nh", jnp.ones((5, 4)), w).shape
-        (5, 2, 3)
+      >>> import jax.numpy as jnp, jint8
+      >>> w = jint8.quantize(jnp.ones((4, 2, 3)), contract_axes=(0,))
+      >>> jint8.einsum("...d,dnh->...nh", jnp.ones((5, 4)), w, bias=jnp.zeros((2, 3))).shape
+      (5, 2, 3)
     """
     if not any(is_qtensor(operand) for operand in operands):
-        return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)
+        if bias is not None or config is not None or implementation is not None:
+            raise TypeError("Expected a QTensor beside bias, config or implementation, got none.")
+        return jnp.einsum(
+            subscripts,
+            *operands,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
     if len(operands) != 2:
         raise NotImplementedError(f"Expected two operands where one is a QTensor, got {len(operands)}.")
     if all(is_qtensor(operand) for operand in operands):
@@ -55,28 +71,80 @@ def einsum(
     w_index = 1 if is_qtensor(operands[1]) else 0
     x, w = operands[1 - w_index], operands[w_index]
     check_activations(x, "activations")
-    inputs, output = parse_subscripts(subscripts, x, w, w_index)
-    x_labels, w_labels = inputs
-
-    sums = [i for i, label in enumerate(x_labels) if label not in w_labels and label not in output]
-    if sums:
-        x = jnp.sum(x, axis=sums)
-        x_labels = [label for label in x_labels if label in w_labels or label in output]
-    contract = [label for label in x_labels if label in w_labels and label not in output]
-    batch = [label for label in x_labels if label in w_labels and label in output]
-    numbers = (
-        ([x_labels.index(c) for c in contract], [w_labels.index(c) for c in contract]),
-        ([x_labels.index(b) for b in batch], [w_labels.index(b) for b in batch]),
+    labels = parse_subscripts(subscripts, x, w, w_index)
+    y = activations_first(
+        labels.sum_alone(x),
+        w,
+        labels.numbers,
+        config=w.config if config is None else config,
+        implementation=implementation,
+        dtype=x.dtype if preferred_element_type is None else preferred_element_type,
+        bias=None if bias is None else labels.arrange_bias(bias),
+        precision=precision,
     )
-    y = dot_general(
-        x, w, numbers, preferred_element_type=preferred_element_type, config=config, implementation=implementation
-    )
-    got = batch + [a for a in x_labels if a not in w_labels] + [a for a in w_labels if a not in x_labels]
-    return jnp.transpose(y, [got.index(label) for label in output])
+    y = labels.arrange(y)
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
-def parse_subscripts(subscripts: str, x, w, w_index: int) -> tuple[tuple[list[str], list[str]], list[str]]:
-    """Labels of x, of w and of the result, an ellipsis spelled out as labels "0", "1", ..."""
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The subscripts of a product of activations and a weight; an ellipsis is spelled out as labels "0", "1", ...
+
+    Attributes:
+      x: of the activations, without those that are summed up alone.
+      w: of the weight.
+      output: of the result.
+      alone: axes of the activations that are neither in the weight nor in the result.
+    """
+
+    x: list[str]
+    w: list[str]
+    output: list[str]
+    alone: list[int]
+
+    @property
+    def batch(self) -> list[str]:
+        """Labels of both operands and of the result."""
+        return [label for label in self.x if label in self.w and label in self.output]
+
+    @property
+    def free_w(self) -> list[str]:
+        """Labels of the weight alone."""
+        return [label for label in self.w if label not in self.x]
+
+    @property
+    def numbers(self) -> DimensionNumbers:
+        """What `activations_first` takes."""
+        contracted = [label for label in self.x if label in self.w and label not in self.output]
+
+        def axes(of: list[str], shared: list[str]) -> tuple[int, ...]:
+            return tuple(of.index(label) for label in shared)
+
+        return (
+            (axes(self.x, contracted), axes(self.w, contracted)),
+            (axes(self.x, self.batch), axes(self.w, self.batch)),
+        )
+
+    def sum_alone(self, x: jax.Array) -> jax.Array:
+        """The activations, with the axes summed up that nothing else has."""
+        return jnp.sum(x, axis=self.alone) if self.alone else x
+
+    def arrange(self, y: jax.Array) -> jax.Array:
+        """The result of `activations_first`, with its axes in the order of the subscripts."""
+        free_x = [label for label in self.x if label not in self.w]
+        got = [*self.batch, *free_x, *self.free_w]
+        return jnp.transpose(y, [got.index(label) for label in self.output])
+
+    def arrange_bias(self, bias: jax.Array) -> jax.Array:
+        """A bias of the result's axes that the weight has, as `[*batch, *free axes of the weight]`."""
+        given = [label for label in self.output if label in self.w]
+        if bias.ndim != len(given):
+            raise ValueError(f"Expected a bias of the axes {', '.join(given)}, got shape {bias.shape}.")
+        return jnp.transpose(bias, [given.index(label) for label in (*self.batch, *self.free_w)])
+
+
+def parse_subscripts(subscripts: str, x: Any, w: Any, w_index: int) -> Labels:
+    """The labels of the subscripts, of which the weight's are those of operand `w_index`."""
     text = subscripts.replace(" ", "")
     if text.count(",") != 1 or text.count("->") > 1:
         raise ValueError(f"Expected subscripts for two operands, got {subscripts!r}.")
@@ -111,4 +179,6 @@ def parse_subscripts(subscripts: str, x, w, w_index: int) -> tuple[tuple[list[st
         raise ValueError(f"Expected a result made of the operands' labels, each once, got {subscripts!r}.")
     if lost := [label for label in w_labels if label not in x_labels and label not in output]:
         raise NotImplementedError(f"Expected no sum over the weight's own axes {lost}, got {subscripts!r}.")
-    return (x_labels, w_labels), output
+    alone = [i for i, label in enumerate(x_labels) if label not in w_labels and label not in output]
+    kept = [label for i, label in enumerate(x_labels) if i not in alone]
+    return Labels(kept, w_labels, output, alone)

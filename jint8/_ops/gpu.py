@@ -21,15 +21,15 @@ from jint8._core.config import Config
 from jint8._core.platform import gpu_available
 from jint8._ops.activations import LARGEST_FLOAT
 from jint8._ops.weight import MAX_K, Weight
-from jint8._ops.xla import paths
+from jint8._ops.xla.paths import choose_xla_path, xla_product
 
 BACKENDS = ("triton", "mosaic")
 
 
-def unsupported(m: int, w: Weight, config: Config, *, k_last: bool) -> str | None:
+def unsupported(m: int, w: Weight, config: Config) -> str | None:
     """Why the kernels can't compute the product of `m` rows and `w`; None if they can."""
     scheme = config.table_row
-    n, k = w.q.shape if k_last else w.q.shape[::-1]
+    n, k = w.n, w.k
     if (scheme.activations, scheme.weights, scheme.affine) != ("token", "channel", False) or w.zero is not None:
         return f"scheme {config.scheme!r}, whose scales aren't one per token and output channel without zero points"
     if config.decomposes and config.relative:
@@ -47,12 +47,11 @@ class Call(NamedTuple):
     """What is static about a product: hashable, so that it can be a parameter of the primitive."""
 
     config: Config
-    k_last: bool
     dtype: Any  # of the result
     backend: str | None  # of `BACKENDS`; None: the kernels' choice, and XLA off the GPU
 
 
-def product(call: Call, x: jax.Array, w: Weight, bias: jax.Array | None) -> jax.Array:
+def kernel_product(call: Call, x: jax.Array, w: Weight, bias: jax.Array | None) -> jax.Array:
     """`x[m, k]` times `w`, plus `bias`, in one kernel -> `[m, n]`. A weight in `[k, n]` order is transposed.
 
     In programs for other platforms it is XLA's. With no GPU in sight, a kernel asked for by name runs in Pallas's
@@ -70,7 +69,7 @@ def _on_gpu(call, x, w, bias, interpret=False):
 
     return llm_int8_matmul(
         x,
-        w.q if call.k_last else w.q.T,
+        w.q if w.k_last else w.q.T,
         w.scale,
         bias=bias,
         threshold=min(call.config.threshold, LARGEST_FLOAT) if call.config.decomposes else 0.0,
@@ -82,8 +81,8 @@ def _on_gpu(call, x, w, bias, interpret=False):
 
 
 def _off_gpu(call, x, w, bias):
-    path = paths.choose(x.shape[0], x.shape[1], call.config, k_last=call.k_last)
-    return paths.product(x, w, bias, call.config, k_last=call.k_last, implementation=path, dtype=call.dtype)
+    path = choose_xla_path(x.shape[0], w, call.config)
+    return xla_product(x, w, bias, call.config, path=path, dtype=call.dtype)
 
 
 def _function(run, call, tree, mapped):

@@ -13,18 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, storage_axes
 from jint8._core.quantize import quantize
-from jint8._ops.checks import check_activations
-from jint8._ops.dot_general import contract, dot_general
+from jint8._ops.checks import check_activations, check_precision
+from jint8._ops.dot_general import DimensionNumbers, activations_first, dot_general
 from jint8._ops.einsum import parse_subscripts
 
-Weight = QTensor | jax.Array
+FloatOrInt8 = QTensor | jax.Array
 
 
-def compute_dtype(dtype: Any, *arrays: Any) -> Any:
+def compute_dtype(dtype: DTypeLike | None, *arrays: Any) -> Any:
     """The dtype that a Flax layer computes in: its own, or what the inputs and parameters promote to."""
     if dtype is not None:
         return jnp.dtype(dtype)
@@ -32,133 +33,135 @@ def compute_dtype(dtype: Any, *arrays: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(jnp.float32, dtype)
 
 
-def product(
+def weight_product(
     x: jax.Array,
-    w: Weight,
-    numbers: Any,
+    w: FloatOrInt8,
+    numbers: DimensionNumbers,
     config: Config | None = None,
     *,
     bias: jax.Array | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    precision: Any = None,
 ) -> jax.Array:
-    """`lax.dot_general(x, w, numbers)` with `w` in int8, plus `bias` of the free axes of `w`, rounded once to `dtype`.
+    """`lax.dot_general(x, w, numbers)` with `w` in int8, plus `bias[*batch, *free axes of w]`, rounded once to `dtype`.
 
-    `config` quantizes a float `w`.
+    `config` quantizes a float `w`. `precision` is that of `jint8.dot_general`.
     """
     if isinstance(w, QTensor):
         check_activations(x, "activations")
-        contracted, batched = numbers
-        return contract(x, w, contracted, batched, w.config, None, dtype, bias)
-    y = _float_weight_product(x, w, numbers, config)
+        return activations_first(x, w, numbers, config=w.config, dtype=dtype, bias=bias, precision=precision)
+    y = _float_weight_product(x, w, numbers, config, precision)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        batch = len(numbers[1][1])
+        free_x = x.ndim - batch - len(numbers[0][0])
+        y = y + bias.reshape(*bias.shape[:batch], *(1,) * free_x, *bias.shape[batch:]).astype(jnp.float32)
     return y.astype(dtype)
 
 
-def _float_weight_product(x, w, numbers, config):
+def _float_weight_product(x, w, numbers, config, precision) -> jax.Array:
+    """The product with a float weight, as `config` quantizes it: float32."""
     config = config or Config()
     if not config.quantizes_weights:
-        return lax.dot_general(x, w.astype(x.dtype), numbers, preferred_element_type=jnp.float32)
+        return lax.dot_general(x, w.astype(x.dtype), numbers, precision, preferred_element_type=jnp.float32)
+    check_precision(precision)
     numbers = tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in numbers)
-    return _straight_through((numbers, config), x, w)
+    return _straight_through((numbers, config, precision), x, w)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _straight_through(static, x, w):
-    numbers, config = static
+    numbers, config, precision = static
     q = quantize(w, contract_axes=numbers[0][1], stack_axes=numbers[1][1], config=config)
-    return dot_general(x, q, numbers, preferred_element_type=jnp.float32)
+    return dot_general(x, q, numbers, precision, preferred_element_type=jnp.float32)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(static, primals, tangents):
     (x, w), (x_dot, w_dot) = primals, tangents
-    float_product = functools.partial(lax.dot_general, dimension_numbers=static[0], preferred_element_type=jnp.float32)
+    numbers, _, precision = static
+    float_product = functools.partial(
+        lax.dot_general, dimension_numbers=numbers, precision=precision, preferred_element_type=jnp.float32
+    )
     w, w_dot = w.astype(x.dtype), w_dot.astype(x.dtype)
     return _straight_through(static, x, primals[1]), float_product(x_dot, w) + float_product(x, w_dot)
 
 
 def dense_general(
     x: jax.Array,
-    w: Weight,
+    w: FloatOrInt8,
     bias: jax.Array | None = None,
     *,
     axis: Sequence[int] = (-1,),
     batch_dims: Sequence[int] = (),
-    dtype: Any = None,
-    out_dtype: Any = None,
+    dtype: DTypeLike | None = None,
+    out_dtype: DTypeLike | None = None,
     config: Config | None = None,
+    precision: Any = None,
 ) -> jax.Array:
     """`DenseGeneral`: `w[*batch, *contracted, *features]` over `axis` of `x` -> `[*batch, *free, *features]`."""
     dtype = compute_dtype(dtype, x, w, bias)
     axis, batch_dims = tuple(a % x.ndim for a in axis), tuple(a % x.ndim for a in batch_dims)
     batch, contracted = len(batch_dims), len(axis)
     numbers = ((axis, tuple(range(batch, batch + contracted))), (batch_dims, tuple(range(batch))))
-    out_dtype = out_dtype or dtype
-    if bias is None or not batch:
-        bias = None if bias is None else bias.reshape(w.shape[contracted:])
-        return product(x.astype(dtype), w, numbers, config, bias=bias, dtype=out_dtype)
-    y = product(x.astype(dtype), w, numbers, config)
-    shape = [x.shape[a] if a in batch_dims else 1 for a in range(x.ndim) if a not in axis]
-    return (y + bias.reshape(*shape, *w.shape[batch + contracted :]).astype(jnp.float32)).astype(out_dtype)
+    if bias is not None:  # some layers keep it flat
+        bias = bias.reshape(*w.shape[:batch], *w.shape[batch + contracted :])
+    return weight_product(x.astype(dtype), w, numbers, config, bias=bias, dtype=out_dtype or dtype, precision=precision)
 
 
 def einsum(
     subscripts: str,
     x: jax.Array,
-    w: Weight,
+    w: FloatOrInt8,
     bias: jax.Array | None = None,
     *,
-    dtype: Any = None,
-    out_dtype: Any = None,
+    dtype: DTypeLike | None = None,
+    out_dtype: DTypeLike | None = None,
     config: Config | None = None,
+    precision: Any = None,
 ) -> jax.Array:
     """`jnp.einsum(subscripts, x, w) + bias`, the bias on those axes of the result that come from `w`."""
     dtype = compute_dtype(dtype, x, w, bias)
-    (x_labels, w_labels), output = parse_subscripts(subscripts, x, w, 1)
-    contract = [label for label in x_labels if label in w_labels and label not in output]
-    batch = [label for label in x_labels if label in w_labels and label in output]
-    summed = [i for i, label in enumerate(x_labels) if label not in w_labels and label not in output]
-    x = jnp.sum(x.astype(dtype), axis=summed)
-    x_labels = [label for i, label in enumerate(x_labels) if i not in summed]
-    numbers = tuple(
-        tuple(tuple(labels.index(label) for label in shared) for labels in (x_labels, w_labels))
-        for shared in (contract, batch)
+    labels = parse_subscripts(subscripts, x, w, 1)
+    if bias is not None:  # Flax broadcasts it over the whole result
+        bias = bias.reshape([w.shape[labels.w.index(label)] for label in labels.output if label in labels.w])
+        bias = labels.arrange_bias(bias)
+    y = weight_product(
+        labels.sum_alone(x.astype(dtype)),
+        w,
+        labels.numbers,
+        config,
+        bias=bias,
+        dtype=out_dtype or dtype,
+        precision=precision,
     )
-    out_dtype = out_dtype or dtype
-    y = product(x, w, numbers, config, dtype=out_dtype if bias is None else jnp.float32)
-    got = batch + [a for a in x_labels if a not in w_labels] + [a for a in w_labels if a not in x_labels]
-    y = jnp.transpose(y, [got.index(label) for label in output])
-    if bias is not None:
-        shape = [w.shape[w_labels.index(label)] if label in w_labels else 1 for label in output]
-        y = y + bias.reshape(shape).astype(jnp.float32)
-    return y.astype(out_dtype)
+    return labels.arrange(y)
 
 
-def lookup(w: QTensor, tokens: jax.Array, *, dtype: Any = None) -> jax.Array:
+def lookup(w: QTensor, tokens: jax.Array, *, dtype: DTypeLike | None = None) -> jax.Array:
     """Rows of an int8 embedding `[vocabulary, k]` -> `[*tokens.shape, k]`. NaN for tokens out of range."""
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"Expected tokens to be integers, got {tokens.dtype}.")
 
     def rows(leaf, dtype=jnp.float32):
-        leaf = jnp.transpose(leaf, storage_axes(w))  # which XLA drops if it's none
-        if leaf.shape[0] == 1 and w.shape[0] > 1:  # the same of all tokens
+        leaf = jnp.transpose(leaf, storage_axes(w))  # A no-op where w is stored in its own order; XLA removes it.
+        if leaf.shape[0] == 1 and w.shape[0] > 1:  # one value for all tokens: nothing to take
             same = jnp.broadcast_to(leaf[0].astype(dtype), (*tokens.shape, leaf.shape[1]))
             in_range = (tokens >= -w.shape[0]) & (tokens < w.shape[0])
             return jnp.where(in_range[..., None], same, jnp.nan) if dtype == jnp.float32 else same
-        # taken before they are converted, or a loop around this would convert the whole embedding before it
+        # The barrier keeps rows from being converted before they are taken: a loop around this would convert the whole
+        # table once, before it.
         return lax.optimization_barrier(jnp.take(leaf, tokens, axis=0)).astype(dtype)
 
     q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
     if w.outlier_index is not None:
         assert w.outlier_rows is not None
-        index = rows(w.outlier_index, jnp.int32)  # of one row: all rows of an embedding have the same columns
+        index = rows(w.outlier_index, jnp.int32)  # all rows of an embedding have the same columns
         q = jnp.put_along_axis(q, index, rows(w.outlier_rows), axis=-1, inplace=False, mode="drop")
     return (q * rows(w.scale)).astype(w.dtype if dtype is None else dtype)
 
 
-def attend(x: jax.Array, w: QTensor, *, dtype: Any = None) -> jax.Array:
+def attend(x: jax.Array, w: QTensor, *, dtype: DTypeLike | None = None, precision: Any = None) -> jax.Array:
     """`x[..., k] @ w[vocabulary, k].T`: a tied output head."""
     dtype = compute_dtype(dtype, x, w)
     numbers = (((x.ndim - 1,), (1,)), ((), ()))
-    return product(x.astype(dtype), w, numbers, dtype=dtype)
+    return weight_product(x.astype(dtype), w, numbers, dtype=dtype, precision=precision)

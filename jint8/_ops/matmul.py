@@ -11,8 +11,8 @@ from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor
 from jint8._ops.checks import check_activations, check_bias
 from jint8._ops.observe import Observed, watch
-from jint8._ops.product import product_2d
-from jint8._ops.weight import Divided, Weight
+from jint8._ops.product import Implementation, rows_product
+from jint8._ops.weight import ContractSharding, Weight
 
 
 def matmul(
@@ -21,7 +21,7 @@ def matmul(
     *,
     bias: jax.Array | None = None,
     config: Config | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The LLM.int8() product of activations and an int8 weight.
 
@@ -41,7 +41,7 @@ def matmul(
         among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
         (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier
         columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
-        which is for tests. `"dequantize"` keeps activations in floating point (int8 weights only).
+        which is for tests. `"dequantize"` is another result: activations stay in floating point.
 
     Returns:
       `[..., n]` in `x.dtype`. A row of `x` with NaN or infinity comes out non-finite.
@@ -63,27 +63,34 @@ def matmul(
     return _matmul(x, w, bias, config, implementation)
 
 
-def divided_matmul(x: jax.Array, w: QTensor, *, bias: jax.Array | None = None, mesh: Mesh, axis: str) -> jax.Array:
-    """`matmul` of arrays whose contracted features are divided among the devices along `axis` of `mesh`.
+def sharded_matmul(x: jax.Array, w: QTensor, *, bias: jax.Array | None = None, mesh: Mesh, axis: str) -> jax.Array:
+    """`matmul` of arrays whose contracted features are sharded over `axis` of `mesh`.
 
-    The same integers as on one device (beyond `MAX_GATHERED_K` features, outliers of many rows have narrower digits).
-    What the devices exchange are the largest values of each row, and the sums.
+    The same integers as on one device (but of outliers of many rows beyond `MAX_GATHERED_K` features, whose digits are
+    narrower). What the devices exchange are the largest values of each row, and the sums.
 
     Args:
       x: as in `matmul`.
       w: as in `matmul`.
-      bias: as in `matmul`; whole on each device.
+      bias: as in `matmul`; replicated.
       mesh: of devices.
       axis: of the mesh, whose size divides k; where it doesn't, XLA decides what to exchange.
 
     Returns:
-      `[..., n]` in `x.dtype`, whole on each device.
+      `[..., n]` in `x.dtype`, replicated.
     """
-    divided = Divided(mesh, axis) if x.shape[-1] % mesh.shape[axis] == 0 else None
-    return _matmul(x, w, bias, None, "xla", divided)
+    sharding = ContractSharding(mesh, axis) if x.shape[-1] % mesh.shape[axis] == 0 else None
+    return _matmul(x, w, bias, None, "xla", sharding)
 
 
-def _matmul(x, w, bias, config, implementation, divided: Divided | None = None) -> jax.Array:
+def _matmul(
+    x: jax.Array,
+    w: QTensor,
+    bias: jax.Array | None,
+    config: Config | None,
+    implementation: Implementation | None,
+    sharding: ContractSharding | None = None,
+) -> jax.Array:
     check_activations(x)
     if not is_qtensor(w):
         raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
@@ -96,24 +103,25 @@ def _matmul(x, w, bias, config, implementation, divided: Divided | None = None) 
     if x.shape[-1:] != (k,):
         raise ValueError(f"Expected x of shape (..., {k}) for a weight of shape {w.shape}, got {x.shape}.")
     if bias is not None:
-        check_bias(bias, n)
+        check_bias(bias, (n,))
     rows = x.reshape(math.prod(x.shape[:-1]), k)
     if isinstance(w, Observed):
         rows = watch(w.counted, rows, w.tap.reshape(-1))
-    y = product_2d(
-        rows,
-        Weight(
-            w.q,
-            w.scale.reshape(-1),
-            None if w.zero is None else w.zero.reshape(-1),
-            w.outlier_rows,
-            None if w.outlier_index is None else w.outlier_index.reshape(-1),
-        ),
-        bias,
+    flat = Weight(
+        q=w.q,
+        scale=w.scale.reshape(-1),
+        zero=None if w.zero is None else w.zero.reshape(-1),
+        outlier_rows=w.outlier_rows,
+        outlier_index=None if w.outlier_index is None else w.outlier_index.reshape(-1),
         k_last=axis == 1,
+    )
+    y = rows_product(
+        rows,
+        flat,
+        bias,
         config=w.config if config is None else config,
         implementation=implementation,
         dtype=x.dtype,
-        divided=divided,
+        sharding=sharding,
     )
     return y.reshape(*x.shape[:-1], n)

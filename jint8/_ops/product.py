@@ -1,72 +1,83 @@
-"""The product of rows and a weight: which path computes it, and its derivative."""
+"""The product of rows and a weight: which path computes it, and its derivative.
+
+Everything that multiplies by an int8 weight ends here (`ragged_dot` apart): `matmul`, `dot_general`, `einsum`, and the
+layers of Flax.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+from jax.typing import DTypeLike
 
 from jint8._core.config import Config, check_config
 from jint8._core.platform import gpu_available
-from jint8._ops import gpu as _kernels
-from jint8._ops.weight import Divided, Weight
-from jint8._ops.xla import paths
+from jint8._ops import gpu
+from jint8._ops.checks import check_precision
+from jint8._ops.weight import ContractSharding, Weight
 from jint8._ops.xla.one_row import fits_row
+from jint8._ops.xla.paths import choose_xla_path, xla_product
 from jint8._ops.xla.plain import column_product, float_product, without_columns
 
-IMPLEMENTATIONS = ("xla", "xla_row", "xla_digits", "xla_gather", "dequantize", *_kernels.BACKENDS)
-KERNELS_ON_GPU = "kernels_on_gpu"  # the Pallas kernels in programs for CUDA, XLA in others
+# "dequantize" isn't another path to the same result: it keeps activations in floating point.
+Implementation = Literal["xla", "xla_row", "xla_digits", "xla_gather", "dequantize", "triton", "mosaic"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+KERNELS_ON_GPU = "kernels_on_gpu"  # a path: the Pallas kernels in programs for CUDA, XLA in others
 
 
-def choose(m: int, w: Weight, config: Config, implementation: str | None, *, k_last: bool) -> str:
+def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -> str:
     """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or `KERNELS_ON_GPU`."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if config.table_row.activations is None:
         return "dequantize"
-    reason = _kernels.unsupported(m, w, config, k_last=k_last)
-    if implementation in _kernels.BACKENDS and reason:
+    reason = gpu.unsupported(m, w, config)
+    if implementation in gpu.BACKENDS and reason:
         raise NotImplementedError(f"Expected what the GPU kernels can compute, got {reason}.")
-    k = w.q.shape[1 if k_last else 0]
-    if implementation == "xla_row" and not fits_row(m, k, config, k_last=k_last):
-        raise NotImplementedError(f"Expected one row and a weight stored [n, k], got {m} rows of {k} features.")
+    if implementation == "xla_row" and not fits_row(m, w, config):
+        raise NotImplementedError(f"Expected one row and a weight stored [n, k], got {m} rows of {w.k} features.")
     if implementation not in (None, "xla"):
         return implementation
-    # a transpose of the weights at each call costs more than the kernels gain
-    if implementation is None and not reason and k_last and gpu_available():
+    # The kernels read [n, k]. Transposing other weights at each call would cost more than the kernels gain.
+    if implementation is None and not reason and w.k_last and gpu_available():
         return KERNELS_ON_GPU
-    return paths.choose(m, k, config, k_last=k_last)
+    return choose_xla_path(m, w, config)
 
 
-def product_2d(
-    x,
+def rows_product(
+    x: jax.Array,
     w: Weight,
-    bias=None,
+    bias: jax.Array | None = None,
     *,
-    k_last: bool,
     config: Config,
     implementation: str | None,
-    dtype: Any,
-    divided: Divided | None = None,
+    dtype: DTypeLike,
+    precision: Any = None,
+    sharding: ContractSharding | None = None,
 ) -> jax.Array:
     """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, rounded once; differentiable in `x` and `bias`."""
     check_config(config)
-    path = choose(x.shape[0], w, config, implementation, k_last=k_last)
+    check_precision(precision)
+    path = choose_path(x.shape[0], w, config, implementation)
     if 0 in x.shape or 0 in w.q.shape:
-        y = jnp.zeros((x.shape[0], w.scale.shape[0]), jnp.float32)
+        y = jnp.zeros((x.shape[0], w.n), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)
-    product = functools.partial(_product, Static(config, k_last, path, jnp.dtype(dtype), divided))
-    return divided_by_xla(product, x, w.q, 0 if k_last else 1)(x, w, bias)
+    product = functools.partial(_product, _Static(config, path, jnp.dtype(dtype), precision, sharding))
+    return on_explicit_axes(product, x, w.q, 1 - w.k_axis)(x, w, bias)
 
 
-def divided_by_xla(product: Callable[..., jax.Array], x, q, channel_axis: int) -> Callable[..., jax.Array]:
-    """`product`, whose parts contract sharded axes, so that it also runs where the axes of the mesh are explicit.
+def on_explicit_axes(
+    product: Callable[..., jax.Array], x: jax.Array, q: jax.Array, channel_axis: int
+) -> Callable[..., jax.Array]:
+    """`product`, so that it also runs where axes of the mesh are explicit.
 
-    Rows of `x` and output channels of the weights `q` stay where they were.
+    Its parts contract sharded axes, of which explicit axes would want to know at each step how the result is sharded.
+    Within, XLA decides. Rows of `x` and output channels of the weights `q` stay where they were.
     """
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return product
@@ -74,42 +85,43 @@ def divided_by_xla(product: Callable[..., jax.Array], x, q, channel_axis: int) -
     return jax.sharding.auto_axes(product, out_sharding=PartitionSpec(rows[0], channels[channel_axis]))
 
 
-class Static(NamedTuple):
+class _Static(NamedTuple):
     """What is static about a product."""
 
     config: Config
-    k_last: bool
     path: str
     dtype: Any  # of the result
-    divided: Divided | None = None
+    precision: Any  # of products in floating point
+    sharding: ContractSharding | None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(static, x, w, bias):
+def _product(static: _Static, x, w: Weight, bias):
     if w.outlier_index is None or static.path == "dequantize":
         return _compute(static, x, w, bias)
-    int8 = w._replace(outlier_rows=None, outlier_index=None)
+    int8 = w.without_calibrated_columns()
     if not static.config.uses_calibrated_columns:
         return _compute(static, x, int8, bias)
-    # the calibrated columns in 16 bits, and the rest as if they were zeros
+    # The calibrated columns in 16 bits, and the other columns as if those were zeros.
     rest = without_columns(x, w.outlier_index)
     y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), rest, int8, bias)
-    return (y + column_product(x, w, k_last=static.k_last)).astype(static.dtype)
+    return (y + column_product(x, w, static.precision)).astype(static.dtype)
 
 
-def _compute(static, x, w, bias):
-    config, k_last, path, dtype, divided = static
-    if path == KERNELS_ON_GPU or path in _kernels.BACKENDS:
+def _compute(static: _Static, x, w: Weight, bias):
+    config, path, dtype, precision, sharding = static
+    if path == KERNELS_ON_GPU or path in gpu.BACKENDS:
         backend = None if path == KERNELS_ON_GPU else path
-        return _kernels.product(_kernels.Call(config, k_last, dtype, backend), x, w, bias)
-    return paths.product(x, w, bias, config, k_last=k_last, implementation=path, dtype=dtype, divided=divided)
+        return gpu.kernel_product(gpu.Call(config, dtype, backend), x, w, bias)
+    return xla_product(x, w, bias, config, path=path, dtype=dtype, precision=precision, sharding=sharding)
 
 
 @_product.defjvp
-def _product_jvp(static, primals, tangents):
+def _product_jvp(static: _Static, primals, tangents):
+    """As if the weight were its dequantized value: rounding has no derivative. Weights aren't differentiated."""
     x, w, bias = primals
-    x_dot, _, bias_dot = tangents  # weights aren't differentiated
-    y_dot = float_product(x_dot, w, k_last=static.k_last).astype(jnp.float32)
+    x_dot, _, bias_dot = tangents
+    y_dot = float_product(x_dot, w, static.precision).astype(jnp.float32)
     if bias is not None:
         y_dot = y_dot + bias_dot.astype(jnp.float32)
     return _product(static, x, w, bias), y_dot.astype(static.dtype)

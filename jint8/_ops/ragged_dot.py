@@ -8,44 +8,56 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jint8._core.config import Config
+from jint8._core.config import Config, check_config
 from jint8._core.qtensor import QTensor, dequantize, is_qtensor, storage_axes
 from jint8._ops.activations import split_with_digits
-from jint8._ops.checks import check_activations
+from jint8._ops.checks import check_activations, check_bias
 from jint8._ops.digits import OUTLIER_DIGITS, join_digits
 from jint8._ops.observe import Observed, watch
-from jint8._ops.product import divided_by_xla
+from jint8._ops.product import IMPLEMENTATIONS, Implementation, on_explicit_axes
 from jint8._ops.weight import MAX_K
 
 
-def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: Config | None = None) -> jax.Array:
+def ragged_dot(
+    lhs: jax.Array,
+    rhs: QTensor,
+    group_sizes: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    config: Config | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
     """`jax.lax.ragged_dot` with quantized experts: LLM.int8() products of groups of rows, each with its own weight.
 
-    Formula: `y[i] = lhs[i] @ rhs[e(i)]`, where the first `group_sizes[0]` rows belong to expert 0, and so on; rows
-    behind the last group give 0. Each expert has one scale per output channel. With `outliers="batch"` a column is an
-    outlier if any row of any group exceeds the threshold; calibrated columns are each expert's own.
+    Formula: `y[i] = lhs[i] @ rhs[e(i)] + bias[e(i)]`, where the first `group_sizes[0]` rows belong to expert 0, and so
+    on; rows behind the last group give 0. Each expert has one scale per output channel. With `outliers="batch"` a
+    column is an outlier if any row of any group exceeds the threshold; calibrated columns are each expert's own.
 
     Args:
-        lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
-        rhs: a `QTensor` of shape `[experts, k, n]`, quantized over axis 1.
-        group_sizes: integers `[experts]`.
-        config: None means the one stored in `rhs`.
+      lhs: bfloat16, float16 or float32 `[m, k]`, sorted by expert.
+      rhs: a `QTensor` of shape `[experts, k, n]`, quantized over axis 1.
+      group_sizes: integers `[experts]`.
+      bias: None, or float `[experts, n]`: added before the result is rounded.
+      config: None means the one stored in `rhs`.
+      implementation: None, `"xla"` and `"xla_digits"` are the one path that computes it in int8; `"dequantize"` keeps
+        activations in floating point. The other paths of `jint8.matmul` have no ragged product.
 
     Returns:
-        `[m, n]` in `lhs.dtype`; differentiable in `lhs`, as if `rhs` were its dequantized value.
+      `[m, n]` in `lhs.dtype`; differentiable in `lhs` and `bias`, as if `rhs` were its dequantized value.
 
     Raises:
-        TypeError: `lhs` isn't a float array, `rhs` isn't a `QTensor` or `group_sizes` isn't of integers.
-        ValueError: shapes that don't fit, or a weight quantized over other axes.
+      TypeError: `lhs` or `bias` isn't a float array, `rhs` isn't a `QTensor` or `group_sizes` isn't of integers.
+      ValueError: shapes that don't fit, a weight quantized over other axes, or an unknown implementation.
+      NotImplementedError: an implementation without a ragged product.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> experts = jint8.quantize(jnp.stack([jnp.eye(4), 2 * jnp.eye(4)]), contract_axes=(1,))
-        >>> jint8.ragged_dot(jnp.ones((3, 4)), experts, jnp.array([1, 2]))[:, 0].tolist()
-        [1.0, 2.0, 2.0]
+      >>> import jax.numpy as jnp, jint8
+      >>> experts = jint8.quantize(jnp.stack([jnp.eye(4), 2 * jnp.eye(4)]), contract_axes=(1,))
+      >>> jint8.ragged_dot(jnp.ones((3, 4)), experts, jnp.array([1, 2]))[:, 0].tolist()
+      [1.0, 2.0, 2.0]
 
     References:
-        arXiv 2208.07339, section 3.2.
+      arXiv 2208.07339, section 3.2.
     """
     check_activations(lhs, "lhs")
     if not is_qtensor(rhs):
@@ -63,23 +75,40 @@ def ragged_dot(lhs: jax.Array, rhs: QTensor, group_sizes: jax.Array, *, config: 
         raise ValueError(f"Expected rhs to be quantized over axis 1, got scales of shape {rhs.scale.shape}.")
     if k > MAX_K:
         raise ValueError(f"Expected k of at most {MAX_K}, got {k}.")
+    if bias is not None:
+        check_bias(bias, (experts, n))
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
+    if implementation not in (None, "xla", "xla_digits", "dequantize"):
+        raise NotImplementedError(f"Expected an implementation with a ragged product, got {implementation!r}.")
     config = rhs.config if config is None else config
+    check_config(config)
     if isinstance(rhs, Observed):
         taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
         taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
         taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
         lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
         rhs = rhs.unobserved()
-    product = divided_by_xla(functools.partial(_ragged, config), lhs, rhs.q, at[2])
-    return product(lhs, rhs, group_sizes).astype(lhs.dtype)
+    in_float = implementation == "dequantize" or config.table_row.activations is None
+    product = on_explicit_axes(functools.partial(_product, config, in_float), lhs, rhs.q, at[2])
+    return product(lhs, rhs, group_sizes, bias).astype(lhs.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _ragged(config: Config, x, w: QTensor, group_sizes):
+def _product(config: Config, in_float: bool, x, w: QTensor, group_sizes, bias):
+    y = _ragged(config, in_float, x, w, group_sizes)
+    if bias is None:
+        return y
+    expert = _experts(group_sizes, x.shape[0])
+    return y + bias.astype(jnp.float32).at[expert].get(mode="fill", fill_value=0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _ragged(config: Config, in_float: bool, x, w: QTensor, group_sizes):
+    """float32 `[m, n]`, without bias."""
     rows = jnp.arange(x.shape[0])
     in_group = (rows < jnp.sum(group_sizes))[:, None]
     x = jnp.where(in_group, x, 0)
-    if config.table_row.activations is None:
+    if in_float:
         return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes)
 
     at = storage_axes(w)
@@ -104,7 +133,7 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
     def exact(q):  # sum_k q (w - zero), float32 [m, n]
         acc = lax.ragged_dot_general(q, w.q, group_sizes, numbers, preferred_element_type=jnp.int32)
         acc = acc.astype(jnp.float32)
-        return acc if w.zero is None else acc - _row_sum(q) * per_row(w.zero)
+        return acc if w.zero is None else acc - _float_row_sum(q) * per_row(w.zero)
 
     def of_digits(rows, count):  # int8 [count m, k] -> float32 [m, n]
         sums = [exact(digit) for digit in jnp.split(rows, count)]
@@ -122,11 +151,11 @@ def _ragged(config: Config, x, w: QTensor, group_sizes):
 
 
 @_ragged.defjvp
-def _ragged_jvp(config, primals, tangents):
+def _ragged_jvp(config, in_float, primals, tangents):
     x, w, group_sizes = primals
     x_dot = tangents[0]
     y_dot = lax.ragged_dot(x_dot, dequantize(w, x_dot.dtype), group_sizes)
-    return _ragged(config, x, w, group_sizes), y_dot.astype(jnp.float32)
+    return _ragged(config, in_float, x, w, group_sizes), y_dot.astype(jnp.float32)
 
 
 def _experts(group_sizes, m: int):
@@ -134,5 +163,5 @@ def _experts(group_sizes, m: int):
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
 
 
-def _row_sum(q):
+def _float_row_sum(q):
     return jnp.sum(q, axis=1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)

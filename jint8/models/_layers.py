@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jint8._core.qtensor import is_qtensor
-from jint8._ops.matmul import divided_matmul, matmul
+from jint8._ops.matmul import sharded_matmul, matmul
 from jint8._ops.ragged_dot import ragged_dot
 from jint8.models._config import ModelConfig
 from jint8.models._partition import model_axis
@@ -53,7 +53,7 @@ class Linear(nn.Module):
         weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
         if is_qtensor(weight) and self.mesh is not None and self.row_parallel:
-            y = divided_matmul(x, weight, bias=bias, mesh=self.mesh, axis=model_axis(self.mesh))
+            y = sharded_matmul(x, weight, bias=bias, mesh=self.mesh, axis=model_axis(self.mesh))
         elif is_qtensor(weight):
             y = matmul(x, weight, bias=bias, implementation=implementation(self.mesh))
         else:

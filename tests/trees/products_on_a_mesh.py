@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jint8
-from jint8._ops.matmul import divided_matmul
+from jint8._ops.matmul import sharded_matmul
 
 MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 BOTH = ("data", "model")
@@ -39,7 +39,7 @@ def values(m, n, k):
 
 
 def divided(x, w):
-    return divided_matmul(x, w, mesh=MESH, axis="model")
+    return sharded_matmul(x, w, mesh=MESH, axis="model")
 
 
 def compare(x, w, config, layout):

@@ -1,68 +1,76 @@
-"""The int8 product with its outliers: few rows, and the parts that long rows are cut into."""
+"""The int8 product and that of the outliers, of any number of rows: what `"xla_digits"` and `"xla_gather"` share."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jint8._core.config import Config
 from jint8._ops.activations import Split, split, split_with_digits
 from jint8._ops.digits import join_digits
-from jint8._ops.weight import MAX_K, Divided, Weight
-from jint8._ops.xla.many_rows import MAX_GATHERED_K, add_gathered, divided_product
+from jint8._ops.weight import MAX_K, ContractSharding, Weight
+from jint8._ops.xla.many_rows import MAX_GATHERED_K, add_gathered, sharded_sums
 from jint8._ops.xla.plain import int8_dot, row_sum, without_zero
 
 FEW_ROWS = 2  # up to which digits are faster than gathered columns (benchmarks/bench_matmul.py)
 
 
-def int8_product(x, w: Weight, config: Config, k_last: bool, implementation: str, divided: Divided | None):
-    """The product of regular values and outliers, float32 `[m, n]`."""
-    parts = (split_with_digits if implementation == "xla_digits" else split)(x, config)
+def int8_product(
+    x: jax.Array, w: Weight, config: Config, *, path: str, sharding: ContractSharding | None = None
+) -> jax.Array:
+    """`x[m, k]` times `w` by LLM.int8(), float32 `[m, n]`: regular values in int8, and the outliers.
+
+    `path` is `"xla_digits"` or `"xla_gather"`. Features are taken in parts where all are too many for exact sums.
+    """
+    parts = (split_with_digits if path == "xla_digits" else split)(x, config)
     k = x.shape[1]
-    divided = divided if k <= MAX_K else None
-    gathers = implementation == "xla_gather" and parts.outliers is not None
-    # slices of divided features would be sent around: better narrow digits, which still are 15 bits
-    longest = MAX_GATHERED_K if gathers and divided is None else MAX_K
+    sharding = sharding if k <= MAX_K else None
+    gathers = path == "xla_gather" and parts.outliers is not None
+    # Slicing a sharded k would reshard x. So a sharded k stays whole: its outliers' digits narrow to 15 bits at MAX_K,
+    # which still is enough.
+    longest = MAX_GATHERED_K if gathers and sharding is None else MAX_K
     total = jnp.float32(0)
     for start in range(0, k, longest):
-        piece = _slice_k(x, parts, w, k_last, start, min(start + longest, k)) if k > longest else (x, parts, w)
-        total = total + _product_of_split(*piece, k_last=k_last, divided=divided)
+        piece = _features(x, parts, w, start, min(start + longest, k)) if k > longest else (x, parts, w)
+        total = total + _product_of_split(*piece, sharding)
     return total * w.scale
 
 
-def _slice_k(x, parts: Split, w: Weight, k_last: bool, start: int, end: int):
+def _features(x: jax.Array, parts: Split, w: Weight, start: int, end: int) -> tuple[jax.Array, Split, Weight]:
+    """What `_product_of_split` takes, of some of the features."""
     outliers = parts.outliers
     if outliers is not None:
         rows = None if outliers.digits is None else outliers.digits[:, start:end]
         outliers = outliers._replace(columns=outliers.columns[start:end], digits=rows)
-    q = lax.slice_in_dim(w.q, start, end, axis=1 if k_last else 0)
-    return x[:, start:end], parts._replace(q=parts.q[:, start:end], outliers=outliers), w._replace(q=q)
+    return x[:, start:end], parts._replace(q=parts.q[:, start:end], outliers=outliers), w.features(start, end)
 
 
-def _product_of_split(x, parts: Split, w: Weight, *, k_last: bool, divided: Divided | None) -> jax.Array:
-    """The product before the weights' scale, float32 `[m, n]`."""
+def _product_of_split(x: jax.Array, parts: Split, w: Weight, sharding: ContractSharding | None) -> jax.Array:
+    """The product before it is multiplied by the weight's scales, float32 `[m, n]`."""
+    # All int8 rows that meet the weights go into one product, because reading the weights is what takes the time:
+    # the regular values, the digits of the outliers, and a row of ones that sums up the weights for the zero points.
     rows, m, outliers = [parts.q], len(x), parts.outliers
     if outliers is not None and outliers.digits is not None:
         rows.append(outliers.digits)
-    if parts.zero is not None:  # sums over the weights come out of the same product: they aren't read again
+    if parts.zero is not None:
         rows.append(jnp.ones_like(parts.q[:1]))
     stacked = jnp.concatenate(rows)
 
-    def regular(acc, row_sum):
-        sums = without_zero((acc, row_sum), w)
+    def regular(acc, row_sums):
+        """The regular values' product, out of the exact sums of all rows."""
+        sums = without_zero((acc, row_sums), w)
         values = sums[: len(parts.q)]
-        if parts.zero is not None:  # sum_k (q - zero) w
+        if parts.zero is not None:  # sum_k (q - zero) w = sum_k q w - zero sum_k w
             values = values - parts.zero * sums[-1:]
         return join_digits(values, m) * parts.scale
 
-    if outliers is not None and outliers.digits is None and divided is not None:
-        exact, gathered = divided_product(x, stacked, outliers, w.q, k_last, divided)
+    if outliers is not None and outliers.digits is None and sharding is not None:
+        exact, gathered = sharded_sums(x, stacked, outliers, w, sharding)
         return regular(*exact) + without_zero(gathered, w)
-    exact = int8_dot(stacked, w.q, k_last), row_sum(stacked)  # a product that XLA divides by itself
+    exact = int8_dot(stacked, w), row_sum(stacked)
     if outliers is None:
         return regular(*exact)
     if outliers.digits is None:
-        return add_gathered(x, outliers, w, k_last, exact, regular)
+        return add_gathered(x, outliers, w, exact, regular)
     sums = without_zero(exact, w)[len(parts.q) :][: len(outliers.digits)]
     return regular(*exact) + join_digits(sums, m) * outliers.step

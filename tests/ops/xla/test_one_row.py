@@ -11,6 +11,7 @@ from jax import lax
 
 import jint8
 from jint8._core.qtensor import contract_last
+from jint8._ops.weight import Weight
 from jint8._ops.xla.one_row import fits_row
 
 SIZES = {"even": (96, 16), "odd_k": (77, 12), "prime_n": (64, 13), "n=1": (64, 1), "k=1": (1, 8), "k=1536": (1536, 8)}
@@ -85,11 +86,16 @@ def test_the_largest_sums_fit():
 
 def test_what_does_not_fit_is_refused_and_not_chosen():
     config, two = jint8.Config(), jint8.Config(digits=2)
-    assert fits_row(1, 4096, config, k_last=True)
-    assert not fits_row(2, 4096, config, k_last=True)
-    assert not fits_row(1, 4096, config, k_last=False)
-    assert not fits_row(1, 524_288, config, k_last=True)
-    assert not fits_row(1, 4096, two, k_last=True)
+
+    def weight(k, k_last=True):
+        q = jax.ShapeDtypeStruct((8, k) if k_last else (k, 8), jnp.int8)
+        return Weight(q=q, scale=jax.ShapeDtypeStruct((8,), jnp.float32), k_last=k_last)
+
+    assert fits_row(1, weight(4096), config)
+    assert not fits_row(2, weight(4096), config)
+    assert not fits_row(1, weight(4096, k_last=False), config)
+    assert not fits_row(1, weight(524_288), config)
+    assert not fits_row(1, weight(4096), two)
     x, w = operands(64, 8)
     with pytest.raises(NotImplementedError, match="Expected one row and a weight stored"):
         jint8.matmul(np.concatenate([x, x]), quantized(w, config), implementation="xla_row")
