@@ -15,7 +15,8 @@ from jint8._convert.assemble import decoder_shardings
 from jint8._convert.reader import Reader
 from jint8._convert.wanted import planned, wanted_params
 from jint8._core.config import Config
-from jint8._trees.paths import Patterns, nested
+from jint8._core.outlier_rows import check_calibrated
+from jint8._trees.paths import Selection, nested
 from jint8.checkpoints import Checkpoint
 from jint8.models import Decoder, Encoder
 
@@ -29,8 +30,7 @@ def read_params(
     model: Decoder | Encoder,
     *,
     config: Config,
-    skip: Patterns = (),
-    include: Patterns = (),
+    selection: Selection,
     outliers: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -40,7 +40,8 @@ def read_params(
     With a mesh, each is divided among its devices, and of its rows only those are read that devices of this process
     hold (all, where they hold some columns of each).
     """
-    wanted = wanted_params(checkpoint, model, config, skip, include)
+    check_calibrated(outliers)
+    wanted = wanted_params(checkpoint, model, config, selection)
     if unknown := sorted(set(outliers or ()) - set(wanted)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
     placed = {} if mesh is None else decoder_shardings(planned(wanted, config), mesh)

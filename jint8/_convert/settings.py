@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from jint8._convert import bitsandbytes as bitsandbytes
 from jint8._core.config import Config
-from jint8._trees.paths import Patterns, matches
+from jint8._trees.paths import Selection, matches
 from jint8.checkpoints import Checkpoint
 
 
-def settings(
-    checkpoint: Checkpoint, *, config: Config | None, quantize: bool, skip: Patterns, include: Patterns
-) -> tuple[Config, Patterns]:
-    """How to quantize and what to skip, by the caller and by the checkpoint's `quantization_config`.
+def resolve_settings(
+    checkpoint: Checkpoint, *, config: Config | None, quantize: bool, selection: Selection
+) -> tuple[Config, Selection]:
+    """How to quantize, and which weights: what the caller asks for, and the checkpoint's `quantization_config`.
+
+    Args:
+      checkpoint: to be quantized, or in int8 of bitsandbytes.
+      config: of the caller; None is that of the checkpoint, or else the default.
+      quantize: False keeps every weight in floating point.
+      selection: of the caller; what the checkpoint wants to be skipped is added.
 
     Raises:
       ValueError: the checkpoint is quantized in a way that isn't supported, or in int8 and the caller asks for more
@@ -27,10 +33,12 @@ def settings(
         config = Config() if asked.threshold is None else Config(threshold=asked.threshold)
     if bitsandbytes.is_int8(checkpoint):
         scheme = config.table_row
-        if not quantize or callable(skip) or callable(include) or list(skip) or list(include):
+        if not quantize or selection != Selection():
             raise ValueError(f"{checkpoint.path}: Expected a checkpoint in floating point, got int8 of bitsandbytes.")
         if scheme.affine or scheme.weights != "channel":
             raise ValueError(
                 f"{checkpoint.path}: Expected a scheme that runs on int8 rows with a scale each, got {config.scheme!r}."
             )
-    return config, lambda path: matches(path, skip) or matches(path, asked.skip)
+    own = selection.skip
+    skip = own if not asked.skip else lambda path: matches(path, own) or matches(path, asked.skip)
+    return config, Selection(skip, selection.include)

@@ -15,7 +15,7 @@ from jint8._convert import bitsandbytes as bitsandbytes
 from jint8._core.config import Config
 from jint8._core.quantize import quantize as quantize_weight
 from jint8._trees.params import OUTPUT_HEADS, standard_axes
-from jint8._trees.paths import Patterns, leaf_paths, matches, nested
+from jint8._trees.paths import Selection, leaf_paths, nested
 from jint8.checkpoints import Checkpoint
 from jint8.models import Decoder, Encoder, ModelConfig
 from jint8.models.families import Source, ignored, sources
@@ -25,10 +25,10 @@ SKIPPED = (*OUTPUT_HEADS, "router")
 
 
 def planned_params(
-    checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
+    checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, selection: Selection
 ) -> dict[str, Any]:
     """What `read_params` would return, by path and without values: `jax.ShapeDtypeStruct`s, and `QTensor`s of them."""
-    return planned(wanted_params(checkpoint, model, config, skip, include), config)
+    return planned(wanted_params(checkpoint, model, config, selection), config)
 
 
 def planned(wanted: Mapping[str, Wanted], config: Config) -> dict[str, Any]:
@@ -38,9 +38,7 @@ def planned(wanted: Mapping[str, Wanted], config: Config) -> dict[str, Any]:
     return planned
 
 
-def planned_tree(
-    model: Decoder | Encoder, *, config: Config, skip: Patterns = (), include: Patterns = ()
-) -> dict[str, Any]:
+def planned_tree(model: Decoder | Encoder, *, config: Config) -> dict[str, Any]:
     """The parameters of a checkpoint of `model`, as a tree and without values, as `planned_params` has them by path."""
     expected = abstract_params(model)
     planned: dict[str, Any] = {}
@@ -48,7 +46,7 @@ def planned_tree(
         leaf: Any = expected[path]
         axes = None
         if config.quantizes_weights:
-            axes = quantized_axes(path, source, len(leaf.shape), skip, include)
+            axes = quantized_axes(path, source, len(leaf.shape), Selection())
         planned[path] = leaf if axes is None else quantized_shape(leaf, axes, config)
     return nested(planned)
 
@@ -80,7 +78,7 @@ class Wanted(NamedTuple):
 
 
 def wanted_params(
-    checkpoint: Checkpoint, model: Decoder | Encoder, config: Config, skip: Patterns, include: Patterns
+    checkpoint: Checkpoint, model: Decoder | Encoder, config: Config, selection: Selection
 ) -> dict[str, Wanted]:
     """Every parameter, in the order of the files. Raises where the checkpoint's tensors differ."""
     expected = abstract_params(model)
@@ -98,22 +96,20 @@ def wanted_params(
         if is_int8:
             int8 = all(bitsandbytes.is_int8_weight(checkpoint, name) for name in found[path].tensors)
             return standard_axes(path, len(expected[path].shape))[0] if int8 else None
-        return quantized_axes(path, found[path], len(expected[path].shape), skip, include)
+        return quantized_axes(path, found[path], len(expected[path].shape), selection)
 
     return {path: Wanted(found[path], expected[path], axes(path)) for path in in_order}
 
 
-def quantized_axes(path: str, source: Source, ndim: int, skip: Patterns, include: Patterns) -> tuple[int, ...] | None:
+def quantized_axes(path: str, source: Source, ndim: int, selection: Selection) -> tuple[int, ...] | None:
     """`Wanted.axes` of a parameter of a checkpoint in floating point."""
     axes, _ = standard_axes(path, ndim)
     if axes is None and path != "embedding":
         return None
     known_as = (path, *(name.replace(".", "/") for name in source.tensors))
-    included = any(matches(name, include) for name in known_as)
     if path == "embedding":
-        return (1,) if included else None
-    skipped = any(matches(name, SKIPPED) or matches(name, skip) for name in known_as)
-    return None if skipped and not included else axes
+        return (1,) if selection.includes(*known_as) else None
+    return None if selection.skips(*known_as, default=SKIPPED) else axes
 
 
 def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: ModelConfig) -> None:

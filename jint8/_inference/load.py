@@ -19,12 +19,12 @@ from jax.typing import DTypeLike
 from jint8._convert.lora import saved_factors, with_adapter
 from jint8._convert.read import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype
-from jint8._convert.settings import settings
+from jint8._convert.settings import resolve_settings
 from jint8._convert.wanted import abstract_params
 from jint8._core.config import Config
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
-from jint8._trees.paths import Patterns
+from jint8._trees.paths import Patterns, Selection
 from jint8.checkpoints import Checkpoint, open_checkpoint
 from jint8.checkpoints._directory import verify_files
 from jint8.checkpoints._jint8 import Jint8Checkpoint
@@ -99,8 +99,7 @@ def load(
         dtype=dtype,
         mesh=mesh,
         quantize=quantize,
-        skip=skip,
-        include=include,
+        selection=Selection(skip, include),
         adapter=adapter,
         outliers=outliers,
         calibrate=calibrate,
@@ -150,8 +149,7 @@ def load_encoder(
         config=config,
         dtype=dtype,
         quantize=quantize,
-        skip=skip,
-        include=include,
+        selection=Selection(skip, include),
         adapter=adapter,
         verify=verify,
         progress=progress,
@@ -166,8 +164,7 @@ def _load_fields(
     config: Config | None,
     dtype: DTypeLike | None,
     quantize: bool,
-    skip: Patterns,
-    include: Patterns,
+    selection: Selection,
     adapter: str | os.PathLike[str] | None,
     verify: bool,
     progress: Progress | None,
@@ -189,7 +186,7 @@ def _load_fields(
         verify_files(Path(path))
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
         if isinstance(checkpoint, Jint8Checkpoint):
-            if not quantize or skip or include or outliers is not None or calibrate is not None:
+            if not quantize or selection != Selection() or outliers is not None or calibrate is not None:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = build(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
@@ -197,11 +194,9 @@ def _load_fields(
             expected |= saved_factors(checkpoint.tensors, expected)
             params = read_saved(checkpoint, expected, config=config, dtype=dtype, mesh=mesh, progress=progress)
         else:
-            quant, skip = settings(checkpoint, config=config, quantize=quantize, skip=skip, include=include)
+            quant, selection = resolve_settings(checkpoint, config=config, quantize=quantize, selection=selection)
             model = build(checkpoint, default_dtype() if dtype is None else dtype)
-            read = functools.partial(
-                read_params, checkpoint, model, skip=skip, include=include, mesh=mesh, progress=progress
-            )
+            read = functools.partial(read_params, checkpoint, model, selection=selection, mesh=mesh, progress=progress)
             if outliers is not None:
                 quant = dataclasses.replace(quant, outliers="static")
             elif quant.uses_calibrated_columns:

@@ -131,6 +131,11 @@ class Selection:
     skip: Patterns = ()
     include: Patterns = ()
 
+    def __post_init__(self):
+        # An iterator would be used up by the first weight that is looked up; with tuples, equality means the same.
+        object.__setattr__(self, "skip", _predicate_or_tuple(self.skip))
+        object.__setattr__(self, "include", _predicate_or_tuple(self.include))
+
     def includes(self, *names: str) -> bool:
         """Whether `include` matches any of the names that a weight is known by."""
         return any(matches(name, self.include) for name in names)
@@ -155,6 +160,14 @@ def path_group(path: str) -> str:
       ('layers_*/mlp/kernel', 'layers/*/up_*/kernel')
     """
     return "/".join(re.sub(r"(^|_)\d+$", r"\1*", segment) for segment in path.split("/"))
+
+
+def _predicate_or_tuple(patterns: Patterns) -> Patterns:
+    if isinstance(patterns, str):
+        return (patterns,)
+    if callable(patterns):
+        return patterns
+    return tuple(patterns) if isinstance(patterns, Iterable) else patterns  # `matches` raises TypeError for others
 
 
 def _name(key: Any) -> str:

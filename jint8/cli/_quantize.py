@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report, save
-    from jint8._convert.settings import settings
+    from jint8._convert.settings import resolve_settings
     from jint8._convert.wanted import planned_params
     from jint8._inference.load import decoder, default_dtype
+    from jint8._trees.paths import Selection
     from jint8.checkpoints import open_checkpoint
     from jint8.checkpoints._directory import check_destination
 
@@ -61,9 +62,11 @@ def run(args: argparse.Namespace) -> None:
         if checkpoint.format == "jint8":
             raise ValueError(f"{source}: Expected a checkpoint to quantize, got one that jint8 wrote")
         bytes_in = checkpoint.file_bytes
-        config, skip = settings(checkpoint, quantize=True, **options)
+        config, selection = resolve_settings(
+            checkpoint, config=config, quantize=True, selection=Selection(args.skip, args.include)
+        )
         model = decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
-        planned = planned_params(checkpoint, model, config=config, skip=skip, include=args.include)
+        planned = planned_params(checkpoint, model, config=config, selection=selection)
     plan = memory_report(planned)
     result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
     if not args.dry_run:

@@ -10,6 +10,7 @@ from jint8._convert import read as _read
 from jint8._convert.assemble import Assembly
 from jint8._convert.read import read_params
 from jint8._core.qtensor import is_qtensor
+from jint8._trees.paths import Selection
 from jint8.checkpoints import open_checkpoint
 from jint8.models import Decoder, model_config, partition_specs
 
@@ -63,8 +64,8 @@ def read_half(name, monkeypatch, **options):
     with open_checkpoint(DIRECTORY / name) as checkpoint:
         recording = Recording(checkpoint)
         model = Decoder(model_config(checkpoint.config))
-        whole = read_params(checkpoint, model, config=config, **options)
-        half = read_params(recording, model, config=config, mesh="two devices", **options)
+        whole = read_params(checkpoint, model, config=config, selection=Selection(), **options)
+        half = read_params(recording, model, config=config, selection=Selection(), mesh="two devices", **options)
         expected = half_shardings(whole)
         share = {name: count / checkpoint.tensors[name].size for name, count in recording.read_values.items()}
         return half, whole, expected, share

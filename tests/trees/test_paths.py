@@ -6,7 +6,7 @@ from flax import nnx
 from flax.core import freeze
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jint8._trees.paths import leaf_paths, matches, path_string
+from jint8._trees.paths import Selection, leaf_paths, matches, path_string
 
 KEY_PATHS = {
     "leading params": ((DictKey("params"), DictKey("a"), DictKey("kernel")), "a/kernel"),
@@ -100,3 +100,9 @@ def test_matches(case):
 def test_matches_rejects(patterns):
     with pytest.raises(TypeError, match="pattern"):
         matches("a/b", patterns)
+
+
+def test_a_selection_of_an_iterator_is_used_up_by_no_weight():
+    selection = Selection(skip=iter(["mlp"]), include=(pattern for pattern in ["up"]))
+    assert [selection.skips("mlp/down"), selection.skips("mlp/down"), selection.skips("mlp/up")] == [True, True, False]
+    assert selection == Selection(["mlp"], "up")
