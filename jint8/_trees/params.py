@@ -17,6 +17,7 @@ from jint8._core.config import Config, check_config
 from jint8._core.qtensor import QTensor, contract_last, dequantize, is_qtensor
 from jint8._core.quantize import quantize
 from jint8._trees.paths import Patterns, leaf_paths, matches, path_string
+from jint8._trees.plan import Axes, Plan
 
 # The last projection, to the vocabulary: it stays in floating point unless `include` names it.
 OUTPUT_HEADS = ("lm_head", "output_head", "head", "logits", "logits_dense", "unembed", "embed_out", "classifier")
@@ -44,7 +45,10 @@ def quantize_params(
     Args:
         params: any pytree of arrays. `QTensor`s that it holds already are kept.
         config: how to quantize; the scheme `"none"` returns `params` as they are.
-        plan: from leaf path to contracted axes, such as `jint8.plan` returns.
+        plan: what `jint8.plan` returns, or any mapping from leaf path to contracted axes. Only a `jint8.Plan` says
+            which axes are stacked (scanned layers, experts). Without that, a leaf of more than two dimensions is stored
+            in the order given, for any of its other axes may be scanned: right, if slower. Schemes with one scale per
+            tensor, which would be one for all layers, refuse it.
         skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
             (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`,
             `"*/gate"`.
@@ -61,9 +65,10 @@ def quantize_params(
         the float weight.
 
     Raises:
-        TypeError: `config` isn't a `Config`.
+        TypeError: `config` isn't a `Config`, or `plan` isn't a mapping.
         ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
-            fit it, or NaN or infinity in a weight; the message names the leaf.
+            fit it, one scale per tensor for a leaf whose stacked axes aren't known, or NaN or infinity in a weight; the
+            message names the leaf.
 
     Examples:
         >>> import jax.numpy as jnp, jint8
@@ -76,6 +81,7 @@ def quantize_params(
         return params
     if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
         importlib.import_module("jint8._trees.flax_state")
+    plan = None if plan is None else Plan.of(plan)
     paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
     for what, named in (("plan", plan), ("outliers", outliers)):
         if unknown := sorted(set(named or ()) - paths):
@@ -90,8 +96,16 @@ def quantize_params(
         try:
             axes = canonical_axes(axes, leaf.ndim)
             columns = None if outliers is None else outliers.get(path)
-            w = quantize(leaf, contract_axes=axes, stack_axes=stack, config=config, outliers=columns)
-            return w if matches(path, keep_order) else contract_last(w, axes, stack)
+            if stack is None and config.table_row.weights == "tensor":
+                raise ValueError(
+                    f"Expected a plan that says which axes are stacked, as {config.scheme!r} has one scale for each "
+                    "of the stacked weights, got a plain mapping, which doesn't say which axes are stacked: pass the "
+                    "jint8.Plan itself."
+                )
+            w = quantize(leaf, contract_axes=axes, stack_axes=stack or (), config=config, outliers=columns)
+            if stack is None or matches(path, keep_order):
+                return w
+            return contract_last(w, axes, stack)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -99,17 +113,20 @@ def quantize_params(
 
 
 def projections(
-    params: Any, *, plan: Mapping[str, Sequence[int]] | None = None, skip: Patterns = (), include: Patterns = ()
-) -> dict[str, tuple[Sequence[int], tuple[int, ...]]]:
-    """Which float leaves `quantize_params` turns into int8: their contracted and stacked axes, by path."""
+    params: Any, *, plan: Plan | None = None, skip: Patterns = (), include: Patterns = ()
+) -> dict[str, tuple[Axes, Axes | None]]:
+    """Which float leaves `quantize_params` turns into int8: their contracted and stacked axes, by path.
+
+    Stacked axes are None where any of the others may be stacked; see `Plan.stack_axes`.
+    """
     found = {}
     for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
         if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
             continue
         included = matches(path, include)
         if plan is not None:
-            tied = getattr(plan, "tied", {}).get(path) if included else None
-            axes, stack = plan.get(path, tied), tuple(getattr(plan, "stacked", {}).get(path, ()))
+            tied = plan.tied.get(path) if included else None
+            axes, stack = plan.get(path, tied), plan.stack_axes(path, leaf.ndim)
         else:
             axes, stack = standard_axes(path, leaf.ndim, included)
         if axes is not None and (included or not (matches(path, OUTPUT_HEADS) or matches(path, skip))):
@@ -117,7 +134,7 @@ def projections(
     return found
 
 
-def standard_axes(path: str, ndim: int, included: bool = False) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+def standard_axes(path: str, ndim: int, included: bool = False) -> tuple[Axes | None, Axes]:
     """Contracted and stacked axes of a leaf of a standard Flax layer, by its name; None where it isn't a projection."""
     *parents, name = path.split("/")
     parent = parents[-1] if parents else ""

@@ -18,6 +18,7 @@ from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
 from jint8._tracing.plan import plan as find_plan
 from jint8._trees.params import dequantize_params, projections
 from jint8._trees.paths import Patterns, leaf_paths, path_group, path_string
+from jint8._trees.plan import Axes, Plan
 
 
 def calibrate(
@@ -104,13 +105,31 @@ def statistics(
     first = next(batches, None)
     if first is None:
         raise ValueError("Expected at least one batch, got none.")
-    weights = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
-    if plan is None and (not weights or any(w.ndim > 2 for w in weights)):  # of others, no axis is stacked
-        floats = jax.eval_shape(dequantize_params, params) if weights else params
-        plan = find_plan(apply_fn, floats, *arguments(first))
-    axes = {} if weights else projections(params, plan=plan, skip=skip, include=include)
-    axes = axes or {path: ((), stack) for path, stack in getattr(plan, "stacked", {}).items()}
+    leaves = leaf_paths(params, is_leaf=is_qtensor)
+    weights = {path: leaf for path, leaf in leaves if is_qtensor(leaf)}
+    plan = _complete(None if plan is None else Plan.of(plan), apply_fn, params, arguments(first))
+    axes: dict[str, tuple[Axes, Axes]] = {}
+    if weights:
+        axes = {path: ((), plan.stack_axes(path, w.ndim) or ()) for path, w in weights.items()}
+    else:
+        found = projections(params, plan=plan, skip=skip, include=include)
+        axes = {path: (contracted, stacked or ()) for path, (contracted, stacked) in found.items()}
     return collect(apply(apply_fn), params, itertools.chain([first], batches), axes=axes, counted=counted)
+
+
+def _complete(plan: Plan | None, apply_fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Plan:
+    """A plan that knows what is contracted, and which axes are stacked: found by tracing, where the given one doesn't.
+
+    int8 weights say themselves what is contracted.
+    """
+    leaves = leaf_paths(params, is_leaf=is_qtensor)
+    has_int8 = any(is_qtensor(leaf) for _, leaf in leaves)
+    known = Plan({}) if plan is None else plan
+    watched = [(path, leaf) for path, leaf in leaves if is_qtensor(leaf) or path in known]
+    if (plan is not None or has_int8) and all(known.stack_axes(path, leaf.ndim) is not None for path, leaf in watched):
+        return known
+    found = find_plan(apply_fn, jax.eval_shape(dequantize_params, params) if has_int8 else params, *args)
+    return found if plan is None else dataclasses.replace(plan, stacked={**found.stacked, **plan.stacked})
 
 
 def collect(

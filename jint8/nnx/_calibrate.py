@@ -11,6 +11,7 @@ from flax import nnx
 from jint8._core.config import Config
 from jint8._ops.observe import Seen, observe
 from jint8._trees.paths import Patterns
+from jint8._trees.plan import Plan
 from jint8.analysis._calibrate import check_criteria, choose, collect
 from jint8.nnx._quantize import replace_layers
 
@@ -104,8 +105,9 @@ def statistics(
 
     def make(path, value, contracted, stacked):
         del path
-        return observe(value, contracted, counted, stacked)
+        return observe(value, contracted, counted, stacked or ())
 
+    plan = None if plan is None else Plan.of(plan)
     watched, _ = replace_layers(model, make, plan=plan, skip=skip, include=include)
     graphdef, state = nnx.split(watched)
 
@@ -113,5 +115,5 @@ def statistics(
         merged = nnx.merge(graphdef, state)
         return merged(*arguments) if call is None else call(merged, *arguments)
 
-    axes = {path: ((), stack) for path, stack in getattr(plan, "stacked", {}).items()}  # of weights that were int8
+    axes = {path: ((), stack) for path, stack in (plan.stacked.items() if plan else ())}  # of weights that were int8
     return collect(run, state, batches, axes=axes, counted=counted)

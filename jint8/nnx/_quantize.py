@@ -9,9 +9,9 @@ from flax import nnx
 
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, is_qtensor
-from jint8._tracing.plan import Plan
 from jint8._trees.params import OUTPUT_HEADS, quantize_params
 from jint8._trees.paths import Patterns, matches
+from jint8._trees.plan import Axes, Plan
 from jint8.nnx._own_code import with_weights
 from jint8.nnx._registry import find_converter
 
@@ -61,16 +61,17 @@ def quantize(
         ('Int8Linear', (2, 16))
     """
 
-    def make(path: str, value: Any, contracted: Sequence[int], stacked: Sequence[int]) -> QTensor | None:
+    def make(path: str, value: Any, contracted: Axes, stacked: Axes | None) -> QTensor | None:
         result = quantize_params(
             {path: value},
             config=config,
-            plan=Plan({path: tuple(contracted)}, {path: tuple(stacked)}),
+            plan=Plan({path: contracted}, {} if stacked is None else {path: stacked}),
             include="*",
             outliers={path: outliers[path]} if outliers and path in outliers else None,
         )[path]
         return result if is_qtensor(result) else None
 
+    plan = None if plan is None else Plan.of(plan)
     result, seen = replace_layers(model, make, plan=plan, skip=skip, include=include)
     if unknown := sorted(set(outliers or ()) - seen):
         raise ValueError(f"Expected outliers for attributes of modules, got {', '.join(unknown)}.")
@@ -79,23 +80,23 @@ def quantize(
 
 def replace_layers(
     model: nnx.Module,
-    make: Callable[[str, Any, Sequence[int], Sequence[int]], QTensor | None],
+    make: Callable[[str, Any, Axes, Axes | None], QTensor | None],
     *,
-    plan: Mapping[str, Sequence[int]] | None,
+    plan: Plan | None,
     skip: Patterns,
     include: Patterns,
 ) -> tuple[Any, set[str]]:
     """A copy of `model` with int8 layers, of which `make` makes the weights, and the paths of all weights seen.
 
-    `make` is called with the path, the float weight, and its contracted and stacked axes, for the weights that
-    `quantize` is to turn into int8.
+    `make` is called with the path, the float weight, and its contracted and stacked axes (None: any may be stacked),
+    for the weights that `quantize` is to turn into int8.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"Expected model to be an nnx module, got {type(model).__name__}.")
     copy = nnx.merge(*nnx.split(model), copy=True)  # its own Variables, around the same arrays
     seen: set[str] = set()
 
-    def made(path: str, value: Any, contracted: Sequence[int], stacked: Sequence[int]) -> QTensor | None:
+    def made(path: str, value: Any, contracted: Axes, stacked: Axes | None) -> QTensor | None:
         if not matches(path, include) and (matches(path, OUTPUT_HEADS) or matches(path, skip)):
             return None
         return make(path, value, contracted, stacked)
@@ -117,22 +118,19 @@ def replace_layers(
 
         return converter(layer, weight)
 
-    def convert_unknown(layer: Any, path: str, plan: Mapping[str, Sequence[int]]) -> Any:
+    def convert_unknown(layer: Any, path: str, plan: Plan) -> Any:
         weights = {}
         for name, variable in vars(layer).items():
             leaf_path = _join(path, name)
-            tied = getattr(plan, "tied", {}).get(leaf_path) if matches(leaf_path, include) else None
+            tied = plan.tied.get(leaf_path) if matches(leaf_path, include) else None
             contracted = plan.get(leaf_path, tied)
             if contracted is None or not isinstance(variable, nnx.Variable):
                 continue
             seen.add(leaf_path)
-            stacked = tuple(getattr(plan, "stacked", {}).get(leaf_path, ()))
-            w = (
-                None
-                if isinstance(variable, nnx.LoRAParam)
-                else made(leaf_path, variable.get_value(), tuple(contracted), stacked)
-            )
-            if w is not None:
+            if isinstance(variable, nnx.LoRAParam):
+                continue
+            value = variable.get_value()
+            if (w := made(leaf_path, value, contracted, plan.stack_axes(leaf_path, value.ndim))) is not None:
                 weights[name] = w
         return with_weights(layer, weights) if weights else layer
 
@@ -154,10 +152,14 @@ def _skipped(path: str, skip: Patterns, include: Patterns) -> bool:
     return matches(path, skip) and not matches(path, include)
 
 
-def _axes(path, full_shape, contract_axes, shape, plan):
-    """Contracted and stacked axes of a weight; None where a plan leaves it out."""
+def _axes(
+    path: str, full_shape: Axes, contract_axes: Axes, shape: Axes | None, plan: Plan | None
+) -> tuple[Axes | None, Axes | None]:
+    """Contracted axes of a weight, None where a plan leaves it out, and stacked ones, None where nothing says which."""
     if plan is not None:
-        return plan.get(path), tuple(getattr(plan, "stacked", {}).get(path, ()))
+        is_one_layer = shape is not None and tuple(full_shape) == tuple(shape)
+        stacked = plan.stack_axes(path, len(full_shape))
+        return plan.get(path), () if stacked is None and is_one_layer else stacked
     extra = 0 if shape is None else len(full_shape) - len(shape)
     if shape is not None and tuple(full_shape[extra:]) != tuple(shape):
         raise ValueError(

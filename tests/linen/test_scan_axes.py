@@ -26,14 +26,15 @@ class Block(nn.Module):
         return x + y, None
 
 
+@pytest.mark.parametrize("given", [lambda plan: plan, dict], ids=["plan", "plain_mapping"])
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 @pytest.mark.parametrize(("d", "heads", "size"), [(4, 4, 4), (8, 2, 6)], ids=["cube", "distinct"])
-def test_scan_over_heads(axis, d, heads, size):
+def test_scan_over_heads(axis, d, heads, size, given):
     scan = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
     module, x = scan(heads=heads, size=size), jax.random.normal(jax.random.key(1), (2, d))
     params = module.init(jax.random.key(0), x, None)
     plan = jint8.plan(module.apply, params, x, None)
-    int8 = jint8.quantize_params(params, plan=plan)
+    int8 = jint8.quantize_params(params, plan=given(plan))
     for name in ("up", "down"):
         w = int8["params"][name]
         assert plan.stacked[name] == (axis % 4,)

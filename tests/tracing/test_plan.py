@@ -429,6 +429,21 @@ def test_with_takes_an_axis_out_of_the_stacked_ones():
     assert plan.with_({"w": (0, 1)}).stacked == {"w": ()}
 
 
+def test_with_claims_nothing_about_stacked_axes():
+    plan = jint8.Plan({}, shapes={"w": (5, 4, 8)}).with_({"w": (1,)})
+    assert plan.stack_axes("w", 3) is None
+
+
+def test_of_any_mapping(found):
+    assert jint8.Plan.of(found) is found
+    plain = jint8.Plan.of({"experts": [-2], "up": 0})
+    assert dict(plain) == {"experts": (-2,), "up": (0,)}
+    assert found.stack_axes("experts", 3) == plain.stack_axes("up", 2) == ()
+    assert plain.stack_axes("experts", 3) is None
+    with pytest.raises(TypeError, match="Expected a plan to be a mapping from path to contracted axes, got list"):
+        jint8.Plan.of(["up"])
+
+
 def test_with_quantizes_a_tied_embedding():
     plan = jint8.plan(lambda p, i: p["embed"][i] @ p["embed"].T, {"embed": jnp.ones((7, 4))}, TOKENS)
     edited = plan.with_(plan.tied)

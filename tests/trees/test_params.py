@@ -23,10 +23,6 @@ class Pair(typing.NamedTuple):
     bias: typing.Any
 
 
-class Plan(dict):
-    stacked: typing.ClassVar[dict] = {}
-
-
 def quantized(tree, **options):
     """Names of the leaves that became int8."""
     leaves = jax.tree_util.tree_leaves_with_path(jint8.quantize_params(tree, **options), is_leaf=is_qtensor)
@@ -109,8 +105,8 @@ def test_standard_layers(path, shape, contracted):
 
 
 def test_a_plan_with_stacked_axes():
-    plan = Plan({"layers/kernel": (0,), "experts/kernel": (1,)})
-    plan.stacked = {"layers/kernel": (1,), "experts/kernel": (0,)}
+    stacked = {"layers/kernel": (1,), "experts/kernel": (0,)}
+    plan = jint8.Plan({"layers/kernel": (0,), "experts/kernel": (1,)}, stacked)
     tree = {"layers": {"kernel": normal(6, 3, 4)}, "experts": {"kernel": normal(3, 6, 4)}}
     config = jint8.Config(scheme="row")  # one scale per tensor: of each layer, not of all
     got = jint8.quantize_params(tree, plan=plan, config=config)
@@ -119,6 +115,34 @@ def test_a_plan_with_stacked_axes():
     assert (experts.shape, experts.q.shape, experts.stack) == ((3, 6, 4), (3, 4, 6), (0,))
     expected = abs(tree["layers"]["kernel"]).max((0, 2)) / np.float32(127)
     np.testing.assert_array_equal(layers.scale, np.broadcast_to(expected[None, :, None], (4, 3, 1)))
+
+
+def test_a_plain_mapping_says_nothing_of_stacked_axes():
+    kernels = {"layers": normal(6, 3, 4), "dense": normal(6, 4)}
+    plan = jint8.Plan({"layers": (0,), "dense": (0,)}, {"layers": (1,), "dense": ()})
+    known, unknown = (jint8.quantize_params(kernels, plan=p) for p in (plan, dict(plan)))
+    assert (known["layers"].q.shape, known["dense"].q.shape) == ((4, 3, 6), (4, 6))
+    # Any of the other axes may be scanned: the order given is right for each of them. A matrix has none.
+    assert (unknown["layers"].q.shape, unknown["dense"].q.shape) == ((6, 3, 4), (4, 6))
+    for name in kernels:
+        np.testing.assert_array_equal(unknown[name].dequantize(), known[name].dequantize())
+    for axis in (1, 2):
+        layer = jax.tree.map(lambda leaf, axis=axis: jnp.take(leaf, 1, axis=axis), unknown["layers"])
+        np.testing.assert_array_equal(layer.dequantize(), jnp.take(known["layers"].dequantize(), 1, axis=axis))
+
+
+@pytest.mark.parametrize("scheme", ["absmax", "zeropoint", "row", "row+dec"])
+def test_one_scale_per_tensor_needs_the_stacked_axes(scheme):
+    config, kernels = jint8.Config(scheme=scheme), {"a": {"w": normal(3, 6, 4)}, "dense": normal(6, 4)}
+    plan = jint8.Plan({"a/w": (1,), "dense": (0,)}, {"a/w": (0,), "dense": ()})
+    scale = jint8.quantize_params(kernels, plan=plan, config=config)["a"]["w"].scale
+    assert len(np.unique(scale)) == 3
+    without = jint8.Plan({"a/w": (1,)}).without("dense")
+    for unknown in (dict(plan), without):
+        with pytest.raises(ValueError, match=r"^a/w: Expected a plan .* got a plain mapping, .* jint8\.Plan itself"):
+            jint8.quantize_params(kernels, plan=unknown, config=config)
+    dense = jint8.quantize_params(kernels, plan={"dense": 0}, config=config)["dense"]
+    np.testing.assert_array_equal(dense.q, jint8.quantize(kernels["dense"], config=config).q.T)
 
 
 def test_everything_else_is_the_same_object():
@@ -188,6 +212,7 @@ BAD = {"a": [{"kernel": normal(3, 4)}, {"kernel": np.full((3, 4), np.nan, np.flo
         (lambda: jint8.quantize_params({"kernel": normal(2, 2) * np.inf}), ValueError, "^kernel: Expected finite"),
         (lambda: jint8.quantize_params(TREE, plan={"no/such": (0,)}), ValueError, "paths to be in .* got no/such"),
         (lambda: jint8.quantize_params(TREE, plan={"embed/embedding": (2,)}), ValueError, "^embed/embedding: .* got 2"),
+        (lambda: jint8.quantize_params(TREE, plan=[("embed", 1)]), TypeError, "Expected a plan to be a map.* got list"),
         (lambda: jint8.quantize_params(TREE, skip=3), TypeError, "Expected a path pattern, .* got 3"),
         (lambda: jint8.quantize_params(TREE, config="row"), TypeError, "Expected config .* got str"),
         (lambda: jint8.with_config(TREE, "row"), TypeError, "Expected config .* got str"),
