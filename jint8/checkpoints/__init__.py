@@ -1,4 +1,12 @@
-"""Checkpoint readers: GGUF files and Hugging Face directories, their tensors, configurations and tokenizers."""
+"""Files on disk: reads GGUF files and Hugging Face directories, writes int8 ones; tensors, configurations, tokenizers.
+
+Tensors have Hugging Face's names, shapes and row order here whatever the format; parameters of a model are made of them
+in `jint8._convert`. This package imports nothing else of jint8, and neither JAX nor Flax: values are NumPy arrays.
+
+Start with `_checkpoint.py` (what every reader offers) and `_open.py` (which reader takes which path); then
+`_safetensors.py`, `_gguf/checkpoint.py`, and for what `jint8.save` writes `_jint8.py`, `_huggingface.py` and
+`_directory.py`. `_gguf/architectures.py` is the table to extend for a new model family.
+"""
 
 from jint8.checkpoints._checkpoint import Checkpoint as Checkpoint
 from jint8.checkpoints._checkpoint import TensorInfo as TensorInfo

@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -18,11 +18,11 @@ class TensorInfo:
     """What is known of a tensor before it is read.
 
     Attributes:
-        name: Its Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`.
-        shape: Its shape as Hugging Face has it (`[out, in]` for a projection).
-        dtype: The type in the file, by the format's own name: `BF16`, `F32`, `I8`, `Q4_1`, ...
-        file: The file that holds it.
-        nbytes: Its bytes in the file.
+      name: its Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`.
+      shape: its shape as Hugging Face has it (`[out, in]` for a projection).
+      dtype: the type in the file, by the format's own name: `BF16`, `F32`, `I8`, `Q4_1`, ...
+      file: the file that holds it.
+      nbytes: its bytes in the file.
     """
 
     name: str
@@ -40,18 +40,18 @@ class TensorInfo:
 class Checkpoint(abc.ABC):
     """An open checkpoint: configuration, tensors by name, tokenizer.
 
-    Everything in the headers has been checked when one exists; values are read (from mapped memory) when asked for.
+    Opening one reads and checks the headers only. Values are read, from memory-mapped files, when they are asked for.
     It is a context manager; arrays that were read stay valid after it has been closed.
 
     Attributes:
-        path: What was opened.
-        format: `"gguf"`, `"safetensors"` or `"jint8"`.
-        config: The model's configuration with the keys of a Hugging Face `config.json`.
-        tensors: Every tensor by its Hugging Face name, in the order of the files.
-        files: The files that hold the tensors.
+      path: what was opened.
+      format: `"gguf"`, `"safetensors"` or `"jint8"`.
+      config: the model's configuration with the keys of a Hugging Face `config.json`.
+      tensors: every tensor by its Hugging Face name, in the order of the files.
+      files: the files that hold the tensors.
     """
 
-    format: ClassVar[str]
+    format: ClassVar[Literal["gguf", "safetensors", "jint8"]]
 
     def __init__(
         self, path: Path, *, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: tuple[Path, ...]
@@ -70,14 +70,14 @@ class Checkpoint(abc.ABC):
         """Read one tensor.
 
         Args:
-            name: A key of `tensors`.
+          name: a key of `tensors`.
 
         Returns:
-            The values: float32, float16, bfloat16 (of ml_dtypes) or integers as they are stored, read-only and still
-            in the file's mapped memory where possible; float32 for the block-quantized types of GGUF.
+          The values as they are stored: floats (bfloat16 is that of ml_dtypes) or integers. Where possible they are a
+          read-only view of the memory-mapped file. Block-quantized types of GGUF are dequantized to float32.
 
         Raises:
-            KeyError: If there is no such tensor.
+          KeyError: there is no such tensor.
         """
         info = self._info(name)
         if not info.shape:
@@ -88,16 +88,16 @@ class Checkpoint(abc.ABC):
         """Read rows `start:stop` (of the first axis) of one tensor; the rest isn't touched.
 
         Args:
-            name: A key of `tensors`.
-            start: First row.
-            stop: One past the last row.
+          name: a key of `tensors`.
+          start: first row.
+          stop: one past the last row.
 
         Returns:
-            The values, as from `read`.
+          The values, as from `read`.
 
         Raises:
-            KeyError: If there is no such tensor.
-            ValueError: If the rows aren't in the tensor.
+          KeyError: there is no such tensor.
+          ValueError: the rows aren't in the tensor.
         """
         info = self._info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
@@ -111,25 +111,25 @@ class Checkpoint(abc.ABC):
         """Build the tokenizer.
 
         Returns:
-            The tokenizer, or None where the checkpoint has none.
+          The tokenizer, or None where the checkpoint has none.
 
         Raises:
-            ValueError: If there is one of a kind that isn't known.
+          ValueError: there is one of a kind that isn't known.
         """
 
     @abc.abstractmethod
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop`; a scalar is given as one row."""
+        """Rows `start:stop` of a tensor, which are known to be in it; a scalar counts as one row."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of the mapped files."""
+        """Release the memory-mapped files; nothing can be read afterwards."""
 
     def _info(self, name: str) -> TensorInfo:
         try:
             return self.tensors[name]
         except KeyError:
-            raise KeyError(f"{self.path}: no tensor {name!r} among {len(self.tensors)} tensors") from None
+            raise KeyError(f"{self.path}: Expected one of {len(self.tensors)} tensors, got {name!r}") from None
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ import numpy as np
 
 from jint8.checkpoints._optional import require
 
-MANIFEST = "SHA256SUMS"  # as sha256sum writes and checks it
+MANIFEST = "SHA256SUMS"  # in the format of the command sha256sum, which can check a directory without jint8
 
 
 @contextlib.contextmanager
@@ -22,24 +22,26 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that becomes `path` when the block ends, and vanishes when it raises.
 
     Args:
-        path: Nothing, or an empty directory.
+      path: nothing, or an empty directory.
 
     Yields:
-        A hidden directory beside `path`.
+      A hidden directory beside `path`.
 
     Raises:
-        FileExistsError: If there is something at `path`.
+      FileExistsError: there is something at `path`.
     """
     check_destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield directory
-        umask = os.umask(0)
+        umask = os.umask(0)  # the only way to read it is to set it
         os.umask(umask)
         for file in [*directory.iterdir(), directory]:
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)  # mkdtemp and safetensors make private ones
+            # mkdtemp and safetensors let only the owner read what they make; give it the user's usual permissions
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
             _sync(file)
+        # Content is on the disk before the name is: a power failure leaves the old state or the whole directory.
         directory.replace(path)
         _sync(path.parent)
     except BaseException:
@@ -59,11 +61,11 @@ def verify_files(path: Path) -> None:
     """Compare every file of a directory with the manifest.
 
     Args:
-        path: What `jint8.save` wrote.
+      path: what `jint8.save` wrote.
 
     Raises:
-        FileNotFoundError: If the manifest, or a file that it lists, is missing.
-        ValueError: If a file differs, or isn't in the manifest.
+      FileNotFoundError: the manifest, or a file that it lists, is missing.
+      ValueError: a file differs, or isn't in the manifest.
     """
     manifest = path / MANIFEST
     if not manifest.exists():
@@ -75,6 +77,7 @@ def verify_files(path: Path) -> None:
             raise ValueError(f"{manifest}: Expected lines of a SHA-256 and a file name, got {line!r}")
         sums[name] = digest
     for file in sorted(path.iterdir()):
+        # a file that jint8.load would read without its sum having been compared
         if file.suffix in (".safetensors", ".json", ".jinja") and file.name not in sums:
             raise ValueError(f"{file}: Expected only files that {MANIFEST} lists, got this")
     for name, digest in sums.items():
@@ -88,15 +91,15 @@ def write_arrays(directory: Path, arrays: Mapping[str, Any], shard_bytes: int) -
     """Write arrays to one or more safetensors files; they come to the host one file at a time.
 
     Args:
-        directory: Where.
-        arrays: The arrays by name, on any device.
-        shard_bytes: Size that a file may have (a larger array has a file of its own).
+      directory: where to write them.
+      arrays: the arrays by name, on any device.
+      shard_bytes: size that a file may have (a larger array has a file of its own).
 
     Returns:
-        The name of the file that each array is in.
+      The name of the file that each array is in.
 
     Raises:
-        OSError: If they can't be written.
+      OSError: they can't be written.
     """
     shards = _shards(arrays, shard_bytes)
     files: dict[str, str] = {}
@@ -115,7 +118,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def _shards(arrays: Mapping[str, Any], shard_bytes: int) -> list[list[str]]:
-    """Names by file, in order, each file as full as it may be."""
+    """The names that go into each file: in order, and each file filled before the next one is begun."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, array in arrays.items():
@@ -130,11 +133,12 @@ def _shards(arrays: Mapping[str, Any], shard_bytes: int) -> list[list[str]]:
 def _save_arrays(arrays: Mapping[str, np.ndarray], file: Path) -> None:
     try:
         require("safetensors.numpy").save_file(arrays, file, metadata={"format": "pt"})
-    except require("safetensors").SafetensorError as e:  # its own kind, also for a full disk
+    except require("safetensors").SafetensorError as e:  # also when the disk is full, which callers know as OSError
         raise OSError(f"{file.name}: {e}") from e
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as indented UTF-8."""
     file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -145,8 +149,8 @@ def sha256(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's names."""
-    if path.is_dir() and os.name == "nt":  # which can't open directories
+    """Wait until the disk holds a file's content, or the names in a directory."""
+    if path.is_dir() and os.name == "nt":  # Windows can't open directories
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -16,14 +16,14 @@ def write_huggingface(
     """Write a directory that `SafetensorsCheckpoint` and transformers read. It appears complete or not at all.
 
     Args:
-        path: Where; nothing, or an empty directory.
-        arrays: The arrays by their Hugging Face names.
-        config: What `config.json` says.
-        tokenizer: The tokenizer, or None.
-        shard_bytes: Size that a safetensors file may have (a larger array has a file of its own).
+      path: where to write; nothing, or an empty directory.
+      arrays: the arrays by their Hugging Face names.
+      config: what `config.json` says.
+      tokenizer: the tokenizer, or None.
+      shard_bytes: size that a safetensors file may have (a larger array has a file of its own).
 
     Raises:
-        OSError: If there is something at `path`, or it can't be written.
+      OSError: there is something at `path`, or it can't be written.
     """
     with new_directory(path) as directory:
         files = write_arrays(directory, arrays, shard_bytes)

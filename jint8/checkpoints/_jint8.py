@@ -1,6 +1,6 @@
 """The directory that `jint8.save` writes: arrays in safetensors, the rest in JSON, a SHA-256 for each file.
 
-This file knows arrays and JSON; what they mean is for `jint8._inference.save`.
+This file knows arrays and JSON; `jint8._convert.saved` knows which arrays a quantized model consists of.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 METADATA = "jint8.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-VERSION = 2  # 1 had the rows of fused projections in another order
+VERSION = 2  # version 1 had the rows of fused projections in another order
 
 
 class Jint8Checkpoint(SafetensorsCheckpoint):
     """A directory that `jint8.save` wrote.
 
     Attributes:
-        metadata: The content of `jint8.json`.
+      metadata: the content of `jint8.json`.
     """
 
     format = "jint8"
@@ -62,15 +62,15 @@ def write_checkpoint(
     """Write a directory that `Jint8Checkpoint` reads. It appears complete or not at all.
 
     Args:
-        path: Where; nothing, or an empty directory.
-        arrays: The arrays by name, on any device. They come to the host one shard at a time.
-        metadata: What `jint8.json` says besides the format version and the tokenizer's special tokens.
-        config: What `config.json` says.
-        tokenizer: The tokenizer, or None.
-        shard_bytes: Size that a safetensors file may have (a larger array has a file of its own).
+      path: where to write; nothing, or an empty directory.
+      arrays: the arrays by name, on any device. They come to the host one shard at a time.
+      metadata: what `jint8.json` says besides the format version and the tokenizer's special tokens.
+      config: what `config.json` says.
+      tokenizer: the tokenizer, or None.
+      shard_bytes: size that a safetensors file may have (a larger array has a file of its own).
 
     Raises:
-        OSError: If there is something at `path`, or it can't be written.
+      OSError: there is something at `path`, or it can't be written.
     """
     special = None
     with new_directory(path) as directory:

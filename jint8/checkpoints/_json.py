@@ -9,15 +9,15 @@ def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        file: The file.
-        optional: Whether a missing file reads as `{}`.
+      file: the file.
+      optional: whether a missing file reads as `{}`.
 
     Returns:
-        The object.
+      The object.
 
     Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it holds no JSON object.
+      FileNotFoundError: the file is missing.
+      ValueError: it holds no JSON object.
     """
     if not file.exists():
         if optional:

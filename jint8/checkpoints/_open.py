@@ -15,29 +15,29 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Headers are read and checked here (every tensor lies within its file, names are known); values only when asked for.
 
     Args:
-        path: A GGUF file (of a split model: any of its files), a Hugging Face directory with `config.json` and one
-            or many safetensors files, or a directory that `jint8.save` wrote.
+      path: a GGUF file (of a split model: any of its files), a Hugging Face directory with `config.json` and one
+        or many safetensors files, or a directory that `jint8.save` wrote.
 
     Returns:
-        The checkpoint; use it in a `with` statement.
+      The checkpoint; use it in a `with` statement.
 
     Raises:
-        FileNotFoundError: If there is nothing at `path`, or a file that belongs to the checkpoint is missing.
-        ValueError: If what is there isn't a checkpoint that can be read; the message names file and tensor.
-        ImportError: If a package of the `hf` extra is missing.
+      FileNotFoundError: there is nothing at `path`, or a file that belongs to the checkpoint is missing.
+      ValueError: what is there isn't a checkpoint that can be read; the message names file and tensor.
+      ImportError: a package of the `hf` extra is missing.
 
     Examples:
-        >>> import json, pathlib, struct, tempfile
-        >>> import numpy as np
-        >>> from jint8.checkpoints import open_checkpoint
-        >>> directory = pathlib.Path(tempfile.mkdtemp())
-        >>> _ = (directory / "config.json").write_text('{"model_type": "llama"}')
-        >>> header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
-        >>> values = np.arange(6, dtype=np.float32).tobytes()
-        >>> _ = (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + values)
-        >>> with open_checkpoint(directory) as ckpt:
-        ...     print(ckpt.format, ckpt.config["model_type"], ckpt.tensors["w"].shape, ckpt.read_rows("w", 1, 2))
-        safetensors llama (2, 3) [[3. 4. 5.]]
+      >>> import json, pathlib, struct, tempfile
+      >>> import numpy as np
+      >>> from jint8.checkpoints import open_checkpoint
+      >>> directory = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = (directory / "config.json").write_text('{"model_type": "llama"}')
+      >>> header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+      >>> values = np.arange(6, dtype=np.float32).tobytes()
+      >>> _ = (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + values)
+      >>> with open_checkpoint(directory) as ckpt:
+      ...     print(ckpt.format, ckpt.config["model_type"], ckpt.tensors["w"].shape, ckpt.read_rows("w", 1, 2))
+      safetensors llama (2, 3) [[3. 4. 5.]]
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Import of the packages that only checkpoints need."""
+"""Import of the packages that only checkpoints need (the extra `hf`), when they are needed."""
 
 import importlib
 from types import ModuleType
@@ -8,13 +8,13 @@ def require(module: str) -> ModuleType:
     """Import a package of the `hf` extra.
 
     Args:
-        module: The name to import, such as `"gguf"`.
+      module: the name to import, such as `"gguf"`.
 
     Returns:
-        The imported module.
+      The imported module.
 
     Raises:
-        ImportError: If it isn't installed; the message says how to install it.
+      ImportError: it isn't installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -19,12 +19,17 @@ INDEX = "model.safetensors.index.json"
 
 
 class _Span(NamedTuple):
+    """Where a tensor's bytes are."""
+
     file: Path
-    begin: int  # from the start of the file
+    begin: int  # offset from the start of the file
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A directory as Hugging Face's libraries write it."""
+    """A directory as Hugging Face's libraries write it.
+
+    The headers are parsed here rather than by the safetensors package, whose errors don't name the tensor.
+    """
 
     format = "safetensors"
 
@@ -44,7 +49,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if weight_map is not None:
             _check_index(path, weight_map, tensors)
         super().__init__(path, config=config, tensors=tensors, files=files)
-        self._maps: dict[Path, np.ndarray] | None = {}
+        self._maps: dict[Path, np.ndarray] | None = {}  # the memory-mapped files so far; None once closed
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         if self._maps is None:
@@ -66,6 +71,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
 def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """The files that hold the tensors, and the index's map from tensor to file name where there is an index."""
+    # In the order in which transformers looks: an index beside a single file is a leftover.
     if (path / "model.safetensors").exists():
         return (path / "model.safetensors",), None
     if (path / INDEX).exists():
@@ -74,11 +80,12 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             raise ValueError(f"{path / INDEX}: Expected a 'weight_map' from tensor to file name, got none")
         names = list(dict.fromkeys(weight_map.values()))
         for name in names:
-            if Path(name).name != name:
+            if Path(name).name != name:  # "../x" would read outside of the directory
                 raise ValueError(f"{path / INDEX}: Expected file names, got the path {name!r}")
             if not (path / name).exists():
                 raise FileNotFoundError(f"{path / name}: Expected this file, which {INDEX} names, got none")
         return tuple(path / name for name in names), weight_map
+    # Neither: any other safetensors files. Without an index only their names tell whether one is missing.
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise _no_safetensors(path)
@@ -92,6 +99,7 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
 
 
 def _no_safetensors(path: Path) -> Exception:
+    """The error for a directory without safetensors files, which says what to do about the files that are there."""
     if pickled := [*sorted(path.glob("*.bin")), *sorted(path.glob("*.pt")), *sorted(path.glob("*.pth"))]:
         return ValueError(
             f"{path}: Expected safetensors files, got PyTorch's {pickled[0].name}. Loading a pickle can run any code, "
@@ -104,6 +112,7 @@ def _no_safetensors(path: Path) -> Exception:
 
 
 def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    """Raise ValueError unless the index and the files' headers list the same tensors in the same files."""
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise ValueError(f"{path / file}: Expected tensor {name!r}, which {INDEX} places there, got none")
@@ -116,14 +125,14 @@ def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Read one safetensors file.
 
     Args:
-        file: The file.
+      file: the file.
 
     Yields:
-        Each tensor's name and its values, read-only and in the file's mapped memory.
+      Each tensor's name and its values, read-only and in the file's mapped memory.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file isn't safetensors, is truncated, or has a type that can't be read.
+      FileNotFoundError: there is no such file.
+      ValueError: the file isn't safetensors, is truncated, or has a type that can't be read.
     """
     if not file.exists():
         raise FileNotFoundError(f"{file}: Expected this file, got none")
@@ -137,13 +146,13 @@ def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
     """Read and check the header of one safetensors file.
 
     Args:
-        file: The file.
+      file: the file.
 
     Returns:
-        Each tensor with the offset of its first byte in the file, in the order of the offsets.
+      Each tensor with the offset of its first byte in the file, in the order of the offsets.
 
     Raises:
-        ValueError: If the file isn't safetensors, is truncated, or has a type that can't be read.
+      ValueError: the file isn't safetensors, is truncated, or has a type that can't be read.
     """
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -162,6 +171,7 @@ def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{file}: Expected a safetensors header, got one that doesn't parse: {e!r}") from e
+    # The format allows no gaps and no overlaps, so each tensor begins where the one before it ends.
     out, end = [], 0
     for name, dtype, shape, first, last in sorted(entries, key=lambda e: e[3:5]):
         where = f"{file}: tensor {name!r}"

@@ -97,7 +97,7 @@ def test_rows_outside(tmp_path, shards, start, stop):
 
 
 def test_unknown_name(tmp_path, shards):
-    with pytest.raises(KeyError, match="no tensor 'x'"):
+    with pytest.raises(KeyError, match="Expected one of 3 tensors, got 'x'"):
         open_checkpoint(write_directory(tmp_path, shards)).read("x")
 
 

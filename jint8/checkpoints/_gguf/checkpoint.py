@@ -22,7 +22,7 @@ class GGUFCheckpoint(Checkpoint):
     """A GGUF file, or the files of a split one.
 
     Attributes:
-        metadata: The file's own key-value pairs (of a split model, those of the first file).
+      metadata: the file's own key-value pairs (of a split model, those of the first file).
     """
 
     format = "gguf"
@@ -38,9 +38,9 @@ class GGUFCheckpoint(Checkpoint):
         self._architecture: Architecture = ARCHITECTURES[arch]
         if self._architecture.with_experts is not None and self.metadata.get(f"{arch}.expert_count"):
             self._architecture = self._architecture.with_experts
-        self._begin: dict[str, tuple[Path, int]] = {}
-        self._stems: dict[str, str] = {}
-        self._maps: dict[Path, np.ndarray] | None = {}
+        self._begin: dict[str, tuple[Path, int]] = {}  # of each tensor: its file, and the offset of its first byte
+        self._stems: dict[str, str] = {}  # of each tensor: what llama.cpp calls it, such as "attn_q"
+        self._maps: dict[Path, np.ndarray] | None = {}  # the memory-mapped files so far; None once closed
         infos = [info for part in parts for info in self._infos(part)]
         tensors = {info.name: info for info in infos}
         if len(tensors) != len(infos):
@@ -50,6 +50,7 @@ class GGUFCheckpoint(Checkpoint):
         for name in (names["token_embd"], names["output_norm"]):
             if name not in tensors:
                 raise ValueError(f"{path}: Expected a tensor {name!r}, got none")
+        # What Hugging Face has in config.json isn't a tensor of the checkpoint.
         rope = {name: self._read_rows(t, 0, t.shape[0]) for name in CONFIG_TENSORS if (t := tensors.pop(name, None))}
         config = config_from_metadata(
             self.metadata,
@@ -65,6 +66,7 @@ class GGUFCheckpoint(Checkpoint):
             self._row_order(info)  # checks that the rows are whole heads
 
     def _infos(self, part: GGUFFile) -> list[TensorInfo]:
+        """The tensors of one file as Hugging Face has them: a stack of experts is one tensor for each expert."""
         size = part.path.stat().st_size
         infos = []
         for raw in part.tensors:
@@ -109,6 +111,7 @@ class GGUFCheckpoint(Checkpoint):
         if self._maps is None:
             raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
         if self._stems[info.name] in self._architecture.transposed and len(info.shape) == 2:
+            # Hugging Face's rows are the file's columns, which lie in every row of the file: read all of them.
             rows = info.shape[1]
             stored = dataclasses.replace(info, shape=info.shape[::-1])
             return self._stored_rows(stored, 0, rows).T[start:stop]
@@ -121,6 +124,7 @@ class GGUFCheckpoint(Checkpoint):
         if file not in self._maps:
             self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
         n_rows = info.shape[0] if info.shape else 1
+        # Block-quantized types have whole blocks in each row, so that rows of bytes can be picked before dequantizing.
         raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, info.nbytes // max(n_rows, 1))
         raw = raw[start:stop] if (order := self._row_order(info)) is None else raw[order[start:stop]]
         shape = (stop - start, *info.shape[1:])
@@ -128,7 +132,7 @@ class GGUFCheckpoint(Checkpoint):
             values = raw.reshape(-1).view(DTYPES[info.dtype]).reshape(shape)
         else:
             kind = self._gguf.GGMLQuantizationType[info.dtype]
-            with np.errstate(all="ignore"):  # a damaged scale gives NaN, which quantization reports by name
+            with np.errstate(all="ignore"):  # a damaged scale gives NaN, which quantization reports with the name
                 values = self._gguf.quants.dequantize(raw, kind).reshape(shape)
         if self._architecture.unit_norms and info.name.endswith("norm.weight"):
             values = values - np.ones((), values.dtype)
@@ -150,7 +154,9 @@ class GGUFCheckpoint(Checkpoint):
                 f"{info.file}: tensor {info.name!r}: Expected rows for {heads} heads, got shape {info.shape}"
             )
         if kind == self._architecture.interleaved:
+            # all queries, all keys, all values -> each head's query, key and value
             return np.arange(info.shape[0]).reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
+        # in each head: neighbours (0, 1), (2, 3), ... are a rotary pair -> first all first ones, then all second ones
         return np.arange(info.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def tokenizer(self) -> Tokenizer | None:

@@ -110,10 +110,10 @@ def _rope_scaling(
 
 
 def _llama3_scaling(factors: np.ndarray, config: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The parameters of Llama 3's scaling from the divisors of the frequencies, which is all that the file has.
+    """The parameters of Llama 3's scaling, computed back from the divisors of the frequencies.
 
-    Every Llama 3.1 to 3.3 has `low_freq_factor` 1, `high_freq_factor` 4 and 8192 original positions; that these
-    reproduce the divisors is checked.
+    The file has only the divisors. Every Llama 3.1 to 3.3 has `low_freq_factor` 1, `high_freq_factor` 4 and 8192
+    original positions, and its slowest frequency is divided by `factor`; that these give the divisors is checked.
     """
     factor = float(factors.max())
     if factor == 1:

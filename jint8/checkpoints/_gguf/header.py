@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-STRING, ARRAY = 8, 9
+STRING, ARRAY = 8, 9  # types of metadata values, as those in SCALARS, which have struct's codes
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -24,7 +24,7 @@ class RawTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]  # the slowest axis first: the reverse of the file's order
     type: int  # a GGMLQuantizationType
-    begin: int  # from the start of the file
+    begin: int  # offset from the start of the file
 
 
 class GGUFFile(NamedTuple):
@@ -39,13 +39,13 @@ def read_header(path: Path) -> GGUFFile:
     """Read the metadata and the list of tensors of one file.
 
     Args:
-        path: The file.
+      path: the file.
 
     Returns:
-        Its header. That the data lie within the file is for the caller to check, who knows the types' sizes.
+      Its header. That the data lie within the file is for the caller to check, who knows the types' sizes.
 
     Raises:
-        ValueError: If it isn't a GGUF file of a known version, or ends within the header.
+      ValueError: it isn't a GGUF file of a known version, or ends within the header.
     """
     size = path.stat().st_size
     with path.open("rb") as f:
@@ -64,7 +64,11 @@ def read_header(path: Path) -> GGUFFile:
 
 
 class _Reader:
-    """A position in the mapped file that moves on with every value read."""
+    """A position in the memory-mapped file that moves on with every value read.
+
+    Each method reads one thing of the format's grammar. A length beyond the end of the file raises struct.error before
+    anything larger than the file is allocated.
+    """
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 4
@@ -72,7 +76,7 @@ class _Reader:
     def header(self) -> GGUFFile:
         version = self.scalar("I")
         if version not in VERSIONS:
-            hint = " (a big-endian file)" if version & 0xFFFF == 0 else ""
+            hint = " (a big-endian file)" if version & 0xFFFF == 0 else ""  # 3 reads as 0x03000000 there
             raise ValueError(
                 f"{self.path}: Expected GGUF version {' or '.join(map(str, VERSIONS))}, got {version}{hint}"
             )
@@ -87,6 +91,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"{self.path}: Expected a positive general.alignment, got {alignment!r}")
+        # The tensors' offsets count from the end of the header, rounded up to the alignment.
         start = math.ceil(self.at / alignment) * alignment
         tensors = tuple(t._replace(begin=start + t.begin) for t in entries)
         return GGUFFile(self.path, metadata, tensors)

@@ -1,1 +1,5 @@
-"""Tokenizers: out of Hugging Face and GGUF files, streams of text, chat templates."""
+"""Tokenizers: read from Hugging Face directories and GGUF files, streamed decoding, chat templates.
+
+`tokenizer.py` has the class that both readers (`huggingface.py`, `gguf.py`) make; the work is that of the package
+`tokenizers`.
+"""

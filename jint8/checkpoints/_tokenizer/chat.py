@@ -12,15 +12,15 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **variable
     """Render a chat template.
 
     Args:
-        template: The Jinja source.
-        messages: The conversation.
-        **variables: What else the template may use (`add_generation_prompt`, `bos_token`, ...).
+      template: the Jinja source.
+      messages: the conversation.
+      **variables: what else the template may use (`add_generation_prompt`, `bos_token`, ...).
 
     Returns:
-        The prompt.
+      The prompt.
 
     Raises:
-        ValueError: If the template can't be rendered, or refuses these messages.
+      ValueError: the template can't be rendered, or refuses these messages.
     """
     jinja2 = require("jinja2")
     try:
@@ -47,11 +47,12 @@ def _environment() -> Any:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    # The settings that the templates are written for: another one for blocks changes the white space of prompts.
+    # transformers has these settings, and templates rely on them: without trim_blocks and lstrip_blocks the line breaks
+    # around {% ... %} would be part of the prompt.
     env = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
     )
-    # Jinja's own tojson escapes for HTML.
+    # Jinja's own tojson escapes <, > and & for HTML, which models weren't trained on.
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

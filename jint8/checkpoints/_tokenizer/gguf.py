@@ -8,10 +8,11 @@ from jint8.checkpoints._optional import require
 from jint8.checkpoints._tokenizer.pretokenizers import PRE_TOKENIZERS, build_pre_tokenizer
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
-# llama.cpp's token types.
+# llama.cpp's token types (5 stands for unused tokens).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-SPACE = "\u2581"
-# Files name one end-of-text token, chat models end a turn with another; llama.cpp knows these by their text.
+SPACE = "\u2581"  # how SentencePiece writes a space
+# A file names one token that ends a text, but chat models end a turn with another one, which many files don't name.
+# As llama.cpp does, find it by its text.
 END_OF_TURN = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>",
 )  # fmt: skip
@@ -21,14 +22,14 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Token
     """Build the tokenizer.
 
     Args:
-        metadata: The file's metadata.
-        path: The file, for messages.
+      metadata: the file's metadata.
+      path: the file, for messages.
 
     Returns:
-        The tokenizer, or None where the file has none.
+      The tokenizer, or None where the file has none.
 
     Raises:
-        ValueError: If its kind or its pre-tokenizer isn't known, or a part is missing.
+      ValueError: its kind or its pre-tokenizer isn't known, or a part is missing.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model in (None, "none", "no_vocab"):
@@ -67,7 +68,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Token
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: Path) -> Any:
-    """GPT-2's kind: bytes written as characters, merges by rank."""
+    """GPT-2's kind: BPE on bytes, which are written as printable characters; earlier merges come first."""
     tokenizers, models, decoders = require("tokenizers"), require("tokenizers.models"), require("tokenizers.decoders")
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in PRE_TOKENIZERS:
@@ -104,6 +105,7 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: S
             vocab, merges_from_scores(pieces, vocab), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
         )
     )
+    # SentencePiece puts a space before a text, so that its first word is the token it is elsewhere; decoding strips it.
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence(
@@ -122,17 +124,17 @@ def merges_from_scores(scores: Mapping[str, float], vocab: Mapping[str, int]) ->
     piece into two, in the order of the pieces' scores (then of the parts' ids, as transformers has it).
 
     Args:
-        scores: The pieces that may come out of a merge, with their scores.
-        vocab: The pieces' ids.
+      scores: the pieces that may come out of a merge, with their scores.
+      vocab: the pieces' ids.
 
     Returns:
-        The merges, the first to be done first.
+      The merges, the first to be done first.
 
     Examples:
-        >>> from jint8.checkpoints._tokenizer.gguf import merges_from_scores
-        >>> scores = {"a": -3.0, "b": -4.0, "ab": -1.0, "aba": -2.0}
-        >>> merges_from_scores(scores, {t: i for i, t in enumerate(scores)})
-        [('a', 'b'), ('ab', 'a')]
+      >>> from jint8.checkpoints._tokenizer.gguf import merges_from_scores
+      >>> scores = {"a": -3.0, "b": -4.0, "ab": -1.0, "aba": -2.0}
+      >>> merges_from_scores(scores, {t: i for i, t in enumerate(scores)})
+      [('a', 'b'), ('ab', 'a')]
     """
     merges = [
         (-score, vocab[left], vocab[right], left, right)
@@ -144,7 +146,7 @@ def merges_from_scores(scores: Mapping[str, float], vocab: Mapping[str, int]) ->
 
 
 def _add_special(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Let tokens that no merge makes be found in the text."""
+    """Have the tokens that aren't made by merges, such as `<|im_start|>`, found in the text before it is cut."""
     added = require("tokenizers").AddedToken
 
     def of(kinds: tuple[int, ...], special: bool) -> list[Any]:
@@ -155,7 +157,7 @@ def _add_special(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> N
 
 
 def _add_ends(backend: Any, tokens: Sequence[str], bos: int | None, eos: int | None) -> None:
-    """Have BOS and EOS, where given, put around every text."""
+    """Put BOS before and EOS behind every text, where they are given."""
     first, last = ([] if i is None else [(tokens[i], i)] for i in (bos, eos))
     if first or last:
         template = [*(token for token, _ in first), "$A", *(token for token, _ in last)]

@@ -13,14 +13,14 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer
     """Build the tokenizer from `tokenizer.json` (or GPT-2's two files) and the small files beside it.
 
     Args:
-        path: The directory.
-        config: The model's configuration, for the end of text where nothing else says it.
+      path: the directory.
+      config: the model's configuration, for the end of text where nothing else says it.
 
     Returns:
-        The tokenizer, or None where there is neither.
+      The tokenizer, or None where there is neither.
 
     Raises:
-        ValueError: If a file doesn't parse; the message names it.
+      ValueError: a file doesn't parse; the message names it.
     """
     settings = {
         **read_json(path / "special_tokens_map.json", optional=True),
@@ -53,16 +53,16 @@ def backend_from_file(file: Path) -> Any:
     tokenizers = require("tokenizers")
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as e:  # the package raises bare Exception
+    except Exception as e:  # the tokenizers package raises bare Exception
         raise ValueError(f"{file}: Expected a tokenizer, got one that doesn't parse: {e}") from e
 
 
 def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> Any:
-    """GPT-2's tokenizer from its vocabulary and merges, which is all that OPT has."""
+    """GPT-2's tokenizer from vocab.json and merges.txt: OPT has no tokenizer.json."""
     tokenizers, models = require("tokenizers"), require("tokenizers.models")
     try:
         model = models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
-    except Exception as e:  # the package raises bare Exception
+    except Exception as e:  # the tokenizers package raises bare Exception
         raise ValueError(f"{path}: Expected vocab.json with merges.txt, got files that don't parse: {e}") from e
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = require("tokenizers.pre_tokenizers").ByteLevel(add_prefix_space=False)
@@ -82,16 +82,18 @@ def _content(token: Any) -> str | None:
 
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template, of which newer versions of transformers made a file of its own."""
     file = path / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
     other = read_json(path / "chat_template.json", optional=True)
     template = settings.get("chat_template") or other.get("chat_template")
-    if isinstance(template, list):  # several templates with names
+    if isinstance(template, list):  # several templates with names, such as "default" and "tool_use"
         named = {t["name"]: t["template"] for t in template}
         return named.get("default")
     return template
 
 
 def _ids(value: Any) -> list[int]:
+    """Token ids, which the files have as a number, as a list or as null."""
     return [] if value is None else list(value) if isinstance(value, list) else [value]

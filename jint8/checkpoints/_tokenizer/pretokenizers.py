@@ -1,7 +1,7 @@
 """Where llama.cpp's named pre-tokenizers cut a text into words for byte-level BPE.
 
-A name in a GGUF file stands for a list of regular expressions, applied one after the other to what the last one left;
-those of llama.cpp's `llama-vocab.cpp`, in the original form of each model's `tokenizer.json`.
+A GGUF file doesn't have the regular expressions, only a name that stands for them. Those here are llama.cpp's
+(`llama-vocab.cpp`), in the form of each model's `tokenizer.json`; each one cuts the pieces that the one before it left.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ class PreTokenizer:
     """One kind of pre-tokenizer.
 
     Attributes:
-        patterns: The regular expressions.
-        names: The names in GGUF files that stand for it.
-        nfc: Whether the text is brought into Unicode's composed form first.
-        ignore_merges: Whether a word that is a token is never split.
-        add_bos: Whether texts begin with BOS unless the file says otherwise.
+      patterns: the regular expressions.
+      names: the names in GGUF files that stand for it.
+      nfc: whether the text is brought into Unicode's composed form first.
+      ignore_merges: whether a word that is a token is never split.
+      add_bos: whether texts begin with BOS unless the file says otherwise.
     """
 
     patterns: tuple[str, ...]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, so that more tokens than this in mid-character are no text any more.
+# A character has at most four bytes. After this many tokens without a whole character they aren't text; send them out.
 MAX_PENDING = 32
 
 
@@ -14,36 +14,36 @@ class TextStream:
     Each token costs the decoding of the few tokens since the last complete piece, however long the text is.
 
     Examples:
-        >>> from jint8.checkpoints import TextStream
-        >>> tokens = ["Gr".encode(), "ü".encode()[:1], "ü".encode()[1:] + b"n"]
-        >>> stream = TextStream(lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"))
-        >>> [stream.push(i) for i in range(3)], stream.flush()
-        (['Gr', '', 'ün'], '')
+      >>> from jint8.checkpoints import TextStream
+      >>> tokens = ["Gr".encode(), "ü".encode()[:1], "ü".encode()[1:] + b"n"]
+      >>> stream = TextStream(lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"))
+      >>> [stream.push(i) for i in range(3)], stream.flush()
+      (['Gr', '', 'ün'], '')
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], *, skip: frozenset[int] = frozenset()):
         """Start an empty stream.
 
         Args:
-            decode: From tokens to text; incomplete characters as U+FFFD.
-            skip: Tokens that have no text.
+          decode: from tokens to text; incomplete characters as U+FFFD.
+          skip: tokens that have no text.
         """
         self._decode = decode
         self._skip = skip
-        # The tokens of the last complete piece (a decoder may treat the first token of a text specially, so that what
-        # follows is decoded behind them), then those that are not complete yet; of their text, `_sent` is out.
+        # The window: the tokens of the last complete piece, then those since. The last piece stays in because a decoder
+        # may treat the first token of a text differently (SentencePiece's strips a space), and new ones aren't first.
         self._window: list[int] = []
-        self._sent = 0
-        self._pending = 0
+        self._sent = 0  # characters of the window's text that `push` has returned
+        self._pending = 0  # tokens of the window since the last complete piece
 
     def push(self, token: int) -> str:
         """Take one token.
 
         Args:
-            token: Its id.
+          token: its id.
 
         Returns:
-            The text that is complete with it; often a word, sometimes "".
+          The text that is complete with it; often a word, sometimes "".
         """
         if token in self._skip:
             return ""
@@ -65,7 +65,7 @@ class TextStream:
         """End the text.
 
         Returns:
-            What was held back: U+FFFD for a character that never was completed, usually "".
+          What was held back: U+FFFD for a character that never was completed, usually "".
         """
         piece = self._decode(self._window)[self._sent :]
         self._window, self._sent, self._pending = [], 0, 0

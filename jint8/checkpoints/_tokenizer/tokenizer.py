@@ -11,11 +11,11 @@ class Tokenizer:
     """A tokenizer with its special tokens and chat template.
 
     Attributes:
-        backend: The `tokenizers.Tokenizer` that does the work.
-        bos_id: Token that begins a text, or None.
-        eos_ids: Tokens that end a generated text.
-        pad_id: Token that fills up, or None.
-        chat_template: Jinja source, or None.
+      backend: the `tokenizers.Tokenizer` that does the work.
+      bos_id: token that begins a text, or None.
+      eos_ids: tokens that end a generated text.
+      pad_id: padding token, or None.
+      chat_template: Jinja source, or None.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: str | None = None,
     ):
-        # A tokenizer.json may have been saved with truncation and padding on; neither belongs into a text's tokens.
+        # A tokenizer.json may have been saved with truncation and padding on, which would change a text's tokens.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -46,12 +46,12 @@ class Tokenizer:
         """Turn text into tokens.
 
         Args:
-            text: The text; special tokens written in it (`<|im_start|>`) become those tokens.
-            add_special_tokens: Whether to add what the tokenizer adds to a text, such as BOS. False for a rendered chat
-                template, which has its own.
+          text: the text; special tokens written in it (`<|im_start|>`) become those tokens.
+          add_special_tokens: whether to add what the tokenizer adds to a text, such as BOS. False for a rendered chat
+            template, which has its own.
 
         Returns:
-            The tokens' ids.
+          The tokens' ids.
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -59,11 +59,11 @@ class Tokenizer:
         """Turn tokens into text.
 
         Args:
-            ids: The tokens' ids.
-            skip_special_tokens: Whether to leave out special tokens.
+          ids: the tokens' ids.
+          skip_special_tokens: whether to leave out special tokens.
 
         Returns:
-            The text.
+          The text.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
@@ -71,10 +71,10 @@ class Tokenizer:
         """Start an incremental decoder.
 
         Args:
-            skip_special_tokens: Whether to leave out special tokens.
+          skip_special_tokens: whether to leave out special tokens.
 
         Returns:
-            A stream whose `push(token)` gives the text that is complete, and whose `flush()` the rest at the end.
+          A stream whose `push(token)` gives the text that is complete, and whose `flush()` the rest at the end.
         """
 
         def decode(ids: Sequence[int]) -> str:
@@ -88,15 +88,15 @@ class Tokenizer:
         """Render a conversation as the prompt that the model was trained on.
 
         Args:
-            messages: Such as `[{"role": "user", "content": "Hi"}]`.
-            add_generation_prompt: Whether to end with the start of the assistant's answer.
-            **variables: More variables for the template, such as `tools` or `enable_thinking`.
+          messages: such as `[{"role": "user", "content": "Hi"}]`.
+          add_generation_prompt: whether to end with the start of the assistant's answer.
+          **variables: more variables for the template, such as `tools` or `enable_thinking`.
 
         Returns:
-            The prompt; encode it with `add_special_tokens=False`.
+          The prompt; encode it with `add_special_tokens=False`.
 
         Raises:
-            ValueError: If there is no template, or it refuses the messages.
+          ValueError: there is no template, or it refuses the messages.
         """
         if self.chat_template is None:
             raise ValueError("Expected a tokenizer with a chat template, got one without")
