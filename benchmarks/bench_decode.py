@@ -16,14 +16,13 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from conversion import write_checkpoint
 from harness import alternate, write
 
 import jint8
 from jint8._inference.generate import decode, start
-from jint8._inference.sampling import Knobs, Sampling
+from jint8._inference.sampling import Sampling
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 
@@ -37,23 +36,21 @@ class Runner:
 
     def __init__(self, model: jint8.LanguageModel, batch: int):
         self.model, self.params = model.model, {"params": model.params}
-        self.knobs = Knobs(jnp.float32(1), jnp.float32(1))
         rng = np.random.default_rng(0)
         prompts = [list(map(int, rng.integers(100, 40000, PROMPT))) for _ in range(batch)]
-        self.state = start(self.model, self.params, prompts, ROOM, Sampling(), self.knobs, (), 0)
+        self.state = start(self.model, self.params, prompts, ROOM, Sampling.of(), 0)
 
     def __call__(self) -> jax.Array:
         """`STEPS` more tokens."""
         until = self.state.slot + STEPS
-        self.state = decode(self.model, self.params, self.state, until, Sampling(), self.knobs, ())
+        self.state = decode(self.model, self.params, self.state, until, Sampling.of())
         return self.state.slot
 
 
 def prefill(model: jint8.LanguageModel) -> jax.Array:
     """From `PREFILL` tokens to the first new one."""
     prompt = list(map(int, np.random.default_rng(1).integers(100, 40000, PREFILL)))
-    knobs = Knobs(jnp.float32(1), jnp.float32(1))
-    return start(model.model, {"params": model.params}, [prompt], STEPS, Sampling(), knobs, (), 0).tokens
+    return start(model.model, {"params": model.params}, [prompt], STEPS, Sampling.of(), 0).tokens
 
 
 def main() -> None:

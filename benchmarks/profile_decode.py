@@ -21,7 +21,7 @@ from harness import write
 
 import jint8
 from jint8._inference.generate import decode, start
-from jint8._inference.sampling import Knobs, Sampling
+from jint8._inference.sampling import Sampling
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 
@@ -47,11 +47,11 @@ def main() -> None:
 
 def profile(model: jint8.LanguageModel) -> list[dict]:
     """Milliseconds per token of each kind of operation, the longest first."""
-    params, knobs = {"params": model.params}, Knobs(jnp.float32(1), jnp.float32(1))
+    params = {"params": model.params}
     prompt = list(map(int, np.random.default_rng(0).integers(100, 40000, PROMPT)))
-    state = start(model.model, params, [prompt], ROOM, Sampling(), knobs, (), 0)
-    program = decode.lower(model.model, params, state, jnp.int32(0), Sampling(), knobs, ()).compile().as_text()
-    step = lambda state, until: decode(model.model, params, state, jnp.int32(until), Sampling(), knobs, ())
+    state = start(model.model, params, [prompt], ROOM, Sampling.of(), 0)
+    program = decode.lower(model.model, params, state, jnp.int32(0), Sampling.of()).compile().as_text()
+    step = lambda state, until: decode(model.model, params, state, jnp.int32(until), Sampling.of())
     state = jax.block_until_ready(step(state, PROMPT + 8))
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):

@@ -26,7 +26,7 @@ from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.collectives import KINDS, collectives
 from jint8._inference.generate import CHUNK, SLOTS, bucket, decode, prefill_at_once
-from jint8._inference.sampling import Knobs, Sampling
+from jint8._inference.sampling import Sampling
 from jint8._trees.sharding import shardings
 from jint8.models import Decoder, ModelConfig, partition_specs
 
@@ -209,13 +209,11 @@ def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant:
     model, slots = Decoder(config, mesh=mesh), in_slots(context)
     params = {"params": _sharded(planned_tree(model, config=quant), mesh)}
     prompt = jax.ShapeDtypeStruct((batch, min(bucket(context), CHUNK, slots - 1)), jnp.int32)
-    knobs: Any = jax.eval_shape(lambda: Knobs(jnp.float32(0), jnp.float32(1)))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    choice: Any = (Sampling(), knobs, ())
-    lowered = prefill_at_once.lower(model, params, prompt, None, key, None, slots, *choice)
+    lowered = prefill_at_once.lower(model, params, prompt, None, key, None, slots, Sampling.of())
     begin = lowered.compile(_QUICKLY)
     state = jax.tree.map(_with_sharding, lowered.out_info, begin.output_shardings)
-    step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), *choice).compile(_QUICKLY)
+    step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), Sampling.of()).compile(_QUICKLY)
     of_prefill: Any = begin.memory_analysis()
     of_decode: Any = step.memory_analysis()
     return {

@@ -1,4 +1,9 @@
-"""Text generation: prefill a few layers at a time, decode as one compiled function without Python per token."""
+"""Token generation: `start` runs the prompts, `decode` appends tokens, without Python per token.
+
+Prompts of different lengths are padded on the left to one length, so that all of them end in the same column, and each
+new token is one more column of all rows. Prefill goes through a few layers at a time (see `forward`), which compiles
+fast; decoding is a compiled `while_loop` over tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.forward import forward
-from jint8._inference.sampling import Knobs, Sampling, sample
+from jint8._inference.sampling import Sampling, sample
 from jint8.models._attention import Context, LayerCache, context, make_cache
 from jint8.models._decoder import Decoder
 from jint8.models._partition import batch_axis, heads_axis
 
-CHUNK = 512  # longest part of a prompt that goes through the model at once: attention's scores grow with it
-SLOTS = 128  # the cache's length is a multiple of this, so that programs are shared by requests of similar length
+CHUNK = 512  # longest part of a prompt that goes through the model at once: memory of attention's scores grows with it
+SLOTS = 128  # the cache's length is a multiple of this, so that requests of similar length share compiled programs
 
 
 class State(NamedTuple):
@@ -43,12 +48,11 @@ def prefill(
     cache: list[LayerCache] | None,
     slots: int,
     sampling: Sampling,
-    knobs: Knobs,
-    eos: tuple[int, ...],
 ) -> State:
-    """Runs what is left of `prompt[b, s]`, and appends the first new token.
+    """Runs the last chunk of `prompt[b, s]`, which may be all of it, and appends the first new token.
 
-    `cache` holds the beginning of the prompt, whole chunks before its last; None means that nothing has run.
+    `cache` holds the chunks before the last one; None means that there are none. `first`, `key` and `slots` become the
+    state's.
     """
     b, s = prompt.shape
     begin = 0 if cache is None else s - CHUNK
@@ -57,15 +61,15 @@ def prefill(
     run = forward if model.mesh is None else _apply
     slot = jnp.int32(begin) if begin else None
     logits, cache = run(model, params, prompt[:, begin:], slot, first, cache, last=True)
-    return _first_token(model, prompt, first, key, cache, logits, slots, sampling, knobs, eos)
+    return _first_token(model, prompt, first, key, cache, logits, slots, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "sampling", "eos"), donate_argnames=("cache",))
-def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, sampling, knobs, eos) -> State:
+@functools.partial(jax.jit, static_argnames=("model", "slots"), donate_argnames=("cache",))
+def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, sampling: Sampling) -> State:
     b, s = prompt.shape
     tokens = jnp.zeros((b, slots), jnp.int32).at[:, :s].set(prompt)
     state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key)
-    return _whole(_append(logits[:, -1], state, sampling, knobs, eos), model.mesh)
+    return _replicated(_append(logits[:, -1], state, sampling), model.mesh)
 
 
 def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array | None, first: jax.Array | None, cache):
@@ -74,28 +78,28 @@ def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array | None, fir
     return run(model, params, tokens, slot, first, cache, last=True)[1]
 
 
-# On a mesh as one program each, which divides all layers alike.
-prefill_at_once = jax.jit(prefill, static_argnames=("model", "slots", "sampling", "eos"), donate_argnames=("cache",))
+# On a mesh, all layers are one program, so that XLA shards the activations of all of them alike.
+prefill_at_once = jax.jit(prefill, static_argnames=("model", "slots"), donate_argnames=("cache",))
 extend_at_once = jax.jit(extend, static_argnames=("model",), donate_argnames=("cache",))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "eos"), donate_argnames=("state",))
-def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling, knobs, eos: tuple[int, ...]):
-    """Appends tokens until `until` columns are filled or every row is done."""
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling: Sampling) -> State:
+    """Appends tokens until `until` columns are filled or every row is done. Uses `state` up."""
 
     def body(state: State) -> State:
         token = lax.dynamic_slice_in_dim(state.tokens, state.slot - 1, 1, axis=1)
         logits, cache = _apply(model, params, token, state.slot - 1, state.first, state.cache)
-        return _append(logits[:, -1], state._replace(cache=cache), sampling, knobs, eos)
+        return _append(logits[:, -1], state._replace(cache=cache), sampling)
 
     state = lax.while_loop(lambda s: (s.slot < until) & ~jnp.all(s.done), body, state)
-    return _whole(state, model.mesh)
+    return _replicated(state, model.mesh)
 
 
 def empty_cache(model: Decoder, params: Any, batch: int, slots: int) -> list[LayerCache]:
-    """A cache for a generation, on the devices of the model's mesh: divided by key-value heads and by batch.
+    """A cache for a generation, on the devices of the model's mesh: sharded by key-value heads and by batch.
 
-    Where the devices don't divide the key-value heads, each has all of them.
+    Where the number of key-value heads isn't a multiple of the devices', each device has all of them.
     """
     mesh, sharding = model.mesh, None
     if mesh is not None:
@@ -105,7 +109,11 @@ def empty_cache(model: Decoder, params: Any, batch: int, slots: int) -> list[Lay
 
 
 def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
-    """The axis of the model's mesh over which rows of a batch are divided: none where they depend on each other."""
+    """The axis of the model's mesh over which rows of a batch are sharded.
+
+    None where an outlier in one row decides how others are multiplied (`Config.depends_on_batch`): each device would
+    have to know the rows of the others.
+    """
     for config in {leaf.config for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)}:
         if config.depends_on_batch:
             return None
@@ -113,7 +121,11 @@ def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
 
 
 def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = False) -> Any:
-    """Logits and cache; where the batch is divided, of each part of it without a look at the others."""
+    """Logits and cache. Where the batch is sharded, each device computes its own rows.
+
+    `shard_map` over the batch's axis is what tells XLA that rows don't depend on each other. The model's axis isn't
+    among `axis_names`: XLA shards over it as the parameters' shardings say.
+    """
 
     def apply(params, tokens, at, cache):
         return model.apply(params, tokens, at, cache, last=last)
@@ -130,22 +142,23 @@ def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = Fals
         axis_names={axis},
         in_specs=(whole, rows, Context(whole, rows, rows, rows), rows),
         out_specs=rows,
-        check_vma=False,  # parameters and positions are the same everywhere
+        check_vma=False,  # parameters and positions are the same on each device, which JAX can't infer here
     )(params, tokens, at, cache)
 
 
-def _append(logits, state: State, sampling, knobs, eos) -> State:
+def _append(logits: jax.Array, state: State, sampling: Sampling) -> State:
+    """Chooses a token of each row from `logits[b, v]` and writes it into the next column."""
     key, subkey = jax.random.split(state.key)
-    token = sample(logits, subkey, sampling, knobs)
-    end = eos[0] if eos else 0
-    token = jnp.where(state.done, end, token)
+    token = sample(logits, subkey, sampling)
+    eos = sampling.end_tokens
+    token = jnp.where(state.done, eos[0] if eos else 0, token)
     done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
     tokens = lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.slot))
     return state._replace(tokens=tokens, slot=jnp.int32(state.slot + 1), done=done, key=key)
 
 
-def _whole(state: State, mesh: Mesh | None) -> State:
-    """The state with all but the cache whole on each device of the mesh, so that every process can read it."""
+def _replicated(state: State, mesh: Mesh | None) -> State:
+    """The state with all but the cache replicated over the mesh, so that every process can read it."""
     if mesh is None:
         return state
     rest = state._replace(cache=[])
@@ -153,26 +166,32 @@ def _whole(state: State, mesh: Mesh | None) -> State:
 
 
 def bucket(length: int) -> int:
-    """The length that a prompt is padded to: at most a quarter more (or 16), so that few programs serve all prompts."""
+    """The length that a prompt is padded to, so that few programs serve all prompts.
+
+    The next multiple of a quarter of the largest power of two up to `length`, and of 16. So padding is less than a
+    quarter of a long prompt.
+    """
     step = max(16, 1 << max(0, length.bit_length() - 3))
     return -(-length // step) * step
 
 
 def start(
-    model: Decoder, params: Any, prompts: list[list[int]], max_tokens: int, sampling, knobs, eos, seed: int
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, seed: int
 ) -> State:
-    """Prefills `prompts` (token ids, each with at least one) with room for `max_tokens` more.
+    """Prefills `prompts` (token ids, at least one each) with room for `max_tokens` more, and appends one.
 
     Raises:
       ValueError: an empty prompt.
     """
     if not prompts or not all(prompts):
         raise ValueError("Expected prompts of at least one token, got an empty one.")
+    # pad on the left
     b, length = len(prompts), bucket(max(map(len, prompts)))
     slots = -(-(length + max_tokens) // SLOTS) * SLOTS
     padded = np.zeros((b, length), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[length - len(prompt) :] = prompt
+    # all chunks but the last into the cache; the first one is the shorter, so that the last is a whole one
     run, run_part = (prefill, extend) if model.mesh is None else (prefill_at_once, extend_at_once)
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     first = jnp.asarray(starts) if starts.any() else None
@@ -183,7 +202,7 @@ def start(
             begin = max(0, end - CHUNK)
             slot = jnp.int32(begin) if begin else None
             cache = run_part(model, params, padded[:, begin:end], slot, first, cache)
-    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, knobs, eos)
+    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling)
 
 
 def is_long(prompts: Sequence[Sequence[int]]) -> bool:

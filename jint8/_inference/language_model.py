@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jint8._core.config import Config
 from jint8._inference.forward import forward
 from jint8._inference.generate import decode, is_long, start
-from jint8._inference.sampling import Knobs, Sampling
+from jint8._inference.sampling import Sampling
 from jint8._inference.text import stop_texts, text_pieces
 from jint8._trees.params import with_config
 from jint8.analysis._calibrate import calibrate
@@ -185,7 +185,10 @@ class LanguageModel:
           int32 `[b, n]`, n at most `every`: the next tokens of each prompt. The first holds one token, from prefill. A
           row that has ended goes on with the end token.
         """
-        _check_sampling(max_tokens, temperature, top_k, top_p)
+        if max_tokens < 1:
+            raise ValueError(f"Expected max_tokens to be at least 1, got {max_tokens}.")
+        eos = self.tokenizer.eos_ids if self.tokenizer else ()
+        sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, end_tokens=eos)
         if every < 1:
             raise ValueError(f"Expected every to be at least 1, got {every}.")
         for ids in prompts:
@@ -195,15 +198,13 @@ class LanguageModel:
         if config is None and several and self.quant.decomposes and self.quant.depends_on_batch:
             config = self.quant.by_token()
         params = {"params": self.params if config is None else with_config(self.params, config)}
-        sampling = Sampling(greedy=temperature == 0, top_k=top_k, nucleus=top_p < 1)
-        knobs = Knobs(jnp.float32(temperature), jnp.float32(top_p))
-        eos = self.tokenizer.eos_ids if self.tokenizer else ()
-        return self._run(params, prompts, max_tokens, sampling, knobs, eos, seed, every)
+        return self._run(params, prompts, max_tokens, sampling, seed, every)
 
-    def _run(self, params, prompts, max_tokens, sampling, knobs, eos, seed, every) -> Iterator[np.ndarray]:
-        state = start(self.model, params, prompts, max_tokens, sampling, knobs, eos, seed)
+    def _run(self, params, prompts, max_tokens, sampling: Sampling, seed, every) -> Iterator[np.ndarray]:
+        state = start(self.model, params, prompts, max_tokens, sampling, seed)
         prompt_end = int(state.slot) - 1
-        state = decode(self.model, params, state, jnp.int32(0), sampling, knobs, eos)  # compiles; no step
+        # without a step to take: compiles before the first token is out, so that the time after it is decoding's alone
+        state = decode(self.model, params, state, jnp.int32(0), sampling)
         sent = prompt_end
         while True:
             filled = int(state.slot)
@@ -212,7 +213,7 @@ class LanguageModel:
             if filled == prompt_end + max_tokens or on_host(state.done).all():
                 return
             until = min(filled + every, prompt_end + max_tokens)
-            state = decode(self.model, params, state, jnp.int32(until), sampling, knobs, eos)
+            state = decode(self.model, params, state, jnp.int32(until), sampling)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none."""
@@ -245,14 +246,3 @@ def _logits(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
 
 
 _forward_at_once = jax.jit(forward, static_argnames=("model",))
-
-
-def _check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    if max_tokens < 1:
-        raise ValueError(f"Expected max_tokens to be at least 1, got {max_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"Expected temperature to be finite and at least 0, got {temperature}.")
-    if top_k < 0:
-        raise ValueError(f"Expected top_k to be at least 0, got {top_k}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")

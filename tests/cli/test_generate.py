@@ -9,7 +9,7 @@ import pytest
 from tiny_model import CHANNELS, OTHERS, WEIGHTS, make_llama_directory
 
 import jint8
-from jint8._inference.sampling import Knobs, Sampling, sample
+from jint8._inference.sampling import Sampling, sample
 
 PROMPT, OTHER = "the quick brown", "fox"
 N = 12
@@ -119,8 +119,7 @@ def test_narrow_draws_are_greedy(options, token_model):
 
 def test_top_k_draws_among_k():
     logits = jax.random.normal(jax.random.key(0), (64, 50))
-    sampling, knobs = Sampling(greedy=False, top_k=3), Knobs(jnp.float32(5.0), jnp.float32(1.0))
-    drawn = sample(logits, jax.random.key(1), sampling, knobs)
+    drawn = sample(logits, jax.random.key(1), Sampling.of(temperature=5.0, top_k=3))
     rank = jnp.sum(logits > jnp.take_along_axis(logits, drawn[:, None], axis=-1), axis=-1)
     assert set(rank.tolist()) == {0, 1, 2}
 

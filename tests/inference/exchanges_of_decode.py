@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jint8
 from jint8._inference.generate import State, decode, empty_cache
-from jint8._inference.sampling import Knobs, Sampling
+from jint8._inference.sampling import Sampling
 from jint8.models import Decoder, model_config, partition_specs
 
 CONFIG = {
@@ -55,9 +55,9 @@ def program(config, devices, rows, outliers):
     cache = empty_cache(model, params, rows, SLOTS)
     shardings = jax.tree.map(lambda _: whole, abstract._replace(cache=[]))
     shardings = shardings._replace(cache=jax.tree.map(lambda leaf: leaf.sharding, cache))
-    knobs = Knobs(jnp.float32(0), jnp.float32(1))
-    arguments = (model, {"params": params}, placed(abstract, shardings), jnp.int32(SLOTS), Sampling(), knobs, (3,))
-    return decode.lower(*arguments).compile().as_text()
+    sampling = Sampling.of(end_tokens=(3,))
+    begin = placed(abstract, shardings)
+    return decode.lower(model, {"params": params}, begin, jnp.int32(SLOTS), sampling).compile().as_text()
 
 
 def exchanges(text):

@@ -1,11 +1,11 @@
-"""The next token: greedy choice against NumPy's argmax."""
+"""The next token: greedy choice against NumPy's argmax, and what of a request is compiled in."""
 
 import jax
 import numpy as np
 import pytest
 
 from jint8._inference import sampling
-from jint8._inference.sampling import most_likely
+from jint8._inference.sampling import Sampling, most_likely, sample
 
 RNG = np.random.default_rng(0)
 LOGITS = {
@@ -34,3 +34,42 @@ def test_nan_chooses_a_token(monkeypatch):
     logits = np.array([[1.0, np.nan, 2.0], [np.nan] * 3], np.float32)
     assert jax.jit(lambda x: most_likely(x))(logits).tolist()[1] == 0
     assert 0 <= int(most_likely(logits)[0]) < 3
+
+
+def test_numbers_are_arguments_and_choices_are_the_program():
+    traces = []
+
+    @jax.jit
+    def draw(logits, sampling):
+        traces.append(sampling)
+        return sample(logits, jax.random.key(0), sampling)
+
+    logits = jax.random.normal(jax.random.key(1), (2, 9))
+    for temperature, top_p in ((1.0, 0.5), (0.5, 0.5), (2.0, 0.9)):
+        draw(logits, Sampling.of(temperature=temperature, top_p=top_p))
+    assert len(traces) == 1
+    draw(logits, Sampling.of(temperature=1.0, top_p=0.5, top_k=3))
+    draw(logits, Sampling.of())
+    assert len(traces) == 3
+
+
+def test_temperature_divides_the_logits():
+    logits = jax.random.normal(jax.random.key(1), (64, 9))
+    key = jax.random.key(0)
+    drawn = sample(logits, key, Sampling.of(temperature=0.5))
+    np.testing.assert_array_equal(drawn, jax.random.categorical(key, 2 * logits))
+
+
+OUT_OF_RANGE = {
+    "negative": ({"temperature": -1.0}, "temperature to be finite and at least 0, got -1.0"),
+    "infinite": ({"temperature": float("inf")}, "temperature to be finite and at least 0, got inf"),
+    "top_k": ({"top_k": -1}, "top_k to be at least 0, got -1"),
+    "top_p=0": ({"top_p": 0.0}, r"top_p to be in \(0, 1\], got 0.0"),
+    "top_p=2": ({"top_p": 2.0}, r"top_p to be in \(0, 1\], got 2.0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=f"Expected {message}"):
+        Sampling.of(**options)

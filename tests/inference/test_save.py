@@ -281,6 +281,30 @@ FAULTS = {
     "bad_threshold": (metadata(lambda m: m["quant"].update(threshold=-1)), r"jint8\.json: Expected a config"),
     "weight_of_another_model": (metadata(lambda m: m["weights"].update(x={})), "tensor 'x'"),
     "static_field_missing": (metadata(lambda m: m["weights"][DOWN]["fields"].pop("config")), f"tensor '{DOWN}'"),
+    "unknown_static_field": (
+        metadata(lambda m: m["weights"][DOWN]["fields"].update(new=1)),
+        rf"jint8\.json: tensor '{DOWN}': Expected static fields of a QTensor among dtype, .*, got new",
+    ),
+    "unknown_option_of_a_weight": (
+        metadata(lambda m: m["weights"][DOWN]["fields"]["config"].update(new=1)),
+        rf"jint8\.json: tensor '{DOWN}': Expected options of a Config among scheme, .*, got new",
+    ),
+    "array_among_the_fields": (
+        metadata(lambda m: m["weights"][DOWN]["fields"].update(zero=1)),
+        rf"jint8\.json: tensor '{DOWN}': .*, got zero",
+    ),
+    "unknown_kind_of_array": (
+        metadata(lambda m: m["weights"][DOWN]["arrays"].append("more")),
+        rf"jint8\.json: tensor '{DOWN}': Expected arrays among q, .*, got 'more'",
+    ),
+    "no_description": (
+        metadata(lambda m: m["weights"].update({DOWN: {}})),
+        rf"jint8\.json: tensor '{DOWN}': Expected arrays and fields",
+    ),
+    "impossible_order": (
+        metadata(lambda m: m["weights"][DOWN]["fields"].update(order=[0, 2])),
+        rf"jint8\.json: tensor '{DOWN}': Expected order to be a permutation .*, got \[0, 2\]",
+    ),
     "bad_tokenizer_ids": (metadata(lambda m: m.update(tokenizer={"end": 1})), r"jint8\.json"),
     "not_json": (lambda path: (path / "jint8.json").write_text("{"), r"jint8\.json: Expected JSON"),
     "architecture": (
