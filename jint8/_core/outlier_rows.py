@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,22 @@ from jint8._core.config import Config
 from jint8._core.rounding import SMALLEST_NORMAL
 
 
+def check_calibrated(outliers: Any) -> None:
+    """Raises TypeError unless `outliers` maps paths to columns, as what `jint8.calibrate` returns; None is none."""
+    if outliers is not None and not isinstance(outliers, Mapping):
+        raise TypeError(
+            "Expected outliers to map paths to columns, as jint8.calibrate returns them (who decides what an outlier "
+            f"is, is said by jint8.Config(outliers=...)), got {outliers!r}."
+        )
+
+
 def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -> tuple[Config, Any]:
-    """The config of a weight with outlier columns, and these as int32 `[*stack, c]`."""
+    """The config of a weight with calibrated outlier columns, and these as int32 `[*stack, c]`."""
+    if isinstance(outliers, (str, Mapping)):
+        raise TypeError(
+            "Expected outliers to be the columns of one weight, integers (who decides what an outlier is, is said by "
+            f"jint8.Config(outliers=...)), got {outliers!r}."
+        )
     if not config.table_row.decomposition:
         raise ValueError(f"Expected a scheme with decomposition for outlier columns, got {config.scheme!r}.")
     if not isinstance(outliers, jax.Array):

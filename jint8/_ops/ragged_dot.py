@@ -99,7 +99,7 @@ def _product(config: Config, in_float: bool, x, w: QTensor, group_sizes, bias):
     if bias is None:
         return y
     expert = _experts(group_sizes, x.shape[0])
-    return y + bias.astype(jnp.float32).at[expert].get(mode="fill", fill_value=0)
+    return y + jnp.asarray(bias, jnp.float32).at[expert].get(mode="fill", fill_value=0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -14,6 +14,7 @@ import numpy as np
 
 from jint8._core.axes import canonical_axes
 from jint8._core.config import Config, check_config
+from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor, contract_last, dequantize, is_qtensor
 from jint8._core.quantize import quantize
 from jint8._trees.paths import Patterns, leaf_paths, matches, path_string
@@ -65,7 +66,7 @@ def quantize_params(
         the float weight.
 
     Raises:
-        TypeError: `config` isn't a `Config`, or `plan` isn't a mapping.
+        TypeError: `config` isn't a `Config`, or `plan` or `outliers` isn't a mapping.
         ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
             fit it, one scale per tensor for a leaf whose stacked axes aren't known, or NaN or infinity in a weight; the
             message names the leaf.
@@ -77,6 +78,7 @@ def quantize_params(
         dtype('int8')
     """
     check_config(config)
+    check_calibrated(outliers)
     if not config.quantizes_weights:
         return params
     if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type

@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from jint8._core.config import Config
+from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.params import OUTPUT_HEADS, quantize_params
 from jint8._trees.paths import Patterns, matches
@@ -60,6 +61,8 @@ def quantize(
         >>> type(int8.layers[0]).__name__, int8(jnp.ones((2, 8))).shape
         ('Int8Linear', (2, 16))
     """
+
+    check_calibrated(outliers)
 
     def make(path: str, value: Any, contracted: Axes, stacked: Axes | None) -> QTensor | None:
         result = quantize_params(

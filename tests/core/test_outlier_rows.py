@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from matmul_cases import VALUES
+from tiny_model import make_llama_directory
 
 import jint8
 from jint8._core.qtensor import contract_last
@@ -287,6 +289,26 @@ def test_columns_follow_a_weight_that_is_rearranged(name):
     x, w = 9 * normal(3, 6), contract_last(jint8.quantize(normal(6, 8, seed=1), outliers=[4, 1]), (0,))
     got = with_int8(lambda floats: REARRANGED[name](x, floats["w"]), {"w": w})
     np.testing.assert_allclose(got, matmul(x, w), rtol=1e-5, atol=1e-5)
+
+
+CALIBRATED = r"Expected outliers to map paths to columns, as jint8.calibrate returns them .*, got "
+
+
+@pytest.mark.parametrize("outliers", ["batch", "static", [3], np.array([3])], ids=str)
+def test_outliers_of_a_tree_are_a_mapping(outliers, tmp_path):
+    """`outliers="batch"` is an option of Config: as an argument it was a mapping's absence of every path."""
+    with pytest.raises(TypeError, match=CALIBRATED):
+        jint8.quantize_params({"kernel": normal(6, 8)}, outliers=outliers)
+    with pytest.raises(TypeError, match=CALIBRATED):
+        jint8.nnx.quantize(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), outliers=outliers)
+    with pytest.raises(TypeError, match=CALIBRATED):
+        jint8.load(make_llama_directory(tmp_path / "llama", seed=0), outliers=outliers)
+
+
+@pytest.mark.parametrize("outliers", ["batch", {"kernel": [3]}], ids=str)
+def test_outliers_of_one_weight_are_columns(outliers):
+    with pytest.raises(TypeError, match="Expected outliers to be the columns of one weight, integers"):
+        jint8.quantize(normal(6, 8), outliers=outliers)
 
 
 def test_no_slice_of_the_contracted_axis():
