@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
-from jint8._convert.wanted import planned_tree
+from jint8._convert.targets import abstract_quantized_params
 from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.collectives import KINDS, collectives
@@ -191,7 +191,7 @@ def _weights(config: ModelConfig, mesh: Mesh, dtype: Any, quant: Config) -> tupl
     """Bytes of the parameters on a device, by what they are, and of all of them in 16 bits."""
     model = Decoder(config, dtype)
     groups = dict.fromkeys(("projections", "scales", "embeddings", "others"), 0)
-    params = _sharded(planned_tree(model, config=quant), mesh)
+    params = _sharded(abstract_quantized_params(model, quant), mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
         if is_qtensor(leaf):
             values = _bytes_per_device(leaf.q)
@@ -200,14 +200,14 @@ def _weights(config: ModelConfig, mesh: Mesh, dtype: Any, quant: Config) -> tupl
         else:
             group = "embeddings" if path[0].key in EMBEDDINGS else "others"
             groups[group] += _bytes_per_device(leaf)
-    plain = _sharded(planned_tree(Decoder(config, jnp.bfloat16), config=Config(scheme="none")), mesh)
+    plain = _sharded(abstract_quantized_params(Decoder(config, jnp.bfloat16), Config(scheme="none")), mesh)
     return groups, _bytes_per_device(plain)
 
 
 def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant: Config) -> Numbers:
     """What XLA says of prefill and decode of all layers, compiled for the devices of `mesh`."""
     model, slots = Decoder(config, mesh=mesh), in_slots(context)
-    params = {"params": _sharded(planned_tree(model, config=quant), mesh)}
+    params = {"params": _sharded(abstract_quantized_params(model, quant), mesh)}
     prompt = jax.ShapeDtypeStruct((batch, min(bucket(context), CHUNK, slots - 1)), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     lowered = prefill_at_once.lower(model, params, prompt, None, key, None, slots, Sampling.of())

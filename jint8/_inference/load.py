@@ -17,10 +17,10 @@ from jax.sharding import AxisType, Mesh
 from jax.typing import DTypeLike
 
 from jint8._convert.lora import saved_factors, with_adapter
-from jint8._convert.read import Progress, read_params
+from jint8._convert.read_params import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype
 from jint8._convert.settings import resolve_settings
-from jint8._convert.wanted import abstract_params
+from jint8._convert.targets import abstract_float_params
 from jint8._core.config import Config
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
@@ -190,7 +190,7 @@ def _load_fields(
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
             quant = saved_config(checkpoint, config)
             model = build(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
-            expected = abstract_params(model)
+            expected = abstract_float_params(model)
             expected |= saved_factors(checkpoint.tensors, expected)
             params = read_saved(checkpoint, expected, config=config, dtype=dtype, mesh=mesh, progress=progress)
         else:

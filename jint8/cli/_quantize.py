@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import memory_report, save
     from jint8._convert.settings import resolve_settings
-    from jint8._convert.wanted import planned_params
+    from jint8._convert.targets import abstract_leaves, find_targets
     from jint8._inference.load import decoder, default_dtype
     from jint8._trees.paths import Selection
     from jint8.checkpoints import open_checkpoint
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
             checkpoint, config=config, quantize=True, selection=Selection(args.skip, args.include)
         )
         model = decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
-        planned = planned_params(checkpoint, model, config=config, selection=selection)
+        targets = find_targets(checkpoint, model, config=config, selection=selection)
+    planned = abstract_leaves(targets, config)
     plan = memory_report(planned)
     result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
     if not args.dry_run:

@@ -8,7 +8,7 @@ import pytest
 from family_files import DIRECTORY
 from virtual_devices import run_on_eight_devices
 
-from jint8._convert.wanted import abstract_params
+from jint8._convert.targets import abstract_float_params
 from jint8._inference.capacity import known_models, longest_context, model_mesh
 from jint8._inference.collectives import KINDS
 from jint8.cli import _fit
@@ -63,7 +63,7 @@ PARAMETERS = {  # billions, as published
 
 @pytest.mark.parametrize("name", known_models())
 def test_known_sizes_have_as_many_parameters_as_published(name):
-    leaves = abstract_params(Decoder(model_config(known_models()[name]["config"])))
+    leaves = abstract_float_params(Decoder(model_config(known_models()[name]["config"])))
     count = sum(math.prod(leaf.shape) for leaf in leaves.values())
     assert count / 1e9 == pytest.approx(PARAMETERS[name], rel=0.005)
 

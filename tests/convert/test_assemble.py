@@ -6,9 +6,9 @@ import pytest
 from family_files import DIRECTORY
 
 import jint8
-from jint8._convert import read as _read
+from jint8._convert import read_params as _read
 from jint8._convert.assemble import Assembly
-from jint8._convert.read import read_params
+from jint8._convert.read_params import read_params
 from jint8._core.qtensor import is_qtensor
 from jint8._trees.paths import Selection
 from jint8.checkpoints import open_checkpoint

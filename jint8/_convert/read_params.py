@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings
-from jint8._convert.reader import Reader
-from jint8._convert.wanted import planned, wanted_params
+from jint8._convert.read_parameter import Reader
+from jint8._convert.targets import abstract_leaves, find_targets
 from jint8._core.config import Config
 from jint8._core.outlier_rows import check_calibrated
 from jint8._trees.paths import Selection, nested
@@ -41,11 +41,11 @@ def read_params(
     hold (all, where they hold some columns of each).
     """
     check_calibrated(outliers)
-    wanted = wanted_params(checkpoint, model, config, selection)
-    if unknown := sorted(set(outliers or ()) - set(wanted)):
+    targets = find_targets(checkpoint, model, config=config, selection=selection)
+    if unknown := sorted(set(outliers or ()) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
-    placed = {} if mesh is None else decoder_shardings(planned(wanted, config), mesh)
-    total = sum(checkpoint.tensors[name].nbytes for one in wanted.values() for name in one.source.tensors)
+    placed = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config), mesh)
+    total = sum(checkpoint.tensors[name].nbytes for target in targets.values() for name in target.source.tensors)
     done, lock = 0, threading.Lock()
 
     def tell(nbytes: int) -> None:
@@ -58,7 +58,7 @@ def read_params(
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
 
     def read(path: str) -> Any:
-        source, expected, axes = wanted[path]
+        source, expected, axes = targets[path]
         with jax.default_device(device):
             reader = Reader(checkpoint, source, config, model, tell)
             return reader.read(
@@ -71,7 +71,7 @@ def read_params(
 
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
         try:
-            return nested(dict(zip(wanted, workers.map(read, wanted), strict=True)))
+            return nested(dict(zip(targets, workers.map(read, targets), strict=True)))
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise

@@ -1,0 +1,156 @@
+"""What each parameter is made of and becomes, before anything is read: its tensors, its shape, whether it is int8."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jint8._convert import bitsandbytes as bitsandbytes
+from jint8._core.config import Config
+from jint8._core.qtensor import QTensor
+from jint8._core.quantize import quantize
+from jint8._trees.params import OUTPUT_HEADS, standard_axes
+from jint8._trees.paths import Selection, leaf_paths, nested
+from jint8.checkpoints import Checkpoint
+from jint8.models import Decoder, Encoder, ModelConfig
+from jint8.models.families import Source, ignored, sources
+
+# Weights that stay in floating point unless `include` names them. A router is small, and when rounding has it choose
+# another expert, all of the token's output changes.
+FLOAT_BY_DEFAULT = (*OUTPUT_HEADS, "router")
+
+
+class Target(NamedTuple):
+    """A parameter of the model that a checkpoint is read into.
+
+    Attributes:
+      source: the checkpoint's tensors that it is made of.
+      float_leaf: its shape and dtype in floating point.
+      contract_axes: the contracted axes of a weight that becomes a `QTensor`; None where it stays in floating point.
+    """
+
+    source: Source
+    float_leaf: jax.ShapeDtypeStruct
+    contract_axes: tuple[int, ...] | None
+
+    def abstract(self, config: Config) -> jax.ShapeDtypeStruct | QTensor:
+        """The parameter that is read, without values."""
+        if self.contract_axes is None:
+            return self.float_leaf
+        return jax.eval_shape(
+            functools.partial(quantize, contract_axes=self.contract_axes, config=config), self.float_leaf
+        )
+
+
+def find_targets(
+    checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, selection: Selection
+) -> dict[str, Target]:
+    """Every parameter's `Target` by path, in the order in which the checkpoint's files have their tensors.
+
+    Raises:
+      ValueError: a tensor is missing, unknown or of a wrong shape; the message names it.
+    """
+    float_leaves = abstract_float_params(model)
+    found = sources(model.config, float_leaves, checkpoint.tensors.keys())
+    _check_names(checkpoint, found, model.config)
+    for path, source in found.items():
+        _check_shapes(checkpoint, source, float_leaves[path].shape)
+    position = {name: i for i, name in enumerate(checkpoint.tensors)}
+    in_order = sorted(found, key=lambda path: position[found[path].tensors[0]])
+    is_int8 = bitsandbytes.is_int8(checkpoint)
+
+    def contract_axes(path: str) -> tuple[int, ...] | None:
+        ndim = len(float_leaves[path].shape)
+        if not is_int8:
+            return _axes_to_quantize(path, found[path], ndim, config, selection)
+        all_int8 = all(bitsandbytes.is_int8_weight(checkpoint, name) for name in found[path].tensors)
+        return standard_axes(path, ndim)[0] if config.quantizes_weights and all_int8 else None
+
+    return {path: Target(found[path], float_leaves[path], contract_axes(path)) for path in in_order}
+
+
+def abstract_leaves(targets: Mapping[str, Target], config: Config) -> dict[str, jax.ShapeDtypeStruct | QTensor]:
+    """What `read_params` returns for these targets, by path and without values."""
+    return {path: target.abstract(config) for path, target in targets.items()}
+
+
+def abstract_quantized_params(model: Decoder | Encoder, config: Config) -> dict[str, Any]:
+    """The parameters that a checkpoint of `model` in floating point is read into by default, without values."""
+    float_leaves = abstract_float_params(model)
+    targets = {}
+    for path, source in sources(model.config, float_leaves, ()).items():
+        leaf = float_leaves[path]
+        targets[path] = Target(source, leaf, _axes_to_quantize(path, source, len(leaf.shape), config, Selection()))
+    return nested(abstract_leaves(targets, config))
+
+
+def abstract_float_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a model's float parameters, by path.
+
+    All layers have the same shapes, so that one is traced for all: tracing 80 takes seconds.
+    """
+    one = model.clone(config=dataclasses.replace(model.config, num_layers=1))
+    tree = jax.eval_shape(one.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in leaf_paths(tree):
+        layers = range(model.config.num_layers) if path.startswith("layers_0/") else range(1)
+        shapes |= {path.replace("layers_0/", f"layers_{i}/", 1): leaf for i in layers}
+    return shapes
+
+
+def _axes_to_quantize(
+    path: str, source: Source, ndim: int, config: Config, selection: Selection
+) -> tuple[int, ...] | None:
+    """`Target.contract_axes` of a parameter whose tensors are in floating point.
+
+    A selection is matched against our path and the checkpoint's names. Of a fused projection (q, k and v; gate and up)
+    one name is enough: there is one product for all.
+    """
+    axes, _ = standard_axes(path, ndim)
+    if not config.quantizes_weights or (axes is None and path != "embedding"):
+        return None
+    known_as = (path, *(name.replace(".", "/") for name in source.tensors))
+    if path == "embedding":
+        return (1,) if selection.includes(*known_as) else None
+    return None if selection.skips(*known_as, default=FLOAT_BY_DEFAULT) else axes
+
+
+def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: ModelConfig) -> None:
+    """Raises ValueError for tensors that are missing, and for ones that nothing is made of."""
+    needed = {name for source in found.values() for name in source.tensors}
+    for name in sorted(needed - set(checkpoint.tensors)):
+        raise ValueError(f"{checkpoint.path}: Expected a tensor {name!r}, got none of that name.")
+    needed |= {beside for name in needed for beside in bitsandbytes.companions(checkpoint, name)}
+    for name in sorted(set(checkpoint.tensors) - needed):
+        if not ignored(name, config):
+            file = checkpoint.tensors[name].file
+            raise ValueError(f"{file}: tensor {name!r}: Expected only tensors of a {config.family} model, got this.")
+
+
+def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for tensors which, stacked above each other, don't have the rows and the width of `shape`.
+
+    Each may have any number of rows, as only their sum is known: q, k and v differ.
+    """
+    infos = [checkpoint.tensors[name] for name in source.tensors]
+    rows, width = math.prod(shape[: max(1, len(shape) - 1)]), shape[-1:] if len(shape) > 1 else ()
+    got = []
+    for info in infos:
+        # bitsandbytes stores int8 as [n, k] also where the family's float weights are [k, n]
+        transposed = source.transposed and not bitsandbytes.is_int8_weight(checkpoint, info.name)
+        stored = info.shape[::-1] if transposed else info.shape
+        if stored[1:] != width or not stored:
+            expected = ["n", *map(str, width)][:: -1 if transposed else 1]
+            raise ValueError(
+                f"{info.file}: tensor {info.name!r}: Expected shape ({', '.join(expected)}), got {info.shape}."
+            )
+        got.append(stored[0])
+    if sum(got) != rows:
+        each = " and ".join(f"{n} in {info.name!r}" for n, info in zip(got, infos, strict=True))
+        raise ValueError(f"{infos[0].file}: Expected {rows} rows, got {each}.")
