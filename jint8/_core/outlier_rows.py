@@ -55,7 +55,7 @@ def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -
     return dataclasses.replace(config, outliers="static"), outliers
 
 
-# jit, because outside of one every operation would be a program of its own
+# Jitted, because outside of a jit every operation would be compiled as a program of its own.
 @functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes"))
 def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Array | None, jax.Array | None]:
     """`QTensor.outlier_rows` and `QTensor.outlier_index`."""

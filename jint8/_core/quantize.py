@@ -23,7 +23,7 @@ def _quantize(w, *, contract_axes, config, channel_axes):
     axis = contract_axes if per_channel else tuple(sorted(contract_axes + channel_axes))
     q, scale, *rest = (affine if scheme.affine else symmetric)(w, axis)
     shape = tuple(1 if a in contract_axes else size for a, size in enumerate(w.shape))
-    # per-tensor scales are repeated, so that size 1 marks the contracted axes in every scheme
+    # A scale of the whole tensor is repeated for each channel, so that in every scheme size 1 marks contracted axes.
     scale, *rest = (jnp.broadcast_to(leaf, shape) for leaf in (scale, *rest))
     return q, scale, rest[0] if rest else None
 

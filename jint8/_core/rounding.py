@@ -11,26 +11,30 @@ from jint8._core.axes import canonical_axes
 from jint8._core.platform import on_one_cpu
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-INFINITY_BITS = 0x7F800000  # as integers the bits of |x| are ordered, with infinity and then every NaN on top
+# The bits of float32 magnitudes, read as integers, are in the order of the magnitudes, with infinity above all numbers
+# and every NaN above infinity.
+INFINITY_BITS = 0x7F800000
 
 
 def absmax(x: jax.Array, axis) -> jax.Array:
     """Maximum of `abs(x)` over `axis` in float32, size 1 kept there; NaN where a value isn't finite.
 
-    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton, so it is the maximum of the bits as integers.
-    That of rows takes XLA's CPU backend up to thirty times as long as of both halves of each row at once: a reduction
-    of one operand is split, with the bits in memory. Over other axes a float maximum is faster there, with NaN out of
-    a sum of zeros.
+    A float maximum drops NaN on long rows (XLA on the CPU) and in Triton. So this is the maximum of the bits as
+    integers, which keeps NaN, in whichever of three forms is fast.
     """
     axes = tuple(range(x.ndim)) if axis is None else canonical_axes(axis, x.ndim)
     x = x.astype(jnp.float32)
     over_rows = x.ndim - 1 in axes
     if on_one_cpu() and not over_rows:
+        # Over other axes than the last, XLA's CPU backend is faster at floats. NaN comes out of a sum of zeros: 0
+        # times NaN or infinity is NaN.
         not_finite = jnp.sum(x * 0, axis=axes, keepdims=True)
         return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0) + not_finite
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     if not on_one_cpu():
         return bits_to_float(jnp.max(bits, axis=axes, keepdims=True, initial=0))
+    # Of rows, XLA's CPU backend splits a reduction of one operand in two, with the bits written to memory: up to thirty
+    # times slower than one reduction of two operands, both halves of each row (which overlap where k is odd).
     k = x.shape[-1]
     half = (k + 1) // 2
     halves = [lax.slice_in_dim(bits, start, start + half, axis=-1) for start in (0, k - half)]
@@ -45,7 +49,11 @@ def bits_to_float(bits: jax.Array) -> jax.Array:
 
 
 def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
-    """`x / divisor`, correctly rounded: XLA would turn a constant divisor into a product with its reciprocal."""
+    """`x / divisor`, correctly rounded.
+
+    XLA turns division by a constant into multiplication by its reciprocal, which may be off by a unit in the last
+    place. So the divisor isn't a constant here: it is selected by a comparison that only NaN and -infinity fail.
+    """
     return x / jnp.where(x > -jnp.inf, jnp.float32(divisor), jnp.float32(1.0))
 
 
@@ -67,7 +75,7 @@ def affine(x: jax.Array, axis) -> tuple[jax.Array, jax.Array, jax.Array]:
     finite = jnp.isfinite(absmax(x, axis))
     high = jnp.max(x, axis=axis, keepdims=True, initial=0.0)
     low = jnp.min(x, axis=axis, keepdims=True, initial=0.0)
-    # halves, because the range of float32 may overflow float32
+    # Halves, because the range from the lowest to the highest float32 overflows float32.
     scale = jnp.where(finite, divide_by(high / 2 - low / 2, 127.5), jnp.nan)
     tiny = scale < SMALLEST_NORMAL
     zero = jnp.where(tiny, 0.0, jnp.round(-128.0 - low / jnp.where(tiny, 1.0, scale)))

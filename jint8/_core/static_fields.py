@@ -1,9 +1,13 @@
-"""A `QTensor`'s static fields as text, for what saves trees; `jax.export` learns of it here."""
+"""A `QTensor`'s static fields as JSON: what `jint8.save`, `flax.serialization` and `jax.export` write of them.
+
+Importing this file tells `jax.export` of `QTensor`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,26 +17,63 @@ from jint8._core.config import Config
 from jint8._core.qtensor import STATIC_FIELDS, QTensor
 
 
-def static_to_text(fields: dict[str, Any]) -> str:
-    """The fields that aren't arrays, as JSON."""
-    return json.dumps(
-        {**fields, "dtype": jnp.dtype(fields["dtype"]).name, "config": dataclasses.asdict(fields["config"])}
-    )
+def config_to_json(config: Config) -> dict[str, Any]:
+    """A `Config`'s options, as values that JSON has."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(options: Any) -> Config:
+    """The inverse of `config_to_json`. Options that are missing have their defaults, as in files from before they came.
+
+    Raises:
+      ValueError: an option that `Config` doesn't know, or something else than options.
+      TypeError, ValueError: a value that `Config` refuses.
+    """
+    if not isinstance(options, dict):
+        raise ValueError(f"Expected a Config's options by name, got {options!r}.")
+    _refuse_unknown("options of a Config", options, [field.name for field in dataclasses.fields(Config)])
+    return Config(**options)
+
+
+def static_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `STATIC_FIELDS` names, as values that JSON has."""
+    return {**fields, "dtype": jnp.dtype(fields["dtype"]).name, "config": config_to_json(fields["config"])}
+
+
+def static_from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `static_to_json`: arguments of `QTensor`.
+
+    Raises:
+      ValueError: a field that `QTensor` doesn't have, or `dtype` or `config` is missing; the message names it.
+      TypeError, ValueError: a value that isn't one of its field.
+    """
+    _refuse_unknown("static fields of a QTensor", fields, STATIC_FIELDS)
+    if missing := sorted({"dtype", "config"} - fields.keys()):
+        raise ValueError(f"Expected a QTensor's {' and '.join(missing)}, got {', '.join(fields) or 'nothing'}.")
+    order = fields.get("order")
+    if order is not None and sorted(order) != list(range(len(order))):
+        raise ValueError(f"Expected order to be a permutation of a QTensor's axes, got {order}.")
+    static = {**fields, "dtype": jnp.dtype(fields["dtype"]), "config": config_from_json(fields["config"])}
+    # JSON has lists; fields are compared and hashed, for which they have to be tuples.
+    return static | {name: tuple(static[name]) for name in ("order", "stack") if static.get(name) is not None}
+
+
+def static_to_text(fields: Mapping[str, Any]) -> str:
+    """`static_to_json`, as text."""
+    return json.dumps(static_to_json(fields))
 
 
 def static_from_text(text: str) -> dict[str, Any]:
-    """The inverse of `static_to_text`: arguments of `QTensor`."""
-    fields = json.loads(text)
-    order = fields["order"]
-    return {
-        "dtype": jnp.dtype(fields["dtype"]),
-        "config": Config(**fields["config"]),
-        "order": None if order is None else tuple(order),
-        "stack": tuple(fields["stack"]),
-    }
+    """The inverse of `static_to_text`: arguments of `QTensor`. Raises as `static_from_json`."""
+    return static_from_json(json.loads(text))
 
 
-def _serialize(static: Any) -> bytes:
+def _refuse_unknown(what: str, found: Mapping[str, Any], known: Collection[str]) -> None:
+    if unknown := sorted(found.keys() - set(known)):
+        raise ValueError(f"Expected {what} among {', '.join(known)}, got {', '.join(unknown)}.")
+
+
+def _serialize(static: tuple[Any, ...]) -> bytes:
     return static_to_text(dict(zip(STATIC_FIELDS, static, strict=True))).encode()
 
 

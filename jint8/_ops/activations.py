@@ -1,4 +1,4 @@
-"""Outlier feature dimensions: finding them, and splitting activations into int8 planes."""
+"""Activations to int8: which feature dimensions are outliers, and the values without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jint8._core.config import Config
 from jint8._core.rounding import SMALLEST_NORMAL, absmax, affine, divide_by, round_to_int8, symmetric
-from jint8._ops.digits import OUTLIER_DIGITS, _digit_rows, digit_step, digits, largest_in
+from jint8._ops.digits import OUTLIER_DIGITS, digit_rows, digit_step, digits, largest_in
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
@@ -59,7 +59,7 @@ class Outliers(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Activations `[m, k]` in int8, with outliers as 0. What the outliers add comes from `digits`."""
+    """Activations `[m, k]` in int8, with outliers as 0. What the outliers add comes from `outliers`."""
 
     q: jax.Array  # int8[m, k]; [2 m, k] for two digits per activation, the high ones first
     scale: jax.Array  # float32[m, 1]
@@ -78,15 +78,16 @@ def split(x: jax.Array, config: Config) -> Split:
 
 
 def split_with_digits(x: jax.Array, config: Config) -> Split:
-    """`split`, with the digits of the outliers: the same values in fewer operations.
+    """`split`, with the digits of the outliers.
 
-    For few rows the time goes into starting operations, not into elements: both parts go through each together.
+    The same values in fewer operations: for few rows the time goes into starting operations rather than into elements,
+    so regular values and outliers go through each one together.
     """
     if not config.decomposes:
         return split(x, config)
     scheme = config.table_row
     outlier, columns, limit = detect(x, config)
-    parts = jnp.where(jnp.stack([~outlier, outlier]), x, 0).astype(jnp.float32)  # (2, m, k)
+    parts = jnp.where(jnp.stack([~outlier, outlier]), x, 0).astype(jnp.float32)  # (2, m, k): regular, outliers
     if affine_activations(config) or scheme.activations == "tensor":
         step = digit_step(parts[1], 1, OUTLIER_DIGITS)
         rows = digits(parts[1], step, OUTLIER_DIGITS)
@@ -94,7 +95,7 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
     largest = jnp.array([largest_in(config.digits), largest_in(OUTLIER_DIGITS)], jnp.float32)[:, None, None]
     scale = divide_by(absmax(parts, 2), largest)
     steps = round_to_int8(parts, scale, largest)
-    q, rows = _digit_rows(steps[0], config.digits), _digit_rows(steps[1], OUTLIER_DIGITS)
+    q, rows = digit_rows(steps[0], config.digits), digit_rows(steps[1], OUTLIER_DIGITS)
     return Split(q, scale[0], None, Outliers(columns, limit, rows, scale[1]))
 
 
@@ -134,7 +135,7 @@ def limits(x: jax.Array, config: Config) -> jax.Array:
     if not config.relative:
         return jnp.float32(min(config.threshold, LARGEST_FLOAT))
     mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return jnp.maximum(config.threshold * mean, SMALLEST_NORMAL)  # so that 0 is never an outlier
+    return jnp.maximum(config.threshold * mean, SMALLEST_NORMAL)  # above 0, which is never an outlier
 
 
 def detect(x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -1,4 +1,8 @@
-"""Activations as several int8 digits each, and the sums of products back to what the digits stand for."""
+"""Activations as several int8 digits each, and the sums of products back to what the digits stand for.
+
+`x = step * sum_i digit_i * 255**(count - 1 - i)`, with digits from -127 to 127. Each digit is a row of its own in an
+int8 product, whose sums are exact, so that `join_digits` gives `sum_k x_k w_k` to the precision of all digits.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,8 @@ import jax.numpy as jnp
 
 from jint8._core.rounding import absmax, divide_by, round_to_int8
 
-# A value is written in digits of this base, each in [-127, 127].
-DIGIT_BASE = 255
-# Of an outlier: two would carry 16 bits, but relative to its row's largest, and there are outliers of 3000 beside 6.
+DIGIT_BASE = 255  # with digits from -127 to 127
+# Two digits would carry 16 bits, but relative to the row's largest outlier: beside one of 3000, a 6 would be 1.3 % off.
 OUTLIER_DIGITS = 3
 
 
@@ -25,14 +28,17 @@ def digit_step(x: jax.Array, axis, count: int) -> jax.Array:
 
 def digits(x: jax.Array, step: jax.Array, count: int) -> jax.Array:
     """`x[m, k]` in units of `step` as int8 digits, `[count m, k]`: the highest of all rows first."""
-    return _digit_rows(round_to_int8(x, step, largest_in(count)), count)
+    return digit_rows(round_to_int8(x, step, largest_in(count)), count)
 
 
-def _digit_rows(value: jax.Array, count: int) -> jax.Array:
+def digit_rows(value: jax.Array, count: int) -> jax.Array:
+    """Whole numbers `value[m, k]` as digits, int8 `[count m, k]`: the highest of all rows first."""
     rows = []
     for place in range(count - 1, 0, -1):
         unit = float(DIGIT_BASE**place)
-        digit = jnp.round(divide_by(value, unit))  # exactly: half a unit in the last place would be one too many
+        # Correctly rounded: a quotient that is off by half a unit in the last place may round to the next digit, and
+        # what is left would not fit into the digits below.
+        digit = jnp.round(divide_by(value, unit))
         value = value - unit * digit
         rows.append(digit)
     return jnp.concatenate([*rows, value]).astype(jnp.int8)

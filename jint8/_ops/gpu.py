@@ -1,11 +1,16 @@
 """The product in the Pallas kernels of `pallas_kernels`: where they run, and what they can't compute.
 
 Which platform a program is for is known when it is lowered, not when it is traced; an exported program may be for
-several. So where a GPU is in sight the product is a primitive with two lowerings: the kernels for CUDA, XLA for the
+several. So where a GPU is available the product is a primitive with two lowerings: the kernels for CUDA, XLA for the
 rest. (`lax.platform_dependent` lowers the kernels for the other platforms as well, which Pallas refuses.)
 
-XLA can't divide a kernel among devices: it would send all weights to each. So in a program that it divides, its own
-product runs; within `jax.shard_map`, where each device has its part, the kernels do.
+XLA can't partition a kernel: it would gather all weights on each device. So in a program that XLA partitions, its own
+product runs; within `jax.shard_map`, where each device has its shard, the kernels do.
+
+A primitive with lowerings of its own has no stable interface: this file is the only one that uses
+`jax.interpreters.batching`, `jax.interpreters.mlir` and their contexts, `aval.update` and `manual_axis_type` (the last
+one with `jint8._core.platform.varying_as`). tests/ops/test_gpu.py and test_kinds_of_meshes.py run all of it on the
+oldest and the newest supported JAX.
 """
 
 from __future__ import annotations
@@ -54,8 +59,8 @@ class Call(NamedTuple):
 def kernel_product(call: Call, x: jax.Array, w: Weight, bias: jax.Array | None) -> jax.Array:
     """`x[m, k]` times `w`, plus `bias`, in one kernel -> `[m, n]`. A weight in `[k, n]` order is transposed.
 
-    In programs for other platforms it is XLA's. With no GPU in sight, a kernel asked for by name runs in Pallas's
-    interpret mode: slow, for tests.
+    In programs for other platforms it is XLA's. Where no GPU is available, a kernel that was asked for by name runs in
+    Pallas's interpret mode: slow, for tests.
     """
     if not gpu_available():
         return _off_gpu(call, x, w, bias) if call.backend is None else _on_gpu(call, x, w, bias, interpret=True)
@@ -64,7 +69,7 @@ def kernel_product(call: Call, x: jax.Array, w: Weight, bias: jax.Array | None) 
 
 
 def _on_gpu(call, x, w, bias, interpret=False):
-    # here, because importing Pallas takes long and few processes need it
+    # Imported here, because Pallas takes long to import and few processes need it.
     from pallas_kernels import llm_int8_matmul
 
     return llm_int8_matmul(
@@ -86,7 +91,11 @@ def _off_gpu(call, x, w, bias):
 
 
 def _function(run, call, tree, mapped):
-    """`run` on flat arguments, mapped over axes; `mapped` has the axes of each `vmap`, the innermost first."""
+    """`run` as a function of the primitive's flat arguments, within the `vmap`s that it was called in.
+
+    `mapped` has the `in_axes` of each `vmap`, the innermost first. They are parameters of the primitive, so that both
+    lowerings, which come later, are batched as their own code is.
+    """
 
     def flat(*leaves):
         return run(call, *jax.tree.unflatten(tree, leaves))
@@ -112,7 +121,7 @@ batching.primitive_batchers[_product_p] = _batch
 
 @_product_p.def_abstract_eval
 def _abstract(*avals, **static):
-    types = [aval.manual_axis_type for aval in avals]  # what varies over which devices, under shard_map
+    types = [aval.manual_axis_type for aval in avals]  # under shard_map: over which axes of the mesh each one varies
     varying = frozenset().union(*(t.varying for t in types))
     leaves = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
     out = jax.eval_shape(_function(_off_gpu, **static), *leaves)
@@ -127,11 +136,11 @@ def _lower(ctx, *args, run, **static):
 
 
 def _lower_for_cuda(ctx, *args, **static):
-    return _lower(ctx, *args, run=_off_gpu if _is_divided(ctx.module_context.axis_context) else _on_gpu, **static)
+    return _lower(ctx, *args, run=_off_gpu if _is_partitioned(ctx.module_context.axis_context) else _on_gpu, **static)
 
 
-def _is_divided(context: Any) -> bool:
-    """Whether XLA divides the program that is lowered: it is for several devices, and not in a `shard_map` of all."""
+def _is_partitioned(context: Any) -> bool:
+    """Whether XLA partitions the program that is lowered: it is for several devices, and in no `shard_map` of all."""
     mesh = getattr(context, "mesh", None)
     if mesh is None:
         return getattr(context, "num_devices", 1) > 1
