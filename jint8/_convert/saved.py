@@ -1,29 +1,54 @@
 """A model's parameters as `jint8.save` writes them, and back, every bit of them.
 
-An array `a/b` of the parameters is saved under that name; a `QTensor` as its arrays, `a/b#q`, `a/b#scale` and so on,
-and its other fields in JSON. Fields come from the dataclass, so that new ones need no change here.
+An array `a/b` of the parameters is saved under that name; a `QTensor` as its arrays, `a/b#q`, `a/b#scale` and so on.
+`jint8.json` has the rest: the dtype of activations, the model's `Config` (`"quant"`), and for each `QTensor`
+(`"weights"`) which arrays it has and its other fields, with null for arrays that it doesn't have.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jint8._convert.assemble import decoder_shardings, place
+from jint8._convert.read_params import Progress
 from jint8._core.config import Config
-from jint8._core.qtensor import QTensor, is_qtensor
+from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, is_qtensor
+from jint8._core.static_fields import config_from_json, config_to_json, static_from_json, static_to_json
 from jint8._trees.params import with_config
-from jint8._trees.paths import nested
+from jint8._trees.paths import leaf_paths, nested
 from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint
 
 
-def saved_dtype(checkpoint: Jint8Checkpoint) -> Any:
+def to_arrays(params: Any, *, quant: Config, dtype: DTypeLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `jint8.save` writes of a model.
+
+    Args:
+      params: the parameters.
+      quant: the config that the model was loaded with.
+      dtype: of activations.
+
+    Returns:
+      The arrays by name, and what `jint8.json` says.
+    """
+    arrays: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
+        if is_qtensor(leaf):
+            arrays |= {f"{path}#{field}": getattr(leaf, field) for field in _own_arrays(leaf)}
+            weights[path] = _description(leaf)
+        else:
+            arrays[path] = leaf
+    return arrays, {"dtype": jnp.dtype(dtype).name, "quant": config_to_json(quant), "weights": weights}
+
+
+def saved_dtype(checkpoint: Jint8Checkpoint) -> np.dtype:
     """The dtype of activations that a model was saved with."""
     name = _field(checkpoint, "dtype", str)
     try:
@@ -38,7 +63,11 @@ def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
     Raises:
       ValueError: `config` is for weights of another kind.
     """
-    own = _decode_config(checkpoint, _field(checkpoint, "quant", dict))
+    options = _field(checkpoint, "quant", dict)
+    try:
+        own = config_from_json(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path / METADATA}: Expected a config, got {options}: {error}") from None
     if config is None:
         return own
     wanted, got = config.table_row, own.table_row
@@ -55,9 +84,9 @@ def read_saved(
     expected: dict[str, jax.ShapeDtypeStruct],
     *,
     config: Config | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of a saved model.
 
@@ -66,11 +95,12 @@ def read_saved(
       expected: the shape of each parameter, by path.
       config: rewrites that of every `QTensor`; None keeps them.
       dtype: of the parameters in floating point, and of what a `QTensor` stands for; None keeps them.
-      mesh: divides them among its devices, of which each gets what it holds; None is one device.
+      mesh: the devices that they are sharded over; None is one device.
       progress: called with (bytes read so far, bytes in all).
 
     Raises:
-      ValueError: an array is missing, unknown or of a wrong shape; the message names it.
+      ValueError: an array is missing, unknown or of a wrong shape or dtype, or `jint8.json` has a field that isn't
+        known; the message names it.
     """
     weights = _field(checkpoint, "weights", dict)
     names: dict[str, dict[str, str]] = {}  # of the arrays, by path and field
@@ -81,16 +111,16 @@ def read_saved(
         raise ValueError(f"{checkpoint.path}: Expected a tensor {missing[0]!r}, got none of that name.")
     if unknown := sorted((names.keys() | weights.keys()) - expected.keys()):
         raise ValueError(f"{checkpoint.path}: tensor {unknown[0]!r}: Expected only this model's tensors, got this.")
+    described = {path: _from_description(checkpoint, path, description) for path, description in weights.items()}
     total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
     params: dict[str, Any] = {}
     for path, fields in names.items():
-        arrays = {field: checkpoint.read(name) for field, name in fields.items()}  # in the mapped file
+        arrays = {field: checkpoint.read(name) for field, name in fields.items()}  # views of the mapped file
         try:
-            leaf = _leaf(checkpoint, arrays, weights.get(path), expected[path].shape)
-        except (KeyError, TypeError, ValueError) as error:
+            leaf = _checked_leaf(arrays, described.get(path), expected[path].shape)
+        except ValueError as error:
             file = checkpoint.tensors[next(iter(fields.values()))].file
-            got = ", ".join(f"{field} {array.dtype}{array.shape}".lstrip() for field, array in arrays.items())
-            raise ValueError(f"{file}: tensor {path!r}: Expected {error}, got {got}.") from None
+            raise ValueError(f"{file}: tensor {path!r}: {error}") from None
         placed = decoder_shardings({path: leaf}, mesh)
         leaf = jax.tree.map(place, leaf, *placed.values()) if placed else jax.tree.map(jnp.array, leaf)
         if dtype is not None:
@@ -103,76 +133,65 @@ def read_saved(
     return tree if config is None else with_config(tree, config)
 
 
-def named_arrays(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
-    if not is_qtensor(leaf):
-        yield path, leaf
-        return
-    for field, value in _fields(leaf):
-        if _is_array(value):
-            yield f"{path}#{field}", value
+def _own_arrays(w: QTensor) -> list[str]:
+    return [field for field in ARRAY_FIELDS if getattr(w, field) is not None]
 
 
-def describe(leaf: QTensor) -> dict[str, Any]:
-    """Which fields are arrays, and the values of the others."""
-    fields = _fields(leaf)
-    static = {field: encode(value) for field, value in fields if not _is_array(value)}
-    return {"arrays": [field for field, value in fields if _is_array(value)], "fields": static}
+def _description(w: QTensor) -> dict[str, Any]:
+    """Which fields are arrays, and the others."""
+    arrays = _own_arrays(w)
+    absent = {field: None for field in ARRAY_FIELDS if field not in arrays}
+    static = static_to_json({field: getattr(w, field) for field in STATIC_FIELDS})
+    return {"arrays": arrays, "fields": absent | static}
 
 
-def _fields(leaf: QTensor) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf)]
+def _from_description(checkpoint: Jint8Checkpoint, path: str, description: Any) -> tuple[set[str], dict[str, Any]]:
+    """The inverse of `_description`: the names of the arrays, and the other arguments of `QTensor`."""
+    where = f"{checkpoint.path / METADATA}: tensor {path!r}"
+    if not isinstance(description, dict) or description.keys() != {"arrays", "fields"}:
+        raise ValueError(f"{where}: Expected arrays and fields, got {description!r}.")
+    arrays, fields = description["arrays"], description["fields"]
+    if not isinstance(arrays, list) or not isinstance(fields, dict):
+        raise ValueError(f"{where}: Expected a list of arrays and fields by name, got {arrays!r} and {fields!r}.")
+    if unknown := [field for field in arrays if field not in ARRAY_FIELDS]:
+        raise ValueError(f"{where}: Expected arrays among {', '.join(ARRAY_FIELDS)}, got {unknown[0]!r}.")
+    static = {field: value for field, value in fields.items() if field not in ARRAY_FIELDS or value is not None}
+    try:
+        return set(arrays), static_from_json(static)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "nbytes")
-
-
-def _leaf(
-    checkpoint: Jint8Checkpoint, arrays: dict[str, np.ndarray], described: dict[str, Any] | None, shape: tuple[int, ...]
-) -> Any:
-    """A parameter out of its arrays. Raises with what was expected of them."""
-    wanted = [""] if described is None else described["arrays"]
-    if arrays.keys() != set(wanted):
-        raise ValueError(f"arrays {', '.join(wanted)}" if described else "one array")
-    leaf = arrays[""] if described is None else _qtensor(checkpoint, arrays, described["fields"])
+def _checked_leaf(
+    arrays: dict[str, np.ndarray], described: tuple[set[str], dict[str, Any]] | None, shape: tuple[int, ...]
+) -> np.ndarray | QTensor:
+    """A parameter out of its arrays. Raises ValueError where they aren't those of one of this shape."""
+    found = ", ".join(f"{field} {array.dtype}{array.shape}".lstrip() for field, array in arrays.items())
+    if described is None:
+        if arrays.keys() != {""}:
+            raise ValueError(f"Expected one array, got {found}.")
+        leaf: Any = arrays[""]
+    else:
+        names, static = described
+        if arrays.keys() != names or not {"q", "scale"} <= names:
+            raise ValueError(f"Expected arrays {', '.join(sorted(names | {'q', 'scale'}))}, got {found}.")
+        fields: dict[str, Any] = arrays | static
+        leaf = QTensor(**fields)
+        _check_arrays(leaf, found)
     if leaf.shape != shape:
-        raise ValueError(f"shape {shape}")
+        raise ValueError(f"Expected shape {shape}, got {found}.")
     return leaf
 
 
-def _qtensor(checkpoint: Jint8Checkpoint, arrays: dict[str, np.ndarray], static: dict[str, Any]) -> QTensor:
-    fields: dict[str, Any] = {name: _tuples(value) for name, value in static.items()} | arrays
-    fields |= {"dtype": jnp.dtype(static["dtype"]), "config": _decode_config(checkpoint, static["config"])}
-    w = QTensor(**fields)
-    for name, dtype in (("q", jnp.int8), ("scale", jnp.float32), ("outlier_rows", jnp.float16)):
-        if getattr(w, name) is not None and getattr(w, name).dtype != dtype:
-            raise TypeError(f"{name} in {jnp.dtype(dtype)}")
+def _check_arrays(w: QTensor, found: str) -> None:
+    arrays = {field: getattr(w, field) for field in _own_arrays(w)}
+    for field, dtype in (("q", jnp.int8), ("scale", jnp.float32), ("outlier_rows", jnp.float16)):
+        if field in arrays and arrays[field].dtype != dtype:
+            raise ValueError(f"Expected {field} in {jnp.dtype(dtype)}, got {found}.")
     if any(array.ndim != w.q.ndim for array in arrays.values()):
-        raise ValueError(f"arrays of {w.q.ndim} dimensions")
+        raise ValueError(f"Expected arrays of {w.q.ndim} dimensions, got {found}.")
     if any(size not in (1, full) for size, full in zip(w.scale.shape, w.q.shape, strict=True)):
-        raise ValueError(f"a scale for q of shape {w.q.shape}")
-    return w
-
-
-def encode(value: Any) -> Any:
-    """A static field as JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if value is None or isinstance(value, (bool, int, float, str, list, tuple)):
-        return value
-    return jnp.dtype(value).name
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _decode_config(checkpoint: Jint8Checkpoint, value: dict[str, Any]) -> Config:
-    try:
-        return Config(**{name: _tuples(option) for name, option in value.items()})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{checkpoint.path / METADATA}: Expected a config, got {value}: {error}") from None
+        raise ValueError(f"Expected a scale for q of shape {w.q.shape}, got {found}.")
 
 
 def _field(checkpoint: Jint8Checkpoint, name: str, kind: type) -> Any:

@@ -8,11 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jint8._convert.bitsandbytes import to_tensors
-from jint8._convert.saved import describe, encode, named_arrays
-from jint8._core.qtensor import is_qtensor
+from jint8._convert.saved import to_arrays
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
-from jint8._trees.paths import leaf_paths
 from jint8.checkpoints._huggingface import write_huggingface
 from jint8.checkpoints._jint8 import write_checkpoint
 
@@ -59,15 +57,10 @@ def save(
         config |= {"dtype": jnp.dtype(loaded.model.dtype).name, "quantization_config": asked}
         write_huggingface(Path(path), tensors, config=config, tokenizer=loaded.tokenizer, shard_bytes=shard_bytes)
         return
-    leaves = leaf_paths(loaded.params, is_leaf=is_qtensor)
-    metadata = {
-        "dtype": jnp.dtype(loaded.model.dtype).name,
-        "quant": encode(loaded.quant),
-        "weights": {path: describe(leaf) for path, leaf in leaves if is_qtensor(leaf)},
-    }
+    arrays, metadata = to_arrays(loaded.params, quant=loaded.quant, dtype=loaded.model.dtype)
     write_checkpoint(
         Path(path),
-        {name: array for path, leaf in leaves for name, array in named_arrays(path, leaf)},
+        arrays,
         metadata=metadata,
         config=loaded.hf_config,
         tokenizer=loaded.tokenizer,

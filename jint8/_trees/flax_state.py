@@ -23,10 +23,16 @@ def from_state(target: QTensor, state: dict[str, Any]) -> QTensor:
     if not isinstance(state, dict) or not {"q", "scale", "static"} <= set(state):
         got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: Expected a saved QTensor (q, scale, static), got {got}.")
+    if unknown := sorted(state.keys() - {*ARRAY_FIELDS, "static"}):
+        raise ValueError(f"{path}: Expected {', '.join(ARRAY_FIELDS)} and static, got {', '.join(unknown)}.")
     if tuple(state["q"].shape) != tuple(target.q.shape):
         raise ValueError(f"{path}: Expected int8 values of shape {target.q.shape}, got {state['q'].shape}.")
     arrays: dict[str, Any] = {name: state.get(name) for name in ARRAY_FIELDS}
-    return dataclasses.replace(target, **arrays, **static_from_text(state["static"]))
+    try:
+        static = static_from_text(state["static"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return dataclasses.replace(target, **arrays, **static)
 
 
 serialization.register_serialization_state(QTensor, to_state, from_state)

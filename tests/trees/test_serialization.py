@@ -75,6 +75,24 @@ def test_flax_errors_name_the_leaf():
         )
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("more", jnp.ones((4, 1)), "a/kernel: Expected q, scale, .* and static, got more"),
+        ("static", '{"dtype": "float32", "config": {}, "new": 1}', "a/kernel: Expected static fields .*, got new"),
+        ("static", '{"dtype": "float32", "config": {"new": 1}}', "a/kernel: Expected options of a Config .*, got new"),
+        ("static", '{"dtype": "float32"}', "a/kernel: Expected a QTensor's config, got dtype"),
+    ],
+    ids=["array", "static_field", "option", "missing"],
+)
+def test_flax_refuses_unknown_fields(field, value, message):
+    w = {"a": {"kernel": jint8.quantize(jnp.ones((4, 4)))}}
+    state = flax.serialization.to_state_dict(w)
+    state["a"]["kernel"][field] = value
+    with pytest.raises(ValueError, match=message):
+        flax.serialization.from_state_dict(w, state)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_orbax(params, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint isn't installed")
