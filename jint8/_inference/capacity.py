@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
 
 from jint8._convert.targets import abstract_quantized_params
 from jint8._core.config import Config
@@ -78,7 +79,9 @@ def known_models() -> dict[str, dict[str, Any]]:
     return json.loads(resources.files("jint8").joinpath("data/models.json").read_text(encoding="utf-8"))
 
 
-def capacity(config: ModelConfig, devices: int, *, context: int, batch: int, dtype: Any, quant: Config) -> Capacity:
+def capacity(
+    config: ModelConfig, devices: int, *, context: int, batch: int, dtype: DTypeLike, quant: Config
+) -> Capacity:
     """What each of `devices` holds of a model that is divided among them, as `jint8.load` does it.
 
     Args:
@@ -187,7 +190,7 @@ def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _weights(config: ModelConfig, mesh: Mesh, dtype: Any, quant: Config) -> tuple[dict[str, int], int]:
+def _weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike, quant: Config) -> tuple[dict[str, int], int]:
     """Bytes of the parameters on a device, by what they are, and of all of them in 16 bits."""
     model = Decoder(config, dtype)
     groups = dict.fromkeys(("projections", "scales", "embeddings", "others"), 0)

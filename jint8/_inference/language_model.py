@@ -1,20 +1,23 @@
-"""What `jint8.load` returns: a model, its parameters and its tokenizer, ready for text."""
+"""What `jint8.load` returns: a model, its parameters and its tokenizer, ready for text.
+
+Tokens are made by `generate` and `sampling`; here are the arguments of a request, and the way from text and back.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+import numpy.typing as npt
 
 from jint8._core.config import Config
 from jint8._inference.forward import forward
-from jint8._inference.generate import decode, is_long, start
+from jint8._inference.generate import generate, is_long
 from jint8._inference.sampling import Sampling
 from jint8._inference.text import stop_texts, text_pieces
 from jint8._trees.params import with_config
@@ -23,8 +26,21 @@ from jint8.checkpoints import Tokenizer
 from jint8.models import Decoder, ModelConfig
 
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
-STOP_TOKENS = 16  # and between looks for a stop string
+STOP_TOKENS = 16  # and where nothing is streamed, but a stop text may end the answer
 CALIBRATION_LENGTH = 256  # tokens of a sequence
+THRESHOLD = 6.0  # the paper's, of magnitudes
+
+
+class Request(TypedDict, total=False):
+    """What can be asked of `LanguageModel.generate`, besides prompts and `stream`: its keywords, for type checkers."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: str | Sequence[str]
+    config: Config | None
 
 
 @dataclasses.dataclass
@@ -47,7 +63,7 @@ class LanguageModel:
     quant: Config
     hf_config: dict[str, Any] | None = None
 
-    def logits(self, tokens: Any) -> jax.Array:
+    def logits(self, tokens: npt.ArrayLike) -> jax.Array:
         """Logits at every position.
 
         Args:
@@ -69,22 +85,48 @@ class LanguageModel:
         self._check_length(tokens.shape[1])
         return _logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32))
 
-    def calibrate(self, text: str | None = None, **criteria: Any) -> dict[str, np.ndarray]:
-        """Outlier feature dimensions on a text, for `outliers=` in `jint8.load`.
+    def calibrate(
+        self,
+        text: str | None = None,
+        *,
+        threshold: float | None = None,
+        relative: bool | None = None,
+        layer_share: float = 0.25,
+        position_share: float = 0.06,
+        budget: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Outlier feature dimensions on a text, for `outliers=` in `jint8.load`; see `jint8.calibrate`.
 
         Args:
           text: None is a short one that comes with the package.
-          **criteria: as in `jint8.calibrate`; default: the paper's, relative to the token where the model's config is.
+          threshold: magnitude from which on a value is an outlier. None is that of the model's config where both are
+            relative, else the paper's 6.
+          relative: the threshold counts in mean magnitudes of the token. None is as in the model's config.
+          layer_share: share of layers in which a dimension has to have outliers.
+          position_share: share of positions, in those layers.
+          budget: None, or how many columns per layer (a share of them if below 1), whatever the threshold and the
+            shares.
 
         Returns:
           From path to int32 indices.
 
         Raises:
-          ValueError: the model has no tokenizer, or a text of less than two tokens.
+          ValueError: the model has no tokenizer, a text of less than two tokens, or an option out of its range.
         """
-        if self.quant.relative:
-            criteria = {"threshold": self.quant.threshold, "relative": True, **criteria}
-        return calibrate(self.run, {"params": self.params}, self.batches(text), **criteria)
+        if relative is None:
+            relative = self.quant.relative
+        if threshold is None:
+            threshold = self.quant.threshold if relative and self.quant.relative else THRESHOLD
+        return calibrate(
+            self.run,
+            {"params": self.params},
+            self.batches(text),
+            threshold=threshold,
+            relative=relative,
+            layer_share=layer_share,
+            position_share=position_share,
+            budget=budget,
+        )
 
     def run(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits of `tokens[b, s]` with other parameters: a function for `jint8.calibrate` and `jint8.analysis`."""
@@ -94,6 +136,9 @@ class LanguageModel:
         """A text, or the short one that comes with the package, as calls of `run`: int32 `[1, length]` each.
 
         A shorter text is one call; what remains of a longer one is dropped.
+
+        Raises:
+          ValueError: the model has no tokenizer, a text of less than two tokens, or a length below 2.
         """
         if length < 2:
             raise ValueError(f"Expected sequences of at least 2 tokens, got {length}.")
@@ -105,6 +150,23 @@ class LanguageModel:
         length = min(length, len(ids))
         return list(ids[: len(ids) // length * length].reshape(-1, 1, length))
 
+    # Overloads 1 and 2 overlap with 3 and 4, because a str is a sequence of str; the first that matches counts.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, stream: Literal[False] = ..., **request: Unpack[Request]
+    ) -> str: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, stream: Literal[True], **request: Unpack[Request]
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str], *, stream: Literal[False] = ..., **request: Unpack[Request]
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str], *, stream: Literal[True], **request: Unpack[Request]
+    ) -> Iterator[list[str]]: ...
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -114,10 +176,10 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stream: bool = False,
         config: Config | None = None,
-    ) -> Any:
+    ) -> str | list[str] | Iterator[str] | Iterator[list[str]]:
         """Continues text.
 
         Args:
@@ -127,7 +189,7 @@ class LanguageModel:
           top_k: draw among so many most likely tokens; 0 means all.
           top_p: draw among the most likely tokens that together hold this probability.
           seed: of the draw.
-          stop: texts before which an answer ends.
+          stop: a text before which an answer ends, or several.
           stream: yield pieces of text as they come.
           config: how to multiply. None is the one the model was loaded with, except that several prompts, and long
             ones, which run in chunks, decide outliers per token, so that an answer doesn't depend on what else is in
@@ -198,22 +260,7 @@ class LanguageModel:
         if config is None and several and self.quant.decomposes and self.quant.depends_on_batch:
             config = self.quant.by_token()
         params = {"params": self.params if config is None else with_config(self.params, config)}
-        return self._run(params, prompts, max_tokens, sampling, seed, every)
-
-    def _run(self, params, prompts, max_tokens, sampling: Sampling, seed, every) -> Iterator[np.ndarray]:
-        state = start(self.model, params, prompts, max_tokens, sampling, seed)
-        prompt_end = int(state.slot) - 1
-        # without a step to take: compiles before the first token is out, so that the time after it is decoding's alone
-        state = decode(self.model, params, state, jnp.int32(0), sampling)
-        sent = prompt_end
-        while True:
-            filled = int(state.slot)
-            yield on_host(state.tokens[:, sent:filled])
-            sent = filled
-            if filled == prompt_end + max_tokens or on_host(state.done).all():
-                return
-            until = min(filled + every, prompt_end + max_tokens)
-            state = decode(self.model, params, state, jnp.int32(until), sampling)
+        return generate(self.model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, every=every)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none."""
@@ -232,13 +279,6 @@ class LanguageModel:
         longest = self.config.max_positions
         if self.config.learned_positions is not None and length > longest:
             raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")
-
-
-def on_host(x: jax.Array) -> np.ndarray:
-    """The values of an array, wherever they are: with devices in several processes, a part may be in each."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _logits(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:

@@ -30,13 +30,10 @@ def test_same_tokens(quantize, monkeypatch):
 def test_outliers_of_a_long_prompt_are_decided_by_token(monkeypatch):
     model = jint8.load(DIRECTORY / "llama", config=jint8.Config(threshold=1.0), dtype="float32")
     seen = []
-    start = jint8._inference.language_model.start
+    start = _generate.start
     leaf = lambda params: params["params"]["layers_0"]["mlp"]["down"]["weight"]
-    monkeypatch.setattr(
-        jint8._inference.language_model,
-        "start",
-        lambda m, p, *args: seen.append(leaf(p).config.outliers) or start(m, p, *args),
-    )
+    spy = lambda m, p, *args: seen.append(leaf(p).config.outliers) or start(m, p, *args)
+    monkeypatch.setattr(_generate, "start", spy)
     list(model.generate_tokens(PROMPTS[:1], max_tokens=1))
     monkeypatch.setattr(_generate, "CHUNK", 16)
     list(model.generate_tokens(PROMPTS[:1], max_tokens=1))
