@@ -22,23 +22,23 @@ def export(
     if they are arguments of `fun`.
 
     Args:
-        fun: a function, or one that was jitted.
-        platforms: of `"cpu"`, `"cuda"`, `"rocm"`, `"tpu"`.
-        gpu: what the kernels' tiles are chosen for: `"A100"`, `"RTX 4090"`, `"H100"` or `"H200"`. The program runs on
-            other NVIDIA GPUs too if they have as much shared memory per block (an RTX 4090 has the least).
+      fun: a function, or one that was jitted.
+      platforms: of `"cpu"`, `"cuda"`, `"rocm"`, `"tpu"`.
+      gpu: what the kernels' tiles are chosen for: `"A100"`, `"RTX 4090"`, `"H100"` or `"H200"`. The program runs on
+        other NVIDIA GPUs too if they have as much shared memory per block (an RTX 4090 has the least).
 
     Returns:
-        A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`s) that returns a `jax.export.Exported`.
+      A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`s) that returns a `jax.export.Exported`.
 
     Raises:
-        ValueError: no platforms, an unknown one, or an unknown GPU.
+      ValueError: no platforms, an unknown one, or an unknown GPU.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> w = jint8.quantize(jnp.ones((64, 32)))
-        >>> exported = jint8.export(jint8.matmul)(jax.ShapeDtypeStruct((4, 64), jnp.float32), w)
-        >>> exported.platforms, exported.call(jnp.ones((4, 64)), w).shape
-        (('cpu', 'cuda'), (4, 32))
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> w = jint8.quantize(jnp.ones((64, 32)))
+      >>> exported = jint8.export(jint8.matmul)(jax.ShapeDtypeStruct((4, 64), jnp.float32), w)
+      >>> exported.platforms, exported.call(jnp.ones((4, 64)), w).shape
+      (('cpu', 'cuda'), (4, 32))
     """
     if not platforms or isinstance(platforms, str) or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"Expected platforms to be some of {', '.join(PLATFORMS)}, got {platforms!r}.")
