@@ -12,6 +12,8 @@ import numpy as np
 
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
+Format = Literal["gguf", "safetensors", "jint8"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
@@ -51,7 +53,7 @@ class Checkpoint(abc.ABC):
       files: the files that hold the tensors.
     """
 
-    format: ClassVar[Literal["gguf", "safetensors", "jint8"]]
+    format: ClassVar[Format]
 
     def __init__(
         self, path: Path, *, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: tuple[Path, ...]

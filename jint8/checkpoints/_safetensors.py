@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._checkpoint import Checkpoint, Format, TensorInfo
 from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._tokenizer.huggingface import tokenizer_from_directory
@@ -31,7 +31,7 @@ class SafetensorsCheckpoint(Checkpoint):
     The headers are parsed here rather than by the safetensors package, whose errors don't name the tensor.
     """
 
-    format = "safetensors"
+    format: ClassVar[Format] = "safetensors"
 
     def __init__(self, path: Path):
         files, weight_map = _find_files(path)

@@ -1,9 +1,14 @@
-"""Attention with a cache, and where the tokens of a call stand in it."""
+"""Attention with a cache, and where the tokens of a call stand in it.
+
+Rows of a batch are padded on the left, so that all of them end at the same slot (column) of the cache: a step writes
+the keys and values of one slot for all rows.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,29 +16,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from jint8.models._config import ModelConfig
 from jint8.models._fused import split_heads
 from jint8.models._layers import Linear, Norm, softcap
 from jint8.models._rope import Rotary, rotate
 
-PART = 128  # queries that attend to the same keys: fewer save products of zeros, and take longer to compile
+# A prefill is cut into parts of so many queries, each of which is multiplied only by the keys that its queries may see.
+# Smaller parts skip more of the masked products, but make a larger program that takes longer to compile.
+PART = 128
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each in the order in which attention multiplies it."""
+    """Keys and values of one layer, with axes in the order that attention's products need: no step transposes them."""
 
     key: jax.Array  # [b, kv_heads, head_dim, length]
     value: jax.Array  # [b, kv_heads, length, head_dim]
 
 
 class Context(NamedTuple):
-    """Where the tokens of a call stand: slots are columns of the cache, positions count from each row's first token."""
+    """Where the tokens of a call stand: slots are columns of the cache, positions count from each row's first token.
 
-    slot: jax.Array | None  # int32: the slot of the call's first token; None for 0, where the call's keys are all
+    None is known when a program is compiled, which then leaves out what it makes needless.
+    """
+
+    slot: (
+        jax.Array | None
+    )  # int32: the slot of the call's first token; None for 0: there are no keys but the call's own
     first: jax.Array | None  # int32[b]: the slot of each row's first real token; None where nothing is padding
     positions: jax.Array  # int32[b, s]
-    valid: jax.Array | None  # bool[b, s, 1]: tokens that aren't padding; None where none is
+    valid: jax.Array | None  # bool[b, s, 1]: tokens that aren't padding; None where nothing is padding
 
 
 def context(tokens: jax.Array, slot: jax.Array | None = None, first: jax.Array | None = None) -> Context:
@@ -47,15 +60,32 @@ def context(tokens: jax.Array, slot: jax.Array | None = None, first: jax.Array |
 
 
 def make_cache(
-    config: ModelConfig, batch: int, length: int, dtype=jnp.float32, sharding: NamedSharding | None = None
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: DTypeLike = jnp.float32,
+    sharding: NamedSharding | None = None,
 ) -> list[LayerCache]:
-    """An empty cache of `length` slots; `sharding`: of its arrays, which all begin with batch and key-value heads."""
+    """An empty cache of `length` slots.
+
+    Args:
+      config: of the model.
+      batch: rows.
+      length: slots of each row.
+      dtype: of keys and values.
+      sharding: of each array, whose first axes are batch and key-value heads; None is JAX's default device.
+
+    Returns:
+      Zeros, for each layer.
+    """
     return _cache_maker(config, batch, length, jnp.dtype(dtype), sharding)()
 
 
 @functools.lru_cache(maxsize=32)
-def _cache_maker(config, batch, length, dtype, sharding):
-    """One program, because starting one for each array takes longer than filling them."""
+def _cache_maker(
+    config: ModelConfig, batch: int, length: int, dtype: np.dtype, sharding: NamedSharding | None
+) -> Callable[[], list[LayerCache]]:
+    """One jitted program that makes all arrays: dispatching one for each takes longer than filling them with zeros."""
     key = (batch, config.num_kv_heads, config.head_dim, length)
     value = (batch, config.num_kv_heads, length, config.head_dim)
     make = functools.partial(jnp.zeros, dtype=dtype)
@@ -70,12 +100,12 @@ class Attention(nn.Module):
       config: of the model.
       window: how many of the latest keys a query sees; 0 means all.
       dtype: of freshly made parameters.
-      mesh: devices that weights and cache are divided among.
+      mesh: devices that weights and cache are sharded over.
     """
 
     config: ModelConfig
     window: int = 0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
     @nn.compact
@@ -95,37 +125,58 @@ class Attention(nn.Module):
         q = q.transpose(0, 2, 3, 1, 4)  # (b, kv_heads, groups, s, d)
         k = k[:, :, :, 0].transpose(0, 2, 3, 1)  # (b, kv_heads, d, s)
         v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
-        k, v = lax.optimization_barrier((k, v))  # transposed once, for the cache and for the products
+        # Keys and values are used twice, by the cache's update and by the products. Without a barrier XLA fuses the
+        # transpositions into both and computes them twice.
+        k, v = lax.optimization_barrier((k, v))
         slot = 0 if at.slot is None else at.slot
         if cache is not None:
             keys = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, slot))
             values = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, slot, 0))
-            # or XLA fuses a second update into the products, and copies the cache for it
+            # Without a barrier XLA repeats the update inside the products, for which it keeps a copy of the old cache.
             cache = lax.optimization_barrier(LayerCache(keys, values))
-            k, v = (k, v) if at.slot is None else cache
+            k, v = (k, v) if at.slot is None else cache  # from slot 0 the call's own keys are all that it sees
         parts = []
         for queries, seen in parts_of(s, k.shape[3], self.window if c.causal and at.slot is None else None):
             part = q[:, :, :, queries].reshape(b, c.num_kv_heads, -1, c.head_dim)
             query_slot = slot + jnp.arange(queries.start, queries.stop)[:, None]
             part = self._attend(part, k[:, :, :, seen], v[:, :, seen], query_slot, seen.start, at.first)
-            parts.append(part.reshape(b, c.num_heads, -1, c.head_dim))
+            parts.append(part.reshape(b, c.num_heads, -1, c.head_dim))  # (b, heads, queries, d)
         out = jnp.concatenate(parts, axis=2)
         out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
-        project = Linear(c.hidden_size, c.out_bias, self.dtype, self.mesh, row_parallel=True, name="out")
-        return project(mask(out, at)), cache
+        out_projection = Linear(c.hidden_size, c.out_bias, self.dtype, self.mesh, row_parallel=True, name="out")
+        return out_projection(mask(out, at)), cache
 
-    def _attend(self, q, k, v, query_slot, first_key, first):
-        """Queries `q[b, kv_heads, groups s, d]` -> the same shape; `first_key` is the slot of the first key."""
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        query_slot: jax.Array,
+        first_key: int,
+        first: jax.Array | None,
+    ) -> jax.Array:
+        """`softmax(q k) v` over the keys that each query sees.
+
+        Args:
+          q: scaled queries `[b, kv_heads, groups s, d]`: all heads of a group share a key-value head.
+          k, v: `[b, kv_heads, d, length]` and `[b, kv_heads, length, d]`.
+          query_slot: `[s, 1]`.
+          first_key: the slot of the first key.
+          first: `Context.first`.
+
+        Returns:
+          The shape of `q`.
+        """
         c = self.config
         b, kv_heads, rows, _ = q.shape
         s, length = len(query_slot), k.shape[3]
         key_slot = first_key + jnp.arange(length)[None, :]
-        visible = key_slot <= (query_slot if c.causal else first_key + length)  # (s, length)
+        visible = key_slot <= (query_slot if c.causal else first_key + length)  # (s, length), (1, length) if not causal
         if self.window:
             visible = visible & (key_slot > query_slot - self.window)
         if first is not None:
-            visible = visible & (key_slot[0] >= first[:, None, None])  # (b, s, length)
-            visible = visible[:, None, None]
+            visible = visible & (key_slot[0] >= first[:, None, None])  # (b, s, length): no padding
+            visible = visible[:, None, None]  # (b, 1, 1, s, length), as scores are
         multiply = functools.partial(lax.dot_general, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
         scores = multiply(q, k, preferred_element_type=jnp.float32).reshape(b, kv_heads, rows // s, s, length)
         scores = softcap(scores, c.attention_softcap)
@@ -138,10 +189,16 @@ class Attention(nn.Module):
 
 
 def parts_of(s: int, length: int, window: int | None) -> list[tuple[slice, slice]]:
-    """Which of `length` keys each part of `s` queries sees at most.
+    """Cuts `s` queries into parts, and says which keys each part is multiplied by.
 
-    Where query i sees key i and those before it, up to `window` of them (0: all), the queries are in parts, each of
-    which leaves out most of what it doesn't see. None: all queries see all keys.
+    Args:
+      s: queries.
+      length: keys.
+      window: query i sees this many of the keys up to key i; 0 means all of those. None means that any query may see
+        any key, and gives one part.
+
+    Returns:
+      For each part its queries, and a range of keys that contains all that they see.
     """
     if window is None or s < 2 * PART:
         return [(slice(0, s), slice(0, length))]
@@ -153,15 +210,15 @@ def parts_of(s: int, length: int, window: int | None) -> list[tuple[slice, slice
 
 
 def mask(x: jax.Array, at: Context) -> jax.Array:
-    """Zeros in place of padding, so that it can't make a column an outlier column."""
+    """Zeros in place of padding, whose values could otherwise make a column of an int8 product an outlier column."""
     return x if at.valid is None else jnp.where(at.valid, x, 0)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
     """float32 `[heads]`: a geometric sequence from `2**(-8/n)` to `2**-8` for n heads.
 
-    Where their number isn't a power of two, the heads beyond the next smaller one get every other slope of twice as
-    many.
+    For another number of heads, with p the next smaller power of two, the first p heads have the slopes of p heads, the
+    others the first, third, fifth, ... of 2 p heads.
 
     References:
       Press et al., Train Short, Test Long, 2022, arXiv 2108.12409, section 3 and appendix A.

@@ -1,8 +1,11 @@
-"""What a decoder looks like: a frozen dataclass of sizes and choices."""
+"""What a model looks like: a frozen dataclass of sizes and choices. (Unlike `jint8.Config`, which is about int8.)"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
+
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -10,12 +13,12 @@ class Rope:
     """Rotary positions.
 
     Attributes:
-      frequencies: radians per position, one for each rotated pair of a head's dimensions; where these are fewer than
-        half of the head's, the dimensions behind them aren't rotated.
+      frequencies: radians per position, one for each rotated pair of a head's dimensions. With r of them the first 2 r
+        dimensions are rotated, dimension i together with r + i; the others aren't.
       scale: factor of sines and cosines.
-      trained: the longest sequence that `frequencies` hold for, where longer ones have others.
-      long: the frequencies of longer sequences (LongRoPE); empty where there are none.
-      ntk: how strongly longer sequences stretch the base of the frequencies (dynamic NTK scaling); 0 means not at all.
+      trained: the longest sequence for which `frequencies` are used, with `long` or `ntk`.
+      long: the frequencies of longer sequences (LongRoPE); empty where they are the same.
+      ntk: factor of dynamic NTK scaling, which slows the frequencies of longer sequences down; 0 means not at all.
     """
 
     frequencies: tuple[float, ...]
@@ -46,15 +49,16 @@ class ModelConfig:
       activation: of the feed-forward network.
       gated: `down(activation(gate(x)) * up(x))` rather than `down(activation(up(x)))`.
       experts, experts_per_token: how many feed-forward networks there are, and how many each token goes through; 0
-        where there is one for all.
+        means one network for all tokens.
       qkv_bias, out_bias, mlp_bias: whether those projections have biases.
       rope: rotary positions; None where there are none.
-      local_rope: those of the layers with a window; None where they are the same.
-      alibi: scores fall linearly with the distance between query and key, by a slope of each head.
-      learned_positions: rows in front of the first position in the table of learned positions; None where there is no
+      local_rope: rotary positions of the layers with a window; None where they are `rope`, too.
+      alibi: scores fall linearly with the distance between query and key, with a slope for each head.
+      learned_positions: the row of position 0 in the table of learned positions (2 in OPT, 0 elsewhere); None where
+        there is no table.
+      token_types: rows of BERT's table of token types, of which the encoder adds the first to every token; 0 means no
         table.
-      token_types: rows of the table of kinds of tokens, of which encoders add the first; 0 means no table.
-      causal: a query sees no keys behind it.
+      causal: a query doesn't see the keys that come after it.
       windows: for each layer, how many of the latest keys a query sees; 0 means all.
       attention_scale: factor of the scores; None means `head_dim ** -0.5`.
       attention_softcap, logit_softcap: `cap * tanh(x / cap)` on scores, and on logits; 0 means none.
@@ -74,15 +78,15 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int = 2048
-    norm: str = "rms"
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     norm_bias: bool = True
-    norm_place: str = "before"
+    norm_place: Literal["before", "after", "around"] = "before"
     final_norm: bool = True
     qk_norm: bool = False
     parallel: bool = False
-    activation: str = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     experts: int = 0
     experts_per_token: int = 0

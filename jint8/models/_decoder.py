@@ -1,4 +1,4 @@
-"""A decoder-only transformer, whose family is a matter of its configuration."""
+"""A decoder-only transformer that runs every family: `ModelConfig` says where they differ."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from jint8._core.qtensor import is_qtensor
+from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._ops.layers import lookup
 from jint8._ops.matmul import matmul
 from jint8.models._attention import Attention, Context, LayerCache, context, mask
@@ -24,7 +25,7 @@ class MLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`, or without the gate `down(activation(up(x)))`."""
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
     @nn.compact
@@ -32,7 +33,7 @@ class MLP(nn.Module):
         """`x[b, s, d]` -> the same shape."""
         c = self.config
         if c.gated:
-            h = gate(Linear(2 * c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="gate_up")(x), c)
+            h = gated(Linear(2 * c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="gate_up")(x), c)
         else:
             h = Linear(c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="up")(x)
             h = ACTIVATIONS[c.activation](h)
@@ -43,7 +44,7 @@ class Experts(nn.Module):
     """Gated feed-forward networks of which each token goes through a few, weighted by a router."""
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, at: Context) -> jax.Array:
@@ -53,19 +54,22 @@ class Experts(nn.Module):
         scores = Linear(c.experts, dtype=self.dtype, name="router")(rows).astype(jnp.float32)
         scores, expert = lax.top_k(scores, k)
         share = jax.nn.softmax(scores, axis=-1)  # (m, k)
-        order = jnp.argsort(expert.reshape(-1))  # rows by expert, each k times
+        # Sort the k copies of each row by expert, so that each expert multiplies one contiguous group of rows.
+        order = jnp.argsort(expert.reshape(-1))
         sizes = jnp.bincount(expert.reshape(-1), length=c.experts).astype(jnp.int32)
         grouped = rows[order // k]
-        h = gate(GroupedLinear(c.experts, 2 * c.intermediate_size, self.dtype, name="gate_up")(grouped, sizes), c)
+        h = gated(GroupedLinear(c.experts, 2 * c.intermediate_size, self.dtype, name="gate_up")(grouped, sizes), c)
         y = GroupedLinear(c.experts, c.hidden_size, self.dtype, name="down")(h, sizes)
+        # Back into the order of the rows, and the weighted sum of each row's k results.
         y = y[jnp.argsort(order)].reshape(-1, k, c.hidden_size)
         return jnp.sum(y * share[..., None], axis=1).astype(x.dtype).reshape(x.shape)
 
 
-def gate(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
+def gated(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
     """`activation(gate) * up` of `gate_up[..., 2 n]` -> `[..., n]`."""
     gate, up = split_gate(gate_up)
-    # in the order of the blocks: XLA's CPU backend would compute the flat one an element at a time
+    # Computed in the shape of the blocks. Without the barrier XLA would do the reshape first, and its CPU backend would
+    # then compute the activation one element at a time.
     h = lax.optimization_barrier(ACTIVATIONS[config.activation](gate) * up)
     return h.reshape(*gate_up.shape[:-1], -1)
 
@@ -77,12 +81,12 @@ class Block(nn.Module):
       config: of the model.
       window: of its attention.
       dtype: of freshly made parameters.
-      mesh: devices that it is divided among.
+      mesh: devices that it is sharded over.
     """
 
     config: ModelConfig
     window: int = 0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
     @nn.compact
@@ -112,16 +116,16 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer of any family in `jint8.models.FAMILIES`.
 
-    Parameters may be float arrays or, for the projections, `QTensor`s; the same code runs either.
+    Parameters may be float arrays or, for projections, embedding and head, `QTensor`s; the same code runs either.
 
     Attributes:
       config: sizes and choices.
       dtype: of activations, and of freshly made parameters.
-      mesh: devices that parameters and cache are divided among, as `partition_specs` says; None is one device.
+      mesh: devices that parameters and cache are sharded over, as `partition_specs` says; None is one device.
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
     def setup(self):
@@ -151,10 +155,10 @@ class Decoder(nn.Module):
           tokens: int `[b, s]`.
           at: where they stand; None means from slot 0, without padding.
           cache: None computes without one.
-          last: only the logits of the last token, `[b, 1, vocab]`.
+          last: compute the logits of the last token only.
 
         Returns:
-          float32 `[b, s, vocab]`, and the cache (None without one).
+          float32 `[b, s, vocab]` (`[b, 1, vocab]` with `last`), and the cache (None without one).
         """
         at = context(tokens) if at is None else at
         x, angles = self.begin(tokens, at)
@@ -166,17 +170,20 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def block(self, i: int) -> Block:
-        """Layer `i`; those of the same kind are equal."""
+        """A module for layer `i`. Those of layers of the same kind compare equal: they share a compiled program."""
         window = self.config.windows[i] if self.config.windows else 0
         return Block(self.config, window, self.dtype, self.mesh, parent=None)
 
     @nn.nowrap
     def is_local(self, i: int) -> bool:
-        """Whether layer `i` sees a window only, and takes the second of `begin`'s angles."""
+        """Whether layer `i` has a window, and so takes the second of the two angles that `begin` returns."""
         return bool(self.config.windows and self.config.windows[i])
 
     def begin(self, tokens: jax.Array, at: Context) -> tuple[jax.Array, tuple[Rotary | None, Rotary | None]]:
-        """What goes into the first layer: `x[b, s, d]`, and rotary angles, also of layers that see a window only."""
+        """The input `x[b, s, d]` of the first layer, and rotary angles: of full layers, and of those with a window.
+
+        `begin`, the layers and `end` make up `__call__`; `jint8._inference.forward` jits each for itself.
+        """
         c = self.config
         x = embed(self.embedding, tokens).astype(self.dtype)
         if c.embedding_scale != 1:
@@ -191,10 +198,10 @@ class Decoder(nn.Module):
         return x, (angles, angles if c.local_rope is None else rotary(at.positions, c.local_rope))
 
     def end(self, x: jax.Array, at: Context, last: bool) -> jax.Array:
-        """Logits of what comes out of the last layer."""
+        """Logits of `x[b, s, d]`, which comes out of the last layer."""
         c = self.config
         if last:
-            x, at = x[:, -1:], at._replace(valid=None)
+            x, at = x[:, -1:], at._replace(valid=None)  # padding is on the left: the last token never is
         if c.final_norm:
             x = self.norm(x)
         x = mask(x, at)
@@ -209,6 +216,6 @@ class Decoder(nn.Module):
         return softcap(logits.astype(jnp.float32), c.logit_softcap)
 
 
-def embed(embedding, tokens: jax.Array) -> jax.Array:
-    """Rows of the embedding; of an int8 one, only those rows are dequantized."""
-    return lookup(embedding, tokens) if is_qtensor(embedding) else jnp.take(embedding, tokens, axis=0)
+def embed(embedding: jax.Array | QTensor, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding for `tokens`. Of an int8 embedding only those rows are dequantized."""
+    return lookup(embedding, tokens) if isinstance(embedding, QTensor) else jnp.take(embedding, tokens, axis=0)

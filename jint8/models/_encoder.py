@@ -1,12 +1,11 @@
-"""A transformer that sees a text from both sides: hidden features instead of the next token."""
+"""A bidirectional transformer (BERT): features of each token instead of logits of the next one."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jint8.models._attention import Context, context, mask
 from jint8.models._config import ModelConfig
@@ -23,7 +22,7 @@ class Encoder(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, at: Context | None = None) -> jax.Array:

@@ -1,9 +1,10 @@
-"""Projections that share their input, as one product: where the rows of each lie in its weight.
+"""Projections that share their input are one product: where the rows of each lie in the fused weight.
 
-Devices that divide such a weight by rows then hold what belongs together, and a layer needs no exchange between them:
+Stacked above each other, the rows of a query and of its key would be far apart, and a weight that is sharded by rows
+would have them on different devices. So the rows are interleaved in such a way that a shard is complete in itself:
 
-- `qkv`: for each key-value head its query heads, its key and its value, which attend to each other alone;
-- `gate_up`: in blocks, of which each has its rows of the gate and then those of the other factor.
+- `qkv`: for each key-value head its query heads, its key and its value; heads attend to nothing else;
+- `gate_up`: in blocks, of which each has some rows of the gate and then the same rows of the factor that it multiplies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from jint8.models._config import ModelConfig
 
-MOST_BLOCKS = 16  # devices that one layer is divided among are rarely more
+MOST_BLOCKS = 16  # layers are rarely sharded over more devices
 
 
 def split_heads(qkv: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -36,15 +37,15 @@ def split_gate(gate_up: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def gate_blocks(n: int) -> int:
-    """How many blocks the two factors of `n` hidden features alternate in: the largest power of two up to 16 in `n`."""
+    """How many blocks the rows of gate and up are interleaved in, for `n` features: `gcd(n, 16)`."""
     return math.gcd(n, MOST_BLOCKS)
 
 
 def row_order(module: str, config: ModelConfig) -> np.ndarray | None:
-    """For each row of a module's weight, the row that it is of its projections stacked above each other.
+    """The order of rows of a fused weight: `fused = stacked[order]`, with `stacked` the projections above each other.
 
     Args:
-      module: such as `"attention/qkv"`. With experts, the projections of each are stacked above those of the next.
+      module: such as `"attention/qkv"`. With experts, both projections of one are stacked above those of the next one.
       config: of the model.
 
     Returns:
@@ -59,19 +60,21 @@ def row_order(module: str, config: ModelConfig) -> np.ndarray | None:
 
 @functools.cache
 def _heads(heads: int, kv_heads: int, head_dim: int) -> np.ndarray:
+    """For `qkv`: one block for each key-value head."""
     return _alternate([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], kv_heads)
 
 
 @functools.cache
 def _gates(size: int, experts: int) -> np.ndarray:
+    """For `gate_up`: the order of one expert, repeated for each."""
     order = _alternate([size, size], gate_blocks(size))
     return (np.arange(experts)[:, None] * len(order) + order).reshape(-1)
 
 
 def _alternate(sizes: list[int], blocks: int) -> np.ndarray:
-    """Rows of stacked parts in `blocks`, of which each has its share of every part."""
+    """The order that interleaves stacked parts of `sizes` rows in `blocks`: each has an equal share of every part."""
     starts = np.cumsum([0, *sizes[:-1]])
     rows = [start + np.arange(size).reshape(blocks, -1) for start, size in zip(starts, sizes, strict=True)]
     order = np.concatenate(rows, axis=1).reshape(-1)
-    order.flags.writeable = False
+    order.flags.writeable = False  # cached, and shared by all callers
     return order

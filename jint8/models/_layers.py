@@ -1,25 +1,26 @@
-"""Layers of the decoder. Their weights are `[n, k]`, float or `QTensor`: the tree decides what runs."""
+"""Layers of the decoder. Weights are `[n, k]`; one that is a `QTensor` is multiplied in int8, a float one in floats."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jint8._core.qtensor import is_qtensor
-from jint8._ops.matmul import sharded_matmul, matmul
+from jint8._ops.matmul import matmul, sharded_matmul
 from jint8._ops.ragged_dot import ragged_dot
-from jint8.models._config import ModelConfig
+from jint8.models._config import Activation, ModelConfig
 from jint8.models._partition import model_axis
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -30,19 +31,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Linear(nn.Module):
     """`x @ weight.T + bias`, in int8 where the weight is a `QTensor`.
 
-    Where an adapter has put `lora_a` and `lora_b` beside it, plus `x @ lora_a.T @ lora_b.T`.
+    Where a LoRA adapter has added `lora_a` and `lora_b` to the layer's parameters, plus `x @ lora_a.T @ lora_b.T`.
 
     Attributes:
       features: n.
       use_bias: whether there is a bias.
       dtype: of freshly made parameters.
-      mesh: devices that the weight is divided among; see `partition_specs`.
-      row_parallel: whether that is by its contracted features, rather than by its output channels.
+      mesh: devices that the weight is sharded over; see `partition_specs`.
+      row_parallel: sharded by the contracted features k, not by the output channels n.
     """
 
     features: int
     use_bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
     row_parallel: bool = False
 
@@ -64,8 +65,11 @@ class Linear(nn.Module):
         return y
 
 
-def implementation(mesh: Mesh | None) -> str | None:
-    """Of products on a mesh: the GPU kernels know one device, and XLA would send them all weights."""
+def implementation(mesh: Mesh | None) -> Literal["xla"] | None:
+    """The `implementation` of products on a mesh: XLA's.
+
+    The GPU kernels run on one device: XLA can't partition them, and would gather the whole weight on each device.
+    """
     return None if mesh is None else "xla"
 
 
@@ -73,7 +77,7 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Float `x[..., k] @ weight[n, k].T`, in `x.dtype`."""
     weight = weight.astype(x.dtype)
     if x.size == x.shape[-1]:
-        # as matrix times vector: XLA's CPU backend is up to 20 times slower with the single row on the left
+        # One row: as matrix times vector, because XLA's CPU backend is up to 20 times slower with the row on the left.
         return jnp.matmul(weight, x.reshape(-1)).reshape(*x.shape[:-1], -1)
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
@@ -89,14 +93,14 @@ class GroupedLinear(nn.Module):
 
     experts: int
     features: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """`x[m, k]`, of which expert e has `group_sizes[e]` rows -> `[m, features]`."""
         init = nn.initializers.lecun_normal(in_axis=2, out_axis=1, batch_axis=0)
         weight = self.param("weight", init, (self.experts, self.features, x.shape[-1]), self.dtype)
-        if is_qtensor(weight):  # [e, n, k] stands for [e, k, n] here
+        if is_qtensor(weight):  # ragged_dot takes [e, k, n]: the same values with another declared order of axes
             return ragged_dot(x, dataclasses.replace(weight, order=(1, 0), stack=(0,)), group_sizes)
         return lax.ragged_dot(x, weight.astype(x.dtype).swapaxes(1, 2), group_sizes)
 
@@ -109,7 +113,7 @@ class Norm(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Tensor parallelism for our decoders: which axis of each parameter is divided among devices."""
+"""Tensor parallelism for the decoder: which axis of each parameter is sharded over a mesh."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ ROW_PARALLEL = ("out", "down")
 def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
     """`PartitionSpec`s of a decoder's parameters, for `jint8.shardings`.
 
-    The products into heads and hidden features are divided by output channels, those out of them by contracted
+    The projections into heads and hidden features are sharded by output channels, those out of them by contracted
     features (Shoeybi et al., 2019, arXiv 1909.08053, section 3), the embedding and the output head by vocabulary.
-    Norms and what is small stay whole; so does a vocabulary that the devices don't divide.
+    Norms and other small parameters are replicated; so is a vocabulary that the number of devices doesn't divide.
 
-    The rows of a decoder's fused products are ordered so that a device has whole groups of heads, and of each factor of
-    the feed-forward network the same features: between the two products of an attention or a feed-forward network
-    nothing is exchanged, after them a sum. Where the devices don't divide the key-value heads (or, of the blocks that
-    hidden features lie in, the largest power of two up to 16 in their number), results are the same, but XLA moves
-    activations, and each device has the cache of all heads.
+    The rows of a decoder's fused projections are ordered so that a device has whole groups of heads, and the same
+    features of both factors of the feed-forward network: the only communication is one sum over devices after each
+    attention and each feed-forward network. Where the number of devices doesn't divide the key-value heads, or
+    `gcd(intermediate_size, 16)`, results are the same, but XLA reshards activations, and with such heads each device
+    has the cache of all of them.
 
     Args:
       params: of a `Decoder`, float or quantized, also abstract.
       mesh: of devices.
-      axis: of the mesh, over which the model is divided. None means `"model"`, or the mesh's only axis.
+      axis: of the mesh, over which the model is sharded. None means `"model"`, or the mesh's only axis.
 
     Returns:
       A tree of `params`' structure, with a spec for each `QTensor`.
@@ -49,7 +49,7 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
 
     def spec(path, leaf):
         *_, layer, name = "", *path_string(path).split("/")
-        stacked = (None,) * (len(leaf.shape) - 2)  # experts
+        stacked = (None,) * (len(leaf.shape) - 2)  # the axis of experts, which every device has all of
         if name == "embedding" or layer == "lm_head":
             return PartitionSpec(axis) if leaf.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
         if layer in COLUMN_PARALLEL and name != "lora_a":
@@ -62,7 +62,7 @@ def partition_specs(params: Any, mesh: Mesh, axis: str | None = None) -> Any:
 
 
 def model_axis(mesh: Mesh, axis: str | None = None) -> str:
-    """The axis of the mesh over which a model is divided. Raises ValueError where there is none."""
+    """The axis of the mesh over which a model is sharded. Raises ValueError where there is none."""
     if axis is None:
         axis = "model" if "model" in mesh.shape or len(mesh.shape) != 1 else next(iter(mesh.shape))
     if axis not in mesh.shape:
@@ -71,12 +71,12 @@ def model_axis(mesh: Mesh, axis: str | None = None) -> str:
 
 
 def batch_axis(mesh: Mesh | None, batch: int) -> str | None:
-    """The axis of the mesh over which a batch is divided: `"data"`, where there is one that divides it."""
+    """The axis of the mesh over which a batch is sharded: `"data"`. None where the mesh has none that divides it."""
     if mesh is None or "data" not in mesh.shape or model_axis(mesh) == "data" or batch % mesh.shape["data"]:
         return None
     return "data"
 
 
 def heads_axis(mesh: Mesh, heads: int) -> str | None:
-    """The axis of the mesh over which key-value heads are divided, as the weights are; None where that doesn't go."""
+    """The axis of the mesh over which key-value heads are sharded, as weights are; None if it doesn't divide them."""
     return None if heads % mesh.shape[model_axis(mesh)] else model_axis(mesh)

@@ -13,9 +13,12 @@ from jint8.models._config import Rope
 
 
 class Rotary(NamedTuple):
-    """Sines and cosines of rotary positions, float32 `[b, s, 1, 1, d]`: the two halves of `d` are the pairs."""
+    """Sines and cosines of rotary positions, float32 `[b, s, 1, 1, d]`: entry i of each half is pair i.
 
-    sin: jax.Array  # with the sign that its half is multiplied by
+    `(x1, x2)` becomes `(x1 cos - x2 sin, x2 cos + x1 sin)`, which is `x * cos + swapped(x) * sin`.
+    """
+
+    sin: jax.Array  # negative in the first half
     cos: jax.Array
 
 
@@ -26,24 +29,25 @@ def rotary(positions: jax.Array, rope: Rope) -> Rotary:
     if rope.scale != 1:
         sin, cos = sin * rope.scale, cos * rope.scale
     table = Rotary(jnp.concatenate([-sin, sin], axis=-1), jnp.concatenate([cos, cos], axis=-1))
-    return lax.optimization_barrier(table)  # or XLA computes them again in every layer
+    return lax.optimization_barrier(table)  # without it XLA fuses sines and cosines into every layer, and repeats them
 
 
-def _frequencies(positions: jax.Array, rope: Rope):
-    """Those of each row's length so far."""
+def _frequencies(positions: jax.Array, rope: Rope) -> jax.Array | np.ndarray:
+    """Frequencies `[half]`, or `[b, 1, 1, 1, half]` where they depend on the length of each row so far."""
     frequencies = np.asarray(rope.frequencies, np.float32)
     if not rope.long and not rope.ntk:
         return frequencies
     length = (jnp.max(positions, axis=1) + 1)[:, None, None, None, None]
     if rope.long:
         return jnp.where(length > rope.trained, np.asarray(rope.long, np.float32), frequencies)
-    # with base * stretch ** (d / (d - 2)) the slowest pair turns `stretch` times slower, the fastest as before
+    # Dynamic NTK scaling replaces the base by base * stretch ** (d / (d - 2)), which divides frequency i by
+    # stretch ** (i / (half - 1)): not at all for the fastest, by `stretch` for the slowest.
     stretch = rope.ntk * jnp.maximum(length, rope.trained) / rope.trained - (rope.ntk - 1)
     return frequencies * stretch ** -np.linspace(0, 1, len(frequencies), dtype=np.float32)
 
 
 def rotate(x: jax.Array, at: Rotary) -> jax.Array:
-    """Rotary positions on `x[b, s, kv_heads, group, d]`, or on its first dimensions where `at` has fewer."""
+    """`x[b, s, kv_heads, group, d]` rotated; where `at` has fewer than `d` entries, only the first dimensions are."""
     rotated = at.cos.shape[-1]
     if rotated < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :rotated], at), x[..., rotated:]], axis=-1)

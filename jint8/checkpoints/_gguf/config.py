@@ -44,7 +44,7 @@ def config_from_metadata(
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"{arch}.{key}", default)
 
-    def positive(key: str, default: int | None = None) -> int | float:
+    def positive(key: str, default: int | None = None) -> Any:
         value = get(key, default)
         if value is None:
             raise ValueError(f"{path}: Expected the metadata {arch}.{key}, got none")

@@ -49,7 +49,7 @@ FAMILIES = {
             "layers/mlp_norm": f"{_LAYER}output.LayerNorm",
             "lm_head": "cls.predictions.decoder",
         },
-        # features come from the last layer: neither the pooler on its first token nor the head of the training is used
+        # Features are those of the last layer: the pooler and the head that training uses aren't needed.
         unused=("*embeddings.position_ids", "*pooler.*", "cls.*"),
     ),
 }

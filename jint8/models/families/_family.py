@@ -1,4 +1,4 @@
-"""What a family is: how its configuration reads, and how its tensors are called."""
+"""What a family is: how its configuration reads, and what its tensors are called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from jint8.models._config import ModelConfig
 from jint8.models.families._fields import Fields
 
+# How a checkpoint stores a weight, where that isn't as rows `[n, k]` of the projections above each other.
 COLUMNS, HEADS = "columns", "heads"
 
 
@@ -17,9 +18,10 @@ class Family:
 
     Attributes:
       config: from the content of `config.json` to a `ModelConfig`.
-      modules: from our module, or parameter, to their modules, whose tensors are stacked above each other. `{i}` stands
-        for the number of a layer, `{e}` for that of each expert in turn.
-      prefixes: what may stand in front of all names but the output head's, the usual one first.
+      modules: from a module (or parameter) of `Decoder` to the checkpoint's modules, whose tensors, stacked above each
+        other, make it up. `{i}` stands for the number of a layer, `{e}` for that of each expert in turn.
+      prefixes: what may stand in front of all names but the output head's: checkpoints of the model without its head
+        lack it. The usual one first.
       layouts: of modules whose weights aren't stored as rows `[n, k]`, queries above keys above values, the gate above
         the other factor: `COLUMNS` is `[k, n]`; `HEADS` has each head's query, key and value rows next to each other,
         as the decoder has them.

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jint8.models._config import Rope
+from jint8.models._config import Activation, Rope
 
 Fields = Mapping[str, Any]
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
@@ -36,8 +36,8 @@ def number(config: Fields, key: str, default: float | None = None) -> float:
     return float(value)
 
 
-def activation(config: Fields, key: str, default: str) -> str:
-    """The name of an activation function, as `jint8.models` has it."""
+def activation(config: Fields, key: str, default: str) -> Activation:
+    """The name of an activation function, as `ModelConfig` has it. Raises ValueError for one that isn't supported."""
     name = config.get(key) or default
     if name not in _ACTIVATIONS:
         raise ValueError(f"Expected {key} to be one of {', '.join(_ACTIVATIONS)}, got {name!r}.")
@@ -45,14 +45,23 @@ def activation(config: Fields, key: str, default: str) -> str:
 
 
 def refuse(config: Fields, **expected: Any) -> None:
-    """Raises ValueError for an option with another value than the one that is supported, where it is given."""
+    """Raises ValueError where the configuration gives an option another value than the one that is supported."""
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise ValueError(f"Expected {key} to be {value!r}, got {config[key]!r}.")
 
 
 def heads(config: Fields, *, hidden: str = "hidden_size", count: str = "num_attention_heads") -> dict[str, Any]:
-    """`hidden_size`, `num_heads`, `num_kv_heads` and `head_dim`. Raises ValueError where they don't divide."""
+    """`hidden_size`, `num_heads`, `num_kv_heads` and `head_dim` of a `ModelConfig`.
+
+    Args:
+      config: the configuration.
+      hidden: its key for the width.
+      count: its key for the number of heads.
+
+    Raises:
+      ValueError: one is missing or impossible, or they don't divide each other.
+    """
     width, n = size(config, hidden), size(config, count)
     kv = size(config, "num_key_value_heads", n)
     if n % kv:
@@ -68,7 +77,16 @@ def heads(config: Fields, *, hidden: str = "hidden_size", count: str = "num_atte
 
 
 def layer_windows(config: Fields, layers: int, slides: list[bool]) -> tuple[int, ...]:
-    """The window of each layer. `slides`: which layers have one where `layer_types` doesn't say so."""
+    """The window of each layer, for `ModelConfig.windows`.
+
+    Args:
+      config: the configuration.
+      layers: how many there are.
+      slides: which of them have a window, where the configuration's `layer_types` doesn't say so.
+
+    Raises:
+      ValueError: another number or kind of layers in `layer_types`, or an impossible `sliding_window`.
+    """
     if config.get("sliding_window") is None:
         return ()
     types = config.get("layer_types")
@@ -80,7 +98,11 @@ def layer_windows(config: Fields, layers: int, slides: list[bool]) -> tuple[int,
 
 
 def rope_fields(config: Fields, layer_type: str | None = None) -> dict[str, Any]:
-    """The fields that describe rotary positions, which transformers 5 has in `rope_parameters`, 4 in several places."""
+    """The fields that describe rotary positions, as one dict.
+
+    transformers 5 writes `rope_parameters` (one for each type of layers where these differ: `layer_type`); transformers
+    4 wrote `rope_scaling` and keys at the top level, which are taken where the new ones are missing.
+    """
     new: dict[str, Any] = dict(config.get("rope_parameters") or {})
     new = new.get(layer_type, new) if layer_type else new
     old = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
@@ -95,7 +117,8 @@ def rope(fields: Fields, head_dim: int, max_positions: int, original: int | None
       fields: `rope_theta`, `partial_rotary_factor`, `rope_type` and what that takes.
       head_dim: of attention.
       max_positions: `max_position_embeddings`.
-      original: `original_max_position_embeddings`, where the fields don't have it.
+      original: the length that the model was first trained for, before its context was extended; used where the fields
+        have no `original_max_position_embeddings`. None means `max_positions`.
 
     Returns:
       What `ModelConfig.rope` takes.
@@ -130,7 +153,7 @@ def _dynamic(fields: Fields, frequencies: np.ndarray, theta: float, longest: int
 
 
 def _llama3(fields: Fields, frequencies: np.ndarray, theta: float, longest: int, original: int) -> Rope:
-    """Slow pairs turn `factor` times slower, fast ones as before, those in between a mean of both."""
+    """Slow pairs turn `factor` times slower, fast ones as before, those in between by a weighted mean of both."""
     turns = original * frequencies / (2 * math.pi)  # in the original context
     low, high = number(fields, "low_freq_factor"), number(fields, "high_freq_factor")
     keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -138,16 +161,16 @@ def _llama3(fields: Fields, frequencies: np.ndarray, theta: float, longest: int,
 
 
 def _yarn(fields: Fields, frequencies: np.ndarray, theta: float, longest: int, original: int) -> Rope:
-    """As `_llama3`, with a ramp that is linear in the index of the pair; and sharper attention."""
+    """As `_llama3`, but the weights of the mean are linear in the index of the pair; and scores are scaled up."""
     factor, half = number(fields, "factor"), len(frequencies)
 
-    def pair(turns: float) -> float:  # the index whose frequency turns so often in the original context
+    def pair(turns: float) -> float:  # the (fractional) index of the pair that turns so often in the original context
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
     first, last = pair(number(fields, "beta_fast", 32)), pair(number(fields, "beta_slow", 1))
     if fields.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * half - 1)
+    first, last = max(first, 0), min(last, 2 * half - 1)  # clipped to d - 1, not half - 1, as in the authors' code
     slow = np.clip((np.arange(half) - first) / max(last - first, 1e-3), 0, 1)
     frequencies = frequencies * (1 - slow + slow / factor)
     scale = number(fields, "attention_factor", _yarn_scale(fields, factor))
@@ -155,6 +178,8 @@ def _yarn(fields: Fields, frequencies: np.ndarray, theta: float, longest: int, o
 
 
 def _yarn_scale(fields: Fields, factor: float) -> float:
+    """The factor of sines and cosines where the configuration gives no `attention_factor`."""
+
     def sharper(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
@@ -164,7 +189,7 @@ def _yarn_scale(fields: Fields, factor: float) -> float:
 
 
 def _longrope(fields: Fields, frequencies: np.ndarray, theta: float, longest: int, original: int) -> Rope:
-    """Each pair has a divisor of its own, one for sequences up to the original length and one for longer ones."""
+    """Each pair has two divisors of its frequency: for sequences up to the original length, and for longer ones."""
     divided = []
     for key in ("short_factor", "long_factor"):
         factors = fields.get(key)

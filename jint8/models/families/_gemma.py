@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms around both halves of a layer, gains stored as their difference from 1, scaled embeddings."""
+"""Gemma 2 and 3: norms before and after attention and feed-forward, gains stored minus 1, scaled embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jint8.models.families._family import Family
 from jint8.models.families._fields import Fields, activation, heads, layer_windows, number, rope, rope_fields, size
 from jint8.models.families._llama import MODULES, UNUSED, llama_config
 
-# A multimodal checkpoint's config.json leaves out what has these values.
+# The config.json of a multimodal checkpoint leaves out keys that have the default value of transformers: these.
 _GEMMA3_DEFAULTS = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 
 

@@ -1,4 +1,4 @@
-"""Tensors as checkpoints have them, and the rows of the parameters that they make up."""
+"""Which tensors of a checkpoint make up a parameter, and how to split the parameter into them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Source(NamedTuple):
     Attributes:
       tensors: their names; stacked above each other they have the parameter's rows.
       transposed: stored as `[k, n]`.
-      order: for each row of the parameter, which of the stacked rows it is; None where the order is the same.
+      order: `parameter = stacked[order]`, by rows; None where the order is the same.
     """
 
     tensors: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""OPT: learned positions behind two unused rows; the 350M model projects embeddings and has its norms afterwards."""
+"""OPT: learned positions from row 2 of the table on. OPT-350M projects embeddings and has norms after residuals."""
 
 from __future__ import annotations
 

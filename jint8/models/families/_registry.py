@@ -1,4 +1,4 @@
-"""From a `model_type` to its family, and from parameters to the tensors that they are made of."""
+"""Finds the families: from a `model_type` to its `Family`, and from parameters to the tensors that make them up."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def family(config: ModelConfig) -> Family:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the language model alone, where a `config.json` describes a model that also sees images."""
+    """The configuration of the language model alone, where `config.json` is that of a multimodal model (Gemma 3)."""
     if config.get("model_type") == "gemma3":
         return {**(config.get("text_config") or {}), "model_type": "gemma3_text"}
     return dict(config)
@@ -114,9 +114,9 @@ def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str])
     found = {}
     for path in paths:
         module, _, leaf = path.rpartition("/")
-        if not module:  # a table, which has no module around it
+        if not module:  # a table, such as "embedding", is a parameter of the model itself
             module, leaf = leaf, "weight"
-        leaf = "weight" if leaf == "scale" else leaf
+        leaf = "weight" if leaf == "scale" else leaf  # PyTorch's name for the gain of a norm
         layer = re.match(r"layers_(\d+)/", module)
         module = re.sub(r"^layers_\d+/", "layers/", module)
         theirs = own.modules[module]
@@ -124,6 +124,7 @@ def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str])
         experts = range(config.experts) if "{e}" in theirs[0] else range(1)
         start = "" if module == HEAD else prefix
         names = tuple(f"{start}{name.format(i=layer and layer[1], e=e)}.{leaf}" for e in experts for name in theirs)
+        # HEADS is the decoder's own order of rows (see `_fused.py`), so that these aren't reordered.
         layout = own.layouts.get(module)
         transposed = layout == COLUMNS and leaf == "weight"
         found[path] = Source(names, transposed, None if layout == HEADS else row_order(module, config))
@@ -131,7 +132,7 @@ def sources(config: ModelConfig, paths: Iterable[str], tensors: Collection[str])
 
 
 def ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor of a checkpoint may be left unread: buffers, and the copy of a tied head."""
+    """Whether a tensor of a checkpoint may be left unread: a buffer, or an output head tied to the embedding."""
     own = family(config)
     tied = config.tie_embeddings and name == f"{own.modules[HEAD]}.weight"
     return tied or any(fnmatchcase(name, pattern) for pattern in own.unused)
