@@ -1,3 +1,5 @@
+"""Chat templates render as in transformers."""
+
 import pytest
 
 from jint8.checkpoints._tokenizer.chat import render_chat

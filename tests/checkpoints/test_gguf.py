@@ -1,3 +1,5 @@
+"""GGUF files that the gguf package wrote: values of every type, names, configurations."""
+
 import ml_dtypes
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""Damaged and unsupported GGUF files give errors that name the file, the key or the tensor."""
+
 import struct
 import sys
 

@@ -1,3 +1,5 @@
+"""Hugging Face directories: tensors from one file or many, and damaged ones."""
+
 import json
 import struct
 

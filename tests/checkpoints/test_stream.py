@@ -1,3 +1,5 @@
+"""Pieces of streamed text add up to the text, and characters are never cut."""
+
 import itertools
 
 import numpy as np

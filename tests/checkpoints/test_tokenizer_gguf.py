@@ -1,3 +1,5 @@
+"""Tokenizers of GGUF files against the same ones made by the tokenizers package."""
+
 import itertools
 import json
 import unicodedata

@@ -1,3 +1,5 @@
+"""Tokenizers of Hugging Face directories."""
+
 import json
 
 import numpy as np

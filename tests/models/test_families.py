@@ -11,7 +11,8 @@ import pytest
 from family_files import DIRECTORY, NAMES, config, expected
 
 import jint8
-from jint8.models import FAMILIES, _attention, context, make_cache
+from jint8.models import FAMILIES, _attention, context, make_cache, model_config
+from jint8.models.families import _opt, _registry
 
 # their rotary positions depend on the length of the sequence, which differs from call to call
 BY_LENGTH = ["llama_dynamic", "phi3_longrope"]
@@ -30,6 +31,17 @@ def logits(model, tokens):
 def test_every_family_has_a_fixture():
     kinds = {config(name)["model_type"] for name in NAMES}
     assert kinds == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_names_its_family(name):
+    assert model_config(config(name)).family == config(name)["model_type"]
+
+
+def test_a_family_in_two_files(monkeypatch):
+    monkeypatch.setitem(_opt.FAMILIES, "llama", _opt.FAMILIES["opt"])
+    with pytest.raises(ValueError, match="each model_type in one file, got llama again in _opt"):
+        _registry._find_families()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LENGTH])
