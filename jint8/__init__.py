@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jint8._core import static_fields as _static  # noqa: F401 (registers QTensor with jax.export)
 from jint8._core.config import SCHEMES as SCHEMES
 from jint8._core.config import Config as Config
+from jint8._core.config import Scheme as Scheme
 from jint8._core.qtensor import QTensor as QTensor
 from jint8._core.qtensor import dequantize as dequantize
 from jint8._core.quantize import quantize as quantize
@@ -29,6 +30,7 @@ from jint8._trees.sharding import shardings as shardings
 from jint8.analysis._calibrate import calibrate as calibrate
 
 if TYPE_CHECKING:
+    from jint8._inference.evaluate import evaluate as evaluate
     from jint8._inference.language_model import LanguageModel as LanguageModel
     from jint8._inference.load import load as load
     from jint8._inference.load import load_encoder as load_encoder
@@ -51,6 +53,7 @@ _LAZY = {
     "LanguageModel": "jint8._inference.language_model",
     "TextEncoder": "jint8._inference.text_encoder",
     "apply": "jint8.linen",
+    "evaluate": "jint8._inference.evaluate",
     "load": "jint8._inference.load",
     "load_encoder": "jint8._inference.load",
     "save": "jint8._inference.save",

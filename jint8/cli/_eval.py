@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from jint8 import memory_report
-    from jint8._inference.evaluate import evaluate
+    from jint8 import evaluate, memory_report
     from jint8._trees.memory import projection_bytes
 
     config = _common.quant_config(args)
