@@ -1,4 +1,17 @@
-"""Pallas GPU kernels for LLM.int8(): plain arrays in, plain arrays out."""
+"""Pallas GPU kernels for LLM.int8(): an int8 matrix product that keeps outliers precise. Plain arrays in and out.
+
+The package imports jax and numpy and nothing else, never `jint8`: weights come as int8 arrays with float32 scales.
+
+Where to start reading: `llm_int8_matmul` in `matmul.py` is the whole product. It calls, in this order,
+
+- for few rows (decoding): `few_rows.py`, one kernel that quantizes x and one that multiplies;
+- for many rows: `outliers.py` finds the outlier columns, `quantize_rows.py` quantizes x and gathers those columns,
+  `many_rows_triton.py` or, on Hopper, `many_rows_mosaic.py` multiplies.
+
+`_numerics.py` has the arithmetic that the kernels share, `_triton.py` and `_mosaic.py` all that depends on the version
+of JAX. `chips.py` and `configs.py` hold the tile sizes and what limits them. `nogpu.py` (compile without a GPU) and
+`tune.py` are tools for working on the kernels.
+"""
 
 from pallas_kernels.chips import CHIPS as CHIPS
 from pallas_kernels.chips import Chip as Chip

@@ -1,4 +1,8 @@
-"""Where the versions of JAX differ in Mosaic GPU."""
+"""Where the supported versions of JAX differ in Mosaic GPU, an unstable interface (`jax.experimental`).
+
+Mosaic GPU is Pallas's way to Hopper's TMA copies and wgmma. Only `many_rows_mosaic.py` uses it; what its versions name
+differently is here. Checked on JAX 0.10.2, 0.11.2 and 0.12.0.1 by compiling; 0.10.2 has no interpret mode.
+"""
 
 import inspect
 from typing import Any
@@ -6,28 +10,37 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# 0.10.2 has load(ref, idx, ...), transposes through a function and interprets nothing.
+# JAX 0.10.2 and 0.11.2 have load(ref, idx, ...) and transpose_ref; 0.12 has load(ref, ...) and ref.T.
 _INDEXED_LOAD = "idx" in inspect.signature(plgpu.load).parameters
+
+# From JAX 0.11 on, Mosaic kernels can be interpreted on a CPU.
 CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
 
 
 def load(ref, layout) -> jax.Array:
-    """All of a reference to device memory, in registers."""
-    loader: Any = plgpu.load
+    """Loads all of a reference to device memory into registers, distributed over the threads as the layout says.
+
+    `optimized=False` permits loads that don't coalesce: the layout follows wgmma's accumulators, not the memory.
+    """
+    loader: Any = plgpu.load  # its signature is another one from version to version
     args = (ref, ()) if _INDEXED_LOAD else (ref,)
     return loader(*args, layout=layout, optimized=False)
 
 
 def transposed(ref):
-    """A reference to shared memory with its two dimensions exchanged."""
+    """A reference to shared memory with its two dimensions exchanged; nothing is moved."""
     return plgpu.transpose_ref(ref, (1, 0)) if _INDEXED_LOAD else ref.T
 
 
 def interpret_arguments(interpret: bool) -> dict[str, Any]:
-    """What `plgpu.kernel` takes to be interpreted."""
+    """The keyword arguments that make `plgpu.kernel` interpret a kernel.
+
+    Raises:
+      NotImplementedError: this version of JAX can't.
+    """
     if not interpret:
         return {}
     if not CAN_INTERPRET:
         raise NotImplementedError(f"Expected JAX 0.11 or later to interpret a Mosaic kernel, got {jax.__version__}")
-    params: Any = plgpu
-    return {"interpret": params.InterpretGPUParams()}
+    newer: Any = plgpu  # type checkers may see a JAX without the name
+    return {"interpret": newer.InterpretGPUParams()}

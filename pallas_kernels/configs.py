@@ -1,29 +1,41 @@
-"""Tiles: what they mean, which of them fit a chip, and the table of defaults per chip and shape class."""
+"""Tile configs: what each parameter means, which configs fit a chip, and the table of defaults per chip and shape.
+
+A kernel works off the result in tiles, and a config says how large they are and how the work on one is organised. The
+limits below were read from compiled kernels. The defaults in `configs.json` were chosen by them, not by timing.
+"""
 
 import functools
 import json
 from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels._numerics import K_EXACT
 from pallas_kernels.chips import Chip
 
-# A thread has 255 registers; addresses, masks and what the pipeline keeps take about this many.
+Backend = Literal["triton", "mosaic"]
+
+# A thread has at most 255 registers. Accumulators may take all but these, which are left for addresses, masks and
+# operands; an estimate, which tests/kernels/test_compile.py holds against what the compiler does.
+_REGISTERS = 255
 _OTHER_REGISTERS = 56
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewRowsConfig:
-    """Tile of `int8_matmul_few_rows`.
+    """Tile of `int8_matmul_few_rows`. All rows are one tile; it varies over channels and k.
 
-    bn: output channels per program. Small, so that every multiprocessor reads its share of the weights.
-    bk: bytes of one weight row per step. 256 are 16 threads of a coalesced 16-byte load each.
-    splits: parts of k, for n too small to fill the chip; more than 1 costs a second kernel. `pick_config` sets it by
-      shape.
-    num_warps, num_stages: stages are the loads in flight that hide the memory's latency.
+    Attributes:
+      bn: output channels per program. Small, so that there are programs for every multiprocessor to read its share of
+        the weights.
+      bk: bytes of a weight row per step. 256 are 16 threads of a coalesced 16-byte load each.
+      splits: parts of k, for n too small to fill the chip; more than 1 costs a second kernel that adds them.
+        `pick_config` sets it by shape.
+      num_warps: warps (of 32 threads) per program, which share a tile.
+      num_stages: steps whose loads are in flight at the same time, to hide the memory's latency.
     """
 
     kind: ClassVar[str] = "few_rows"
@@ -34,27 +46,31 @@ class FewRowsConfig:
     num_stages: int = 4
 
     def shared_bytes(self) -> int:
-        """Both operands of every stage in flight, for 64 stacked rows."""
+        """An upper bound of the shared memory: both operands of every stage, for 64 stacked rows."""
         return (64 + self.bn) * self.bk * self.num_stages
 
     def accumulators(self) -> int:
-        """Registers per thread: int32 sums and the float32 that they become."""
+        """Registers per thread for 64 stacked rows: the int32 sums, and the float32 values that they become."""
         return 2 * 64 * self.bn // (32 * self.num_warps)
 
     def sizes(self) -> tuple[int, ...]:
-        """Dimensions of blocks: powers of two of at least 16, as tensor cores take them."""
+        """Dimensions of the blocks that are multiplied."""
         return self.bn, self.bk
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonConfig:
-    """Tile of the mixed product in Triton.
+    """Tile of the product for many rows in Triton.
 
-    bm, bn: rows and output channels per program: each operand byte is used bn or bm times.
-    bk: depth of a step in bytes; 128 is a full line of the memory and four int8 tensor-core steps.
-    panels: parts of bn with accumulators of their own. The outlier part holds one panel beside the sum, so that two
-      panels let a tile of 128 by 256 fit the registers.
-    group: tiles of rows that run together, for reuse of weights in the L2.
+    Attributes:
+      bm: rows per program; a weight that was loaded is used for so many.
+      bn: output channels per program; a value of x that was loaded is used for so many.
+      bk: depth of a step in bytes. 128 are a cache line, and four tensor-core instructions of 32.
+      panels: parts of bn that are accumulated one after the other in the outlier part, which needs int32 sums beside
+        the float32 totals. With two, a tile of 128 by 256 fits the registers.
+      group: tiles of rows whose programs run together, so that they share weights in the L2 cache.
+      num_warps: warps (of 32 threads) per program, which share a tile.
+      num_stages: steps whose loads are in flight at the same time, to hide the memory's latency.
     """
 
     kind: ClassVar[str] = "triton"
@@ -67,27 +83,29 @@ class TritonConfig:
     num_stages: int = 3
 
     def shared_bytes(self) -> int:
-        """Both operands of every stage in flight."""
+        """An upper bound of the shared memory: both operands of every stage."""
         return (self.bm + self.bn) * self.bk * self.num_stages
 
     def accumulators(self) -> int:
-        """Registers per thread: the float32 sum, and int32 for one panel."""
+        """Registers per thread: the float32 totals, and int32 sums for one panel."""
         return self.bm * (self.bn + self.bn // self.panels) // (32 * self.num_warps)
 
     def sizes(self) -> tuple[int, ...]:
-        """Dimensions of blocks: powers of two of at least 16, as tensor cores take them."""
+        """Dimensions of the blocks that are multiplied."""
         return self.bm, self.bn // self.panels, self.bk
 
 
 @dataclass(frozen=True, kw_only=True)
 class MosaicConfig:
-    """Tile of the mixed product in Mosaic GPU on Hopper.
+    """Tile of the product for many rows in Mosaic GPU, on Hopper.
 
-    bm, bn: rows and output channels per block; bm is 128, 64 rows for each of the two warpgroups that multiply.
-    bk: depth of a step in bytes; 128 is the widest swizzle of a copy by TMA.
-    panels: as in `TritonConfig`.
-    group: tiles of rows that run together, for reuse of weights in the L2.
-    num_stages: steps whose copies are in flight.
+    Attributes:
+      bm: rows per block; always 128, the 64 of a wgmma for each of the two warpgroups that multiply.
+      bn: output channels per block.
+      bk: depth of a step in bytes. 128 is the widest row that TMA can swizzle.
+      panels: as in `TritonConfig`.
+      group: tiles of rows whose blocks run together, so that they share weights in the L2 cache.
+      num_stages: buffers in the ring of shared memory: so many steps are copied ahead.
     """
 
     kind: ClassVar[str] = "mosaic"
@@ -99,29 +117,33 @@ class MosaicConfig:
     num_stages: int = 4
 
     def shared_bytes(self) -> int:
-        """Operands of every stage, two stages of outlier columns, the 16-bit tile on its way out, and barriers."""
-        digits = 2 * (self.bm + self.bn // self.panels) * 32
-        return (self.bm + self.bn) * self.bk * self.num_stages + digits + self.bm * self.bn * 2 + 1024
+        """An upper bound of the shared memory: both rings, the 16-bit result on its way out, and barriers."""
+        outliers = 2 * (self.bm + self.bn // self.panels) * 32  # two stages of 32 outlier columns
+        return (self.bm + self.bn) * self.bk * self.num_stages + outliers + self.bm * self.bn * 2 + 1024
 
     def accumulators(self) -> int:
-        """Registers per thread of a warpgroup: the float32 sum of 64 rows, and int32 for one panel."""
+        """Registers per thread of a warpgroup, for 64 rows: the float32 totals, and int32 sums for one panel."""
         return 64 * (self.bn + self.bn // self.panels) // 128
 
     def sizes(self) -> tuple[int, ...]:
-        """Dimensions of blocks."""
+        """Dimensions of the blocks that are multiplied."""
         return self.bm, self.bn // self.panels, self.bk
 
 
-def mosaic_supports(m: int, n: int, k: int, dtype, config: MosaicConfig) -> bool:
-    """Whether the Mosaic kernel computes a product: whole tiles of n and k (rows are padded), a 16-bit result."""
+TileConfig = FewRowsConfig | TritonConfig | MosaicConfig
+_CLASSES: dict[str, type[TileConfig]] = {c.kind: c for c in (FewRowsConfig, TritonConfig, MosaicConfig)}
+
+
+def mosaic_supports(m: int, n: int, k: int, dtype: DTypeLike, config: MosaicConfig) -> bool:
+    """Whether the Mosaic kernel computes a product.
+
+    It wants whole tiles of n and k (rows are padded), a k for which int32 sums are exact, and a 16-bit result, for
+    which `MosaicConfig.shared_bytes` has room.
+    """
     return m > 0 and n % config.bn == 0 and k % config.bk == 0 and k <= K_EXACT and jnp.dtype(dtype).itemsize == 2
 
 
-Config = FewRowsConfig | TritonConfig | MosaicConfig
-_KINDS: dict[str, Any] = {c.kind: c for c in (FewRowsConfig, TritonConfig, MosaicConfig)}
-
-
-def check_config(config: Config, chip: Chip) -> None:
+def check_config(config: TileConfig, chip: Chip) -> None:
     """Refuses a tile that can't work on a chip, before a compiler has to.
 
     Args:
@@ -129,21 +151,29 @@ def check_config(config: Config, chip: Chip) -> None:
       chip: an entry of `CHIPS`.
 
     Raises:
-      ValueError: block dimensions that aren't powers of two of at least 16, more shared memory than a block of the chip
-        may use, or accumulators that leave no registers for anything else.
+      ValueError: a parameter below 1, panels that don't divide bn, warps that aren't a power of two, block dimensions
+        that aren't powers of two of at least 16 (what tensor cores take), more shared memory than a block of the chip
+        may use, or accumulators that leave too few registers for anything else.
       NotImplementedError: a Mosaic tile for a chip without wgmma.
 
-    Example:
+    Examples:
       >>> from pallas_kernels.chips import CHIPS
       >>> check_config(TritonConfig(bm=128, bn=256, num_stages=4), CHIPS["sm_89"])
       Traceback (most recent call last):
         ...
       ValueError: Expected at most 101376 bytes of shared memory on sm_89, got 196608 for ...
     """
-    if config.kind == "mosaic" and not chip.mosaic:
-        raise NotImplementedError(f"Expected a chip with wgmma (sm_90) for {config}, got {chip.name}")
-    if isinstance(config, MosaicConfig) and config.bm != 128:
-        raise ValueError(f"Expected bm to be 128, got {config}")
+    if isinstance(config, MosaicConfig):
+        if not chip.mosaic:
+            raise NotImplementedError(f"Expected a chip with wgmma (sm_90) for {config}, got {chip.name}")
+        if config.bm != 128:
+            raise ValueError(f"Expected bm to be 128, got {config}")
+    if any(value < 1 for value in asdict(config).values()):
+        raise ValueError(f"Expected every parameter to be at least 1, got {config}")
+    if not isinstance(config, FewRowsConfig) and config.bn % config.panels:
+        raise ValueError(f"Expected panels to divide bn, got {config}")
+    if not isinstance(config, MosaicConfig) and config.num_warps & (config.num_warps - 1):
+        raise ValueError(f"Expected num_warps to be a power of two, got {config}")
     if any(size < 16 or size & (size - 1) for size in config.sizes()):
         raise ValueError(f"Expected block dimensions that are powers of two of at least 16, got {config}")
     if config.shared_bytes() > chip.shared_bytes:
@@ -151,15 +181,15 @@ def check_config(config: Config, chip: Chip) -> None:
             f"Expected at most {chip.shared_bytes} bytes of shared memory on {chip.name}, "
             f"got {config.shared_bytes()} for {config}"
         )
-    if config.accumulators() > 255 - _OTHER_REGISTERS:
+    if config.accumulators() > _REGISTERS - _OTHER_REGISTERS:
         raise ValueError(
-            f"Expected at most {255 - _OTHER_REGISTERS} registers of accumulators per thread, "
+            f"Expected at most {_REGISTERS - _OTHER_REGISTERS} registers of accumulators per thread, "
             f"got {config.accumulators()} for {config}"
         )
 
 
 @functools.cache
-def default_configs() -> dict[tuple[str, str], Config]:
+def default_configs() -> dict[tuple[str, str], TileConfig]:
     """The table in `configs.json`: (chip, shape class) -> config."""
     table = json.loads((resources.files("pallas_kernels") / "configs.json").read_text())
     return {
@@ -167,21 +197,22 @@ def default_configs() -> dict[tuple[str, str], Config]:
     }
 
 
-def to_json(config: Config) -> dict:
+def to_json(config: TileConfig) -> dict[str, Any]:
     """A config as an entry of a JSON table."""
     return {"kind": config.kind, **asdict(config)}
 
 
-def from_json(entry: dict) -> Config:
+def from_json(entry: dict[str, Any]) -> TileConfig:
     """The config that `to_json` wrote."""
-    return _KINDS[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"})
+    return _CLASSES[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"})
 
 
-def shape_class(m: int, n: int, *, chip: Chip, backend: str, few_rows: int) -> str:
-    """Which row of the table serves a product: "few", or "<backend>_small", "_medium", "_large".
+def shape_class(m: int, n: int, *, chip: Chip, backend: Backend, few_rows: int) -> str:
+    """Which entry of a chip's table serves a product: "few", or "<backend>_small", "_medium" or "_large".
 
-    small: at most 64 rows. large: enough large tiles (128 by 256) to occupy every multiprocessor at least twice, so
-      that the last, partial round of tiles weighs little. medium: the rest.
+    "small" is up to 64 rows. "large" has enough tiles of 128 by 256 to occupy every multiprocessor at least twice, so
+    that the last round of tiles, in which some multiprocessors have nothing to do, is at most a third of the work.
+    "medium" is what lies between.
 
     Args:
       m: rows.
@@ -193,7 +224,7 @@ def shape_class(m: int, n: int, *, chip: Chip, backend: str, few_rows: int) -> s
     Returns:
       The name of a shape class.
 
-    Example:
+    Examples:
       >>> from pallas_kernels.chips import CHIPS
       >>> shape_class(2048, 8192, chip=CHIPS["sm_80"], backend="triton", few_rows=16)
       'triton_large'

@@ -1,9 +1,9 @@
-"""The product for few rows (decoding), which is bound by reading the int8 weights once.
+"""The product for few rows (decoding): two kernels, the second of which reads the int8 weights once.
 
-x becomes four int8 planes of m rows each: the kept values, and the outliers as three digits in place. Their 4 * m rows
-share one pass over the weights as one int8 product; a tensor core multiplies 16 rows in the time of one, so that the
-digits are free for m <= 4 and cheap up to 16. There is nothing to gather, and every number of outliers takes the same
-time.
+So few rows leave the tensor cores idle; the time goes into reading the weights. x becomes four int8 planes of m rows
+each: the kept values, and the outliers as three digits that stay in their columns. Stacked, their 4 * m rows share one
+pass over the weights as one int8 product. The smallest tensor-core tile has 16 rows, so up to m = 4 the digits fill
+rows of it that would be padding otherwise. Nothing is gathered, and the work doesn't depend on the number of outliers.
 """
 
 import functools
@@ -13,66 +13,89 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels import _triton
 from pallas_kernels._numerics import (
     DIGITS,
-    DIGITS_TOP,
+    DIGITS_MAX,
+    INT8_MAX,
     K_EXACT,
-    Q_TOP,
     abs_bits,
     digit_factors,
+    round_to_int,
+    scale_of,
     split_digits,
-    step_of,
-    to_int,
 )
 from pallas_kernels.configs import FewRowsConfig
 
+# Up to this many rows of x are few. Their four planes are 64 stacked rows, the height of one wgmma.
 FEW_ROWS = 16
 
 
 class Planes(NamedTuple):
-    """x[m, k] = sum of planes[p] * factors[p][:, None]: `planes` int8[1 or 4, m, k], `factors` float32[1 or 4, m]."""
+    """x as int8: x = sum over p of planes[p] * factors[p][:, None].
+
+    Attributes:
+      planes: int8[1 or 4, m, k]; the kept values, then the three digits of the outliers.
+      factors: float32[1 or 4, m].
+    """
 
     planes: jax.Array
     factors: jax.Array
 
 
-def _quantize_few_rows_kernel(x_ref, planes_ref, factors_ref, *, bk, threshold, per_token):
+def _quantize_few_rows_kernel(
+    x_ref,  # [m, k]
+    planes_ref,  # [1 or 4, m, k]
+    factors_ref,  # [1 or 4, m]
+    *,
+    bk: int,
+    threshold: float,
+    per_token: bool,
+):
+    """One program per row. It passes over the row twice: for the largest values, then to quantize."""
     m, k = x_ref.shape
     row, steps = jnp.full((1,), pl.program_id(0), jnp.int32), pl.cdiv(k, bk)
-    every = _triton.rows_of(0, pl.next_power_of_2(m), m)
+    all_rows = _triton.clamped_rows(0, pl.next_power_of_2(m), m)
 
     def tile(i):
-        cols = _triton.span(i * bk, bk)
-        x = _triton.load(x_ref, (row, cols), mask=cols < k).astype(jnp.float32)
+        """Columns i * bk, ...: their indices, and the row's values there as (kept,) or (kept, outliers)."""
+        # Load the tile of x, zeros past the end of the row.
+        cols = _triton.span(i * bk, bk)  # [bk]
+        x = _triton.load(x_ref, (row, cols), mask=cols < k).astype(jnp.float32)  # [bk]
         if threshold == 0:
             return cols, (x,)
+        # Find the outliers: entries that reach the threshold, or all of a column in which one does.
         if per_token:
             out = jnp.abs(x) >= threshold
-        else:  # every program looks at all rows: they are few, and a launch for the mask costs more
-            column = _triton.load(x_ref, (every[:, None], cols[None, :]), mask=(cols < k)[None, :]).astype(jnp.float32)
-            out = jnp.max((jnp.abs(column) >= threshold).astype(jnp.int32), axis=0) != 0
+        else:  # Each program reads the columns of all rows. They are few, and it saves a launch to find the columns.
+            column = _triton.load(x_ref, (all_rows[:, None], cols[None, :]), mask=(cols < k)[None, :])
+            reached = jnp.abs(column.astype(jnp.float32)) >= threshold
+            out = jnp.max(reached.astype(jnp.int32), axis=0) != 0
         return cols, (jnp.where(out, 0.0, x), jnp.where(out, x, 0.0))
 
-    if steps == 1:
+    if steps == 1:  # Both passes see one tile, which stays in registers.
         tile = functools.cache(tile)
 
     def loop(body, init):
         return body(0, init) if steps == 1 else lax.fori_loop(0, steps, body, init)
 
     def absmax(i, tops):
-        return tuple(jnp.maximum(top, abs_bits(part)) for top, part in zip(tops, tile(i)[1], strict=True))
+        _, parts = tile(i)
+        return tuple(jnp.maximum(top, abs_bits(part)) for top, part in zip(tops, parts, strict=True))
 
+    # First pass: the largest kept value and the largest outlier. Elementwise over tiles; the reduction comes once.
     tops = loop(absmax, (jnp.zeros((bk,), jnp.int32),) * (1 if threshold == 0 else 2))
-    unit = [step_of(jnp.max(top), whole) for top, whole in zip(tops, (Q_TOP, DIGITS_TOP), strict=False)]
-    factors = (unit[0], *(digit_factors(unit[1]) if threshold else ()))
+    scales = [scale_of(jnp.max(top), largest) for top, largest in zip(tops, (INT8_MAX, DIGITS_MAX), strict=False)]
+    factors = (scales[0], *(digit_factors(scales[1]) if threshold else ()))
     for p, factor in enumerate(factors):
         _triton.store(factors_ref, (jnp.full((1,), p, jnp.int32), row), factor[None], mask=row < m)
 
+    # Second pass: quantize the kept values, and split the outliers into digits.
     def quantize(i, carry):
         cols, (kept, *out) = tile(i)
-        planes = (to_int(kept, unit[0]), *(split_digits(to_int(out[0], unit[1])) if out else ()))
+        planes = (round_to_int(kept, scales[0]), *(split_digits(round_to_int(out[0], scales[1])) if out else ()))
         for p, plane in enumerate(planes):
             _triton.store(planes_ref, (jnp.full((1,), p, jnp.int32), row, cols), plane, mask=cols < k)
         return carry
@@ -95,7 +118,7 @@ def quantize_few_rows(x: jax.Array, threshold: float, *, per_token: bool = False
     Returns:
       `Planes`. The factors of a row with a value that isn't finite are NaN.
 
-    Example:
+    Examples:
       >>> quantize_few_rows(jnp.array([[127.0, 0.5, 1.5]]), 0, interpret=True).planes.tolist()
       [[[127, 0, 2]]]
     """
@@ -115,26 +138,43 @@ def quantize_few_rows(x: jax.Array, threshold: float, *, per_token: bool = False
     )
 
 
-def _int8_matmul_few_rows_kernel(planes_ref, factors_ref, w_ref, scale_ref, *rest, bm, bn, bk, steps):
+def _int8_matmul_few_rows_kernel(
+    planes_ref,  # [1 or 4, m, k]
+    factors_ref,  # [1 or 4, m]
+    w_ref,  # [n, k]
+    scale_ref,  # [n]
+    *rest,  # bias [n], if there is one, and the result [splits, m, n]
+    bm: int,
+    bn: int,
+    bk: int,
+    steps: int,
+):
+    """One program per tile of bn channels and part of k."""
     *bias_ref, y_ref = rest
     (planes, m, k), n, splits = planes_ref.shape, w_ref.shape[0], y_ref.shape[0]
     split, out_cols = pl.program_id(1), _triton.span(pl.program_id(0) * bn, bn)
-    cols = jnp.minimum(out_cols, n - 1)
+    cols = jnp.minimum(out_cols, n - 1)  # [bn], clamped as `clamped_rows` does
+    # Stack the planes: row s of the product is row s % bm of plane s // bm.
     stacked = _triton.span(0, planes * bm)
     plane, row = stacked // bm, jnp.minimum(stacked % bm, m - 1)
-    tail = splits * steps * bk != k  # the programs cover more than k: splits don't divide it
+    # Where the steps of all parts don't add up to k exactly, the last ones reach beyond it and need a mask.
+    tail = splits * steps * bk != k
 
     def step(i, acc):
-        depth = _triton.span((split * steps + i) * bk, bk)
+        # Load a tile of the planes and one of the weights, both contiguous along k.
+        depth = _triton.span((split * steps + i) * bk, bk)  # [bk]
         mask = (depth < k)[None, :] if tail else None
-        x = _triton.load(planes_ref, (plane[:, None], row[:, None], depth[None, :]), mask=mask)
-        w = _triton.load(w_ref, (cols[:, None], depth[None, :]), mask=mask)
+        x = _triton.load(planes_ref, (plane[:, None], row[:, None], depth[None, :]), mask=mask)  # [planes * bm, bk]
+        w = _triton.load(w_ref, (cols[:, None], depth[None, :]), mask=mask)  # [bn, bk]
+        # Accumulate in int32. It must be asked for: ptxas rejects what a result of the operands' type compiles to.
         return acc + lax.dot_general(x, w, _triton.CONTRACT_LAST, preferred_element_type=jnp.int32)
 
     acc = lax.fori_loop(0, steps, step, jnp.zeros((planes * bm, bn), jnp.int32))
+    # Epilogue: each plane times its factors, then the planes added up.
     y = acc.astype(jnp.float32) * _triton.load(factors_ref, (plane, row))[:, None]
     if planes > 1:
-        y = jnp.sum(y.reshape(planes, bm, bn), axis=0)
+        y = jnp.sum(y.reshape(planes, bm, bn), axis=0)  # [bm, bn]
+    # Scale and bias per channel. Where k is split, they follow once the parts are added.
     if splits == 1:
         y = y * _triton.load(scale_ref, (cols,))[None, :]
         for ref in bias_ref:
@@ -150,14 +190,14 @@ def int8_matmul_few_rows(
     w_scale: jax.Array,
     *,
     bias: jax.Array | None = None,
-    dtype,
+    dtype: DTypeLike,
     config: FewRowsConfig,
     interpret: bool = False,
 ) -> jax.Array:
     """y = (sum over planes of factors[p] * (planes[p] @ w.T)) * w_scale + bias, int8 products exact in int32.
 
     Args:
-      x: from `quantize_few_rows`, at most 64 rows over all planes keep it bound by the weights.
+      x: from `quantize_few_rows`. It is meant for at most 64 rows over all planes: all of them are one tile.
       w: int8[n, k].
       w_scale: float32[n].
       bias: float[n] or None, added in float32.
@@ -168,16 +208,17 @@ def int8_matmul_few_rows(
     Returns:
       dtype[m, n].
 
-    Example:
+    Examples:
       >>> x = quantize_few_rows(jnp.array([[127.0, 2.0]]), 0, interpret=True)
       >>> w, one = jnp.ones((1, 2), jnp.int8), jnp.ones(1)
       >>> int8_matmul_few_rows(x, w, one, dtype="float32", config=FewRowsConfig(), interpret=True).tolist()
       [[129.0]]
     """
     (planes, m, k), n = x.planes.shape, w.shape[0]
-    # A tensor-core tile has at least 16 rows.
+    # A tensor-core tile has at least 16 rows, over all planes.
     bm = max(16 // planes, pl.next_power_of_2(m))
     bn, bk = config.bn, config.bk
+    # At most one part per step of k; at least so many that no part is longer than int32 sums are exact for.
     splits = max(min(config.splits, pl.cdiv(k, bk)), pl.cdiv(k, K_EXACT // bk * bk))
     steps = pl.cdiv(pl.cdiv(k, bk), splits)
     args = [x.planes, x.factors, w, w_scale] + ([] if bias is None else [bias])

@@ -1,16 +1,20 @@
-"""The whole LLM.int8() product: checks, picks kernels and tiles, and puts the stages together."""
+"""The whole LLM.int8() product: checks its arguments, picks kernels and tiles, and calls the stages in order."""
 
 import dataclasses
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import CHIPS, Chip, current_chip
 from pallas_kernels.configs import (
-    Config,
+    Backend,
     FewRowsConfig,
     MosaicConfig,
+    TileConfig,
     TritonConfig,
     default_configs,
     mosaic_supports,
@@ -21,11 +25,21 @@ from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
 from pallas_kernels.outliers import compact, outlier_flags
 from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
 
-_ALIGN = 16  # bytes of one load
+Mode = Literal["batch", "token"]
+
+_ALIGN = 16  # bytes that a thread loads at once, at addresses that are a multiple of it
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-def _check(x, w, w_scale, bias, threshold, mode, backend):
+def _check(
+    x: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    bias: jax.Array | None,
+    threshold: float,
+    mode: str,
+    backend: str | None,
+) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"Expected x to be bfloat16, float16 or float32, got {x.dtype}")
     if w.dtype != jnp.int8:
@@ -37,7 +51,7 @@ def _check(x, w, w_scale, bias, threshold, mode, backend):
     for name, a in (("w_scale", w_scale), ("bias", bias)):
         if a is not None and a.shape != w.shape[:1]:
             raise ValueError(f"Expected {name} to have shape {w.shape[:1]}, got {a.shape}")
-    if not threshold >= 0:
+    if not threshold >= 0:  # not "< 0": NaN is refused, too
         raise ValueError(f"Expected threshold to be at least 0, got {threshold}")
     if mode not in ("batch", "token"):
         raise ValueError(f"Expected mode to be 'batch' or 'token', got {mode!r}")
@@ -46,19 +60,17 @@ def _check(x, w, w_scale, bias, threshold, mode, backend):
 
 
 def _check_size(m: int, n: int, k: int) -> None:
-    # Offsets within an array are 32 bits wide in the kernels.
+    # Offsets within an array are 32 bits wide in the kernels: larger ones would turn negative.
     padded = gathered_size(k)
-    for shape in ((n, padded), (DIGITS, m, padded), (m, n)):
-        size = 1
-        for dim in shape:
-            size *= dim
-        if size >= 2**31:
+    for shape in ((n, padded), (DIGITS, m, padded), (m, n)):  # outlier columns of w, digits, the result
+        if math.prod(shape) >= 2**31:
             raise NotImplementedError(
                 f"Expected arrays of fewer than 2**31 elements, got {shape} for m={m}, n={n}, k={k}"
             )
 
 
-def _chip_for(backend: str | None) -> Chip:
+def _chip_for(backend: Backend | None) -> Chip:
+    """The chip to take tiles for. Off a GPU, backend "mosaic" means Hopper (interpreted, or lowered for it)."""
     chip = current_chip()
     if backend != "mosaic" or chip.mosaic:
         return chip
@@ -67,8 +79,10 @@ def _chip_for(backend: str | None) -> Chip:
     return CHIPS["sm_90"]
 
 
-def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton", dtype=jnp.bfloat16) -> Config:
-    """The tile from the table for a product of x[m, k] and w[n, k].
+def pick_config(
+    m: int, n: int, k: int, *, chip: Chip, backend: Backend = "triton", dtype: DTypeLike = jnp.bfloat16
+) -> TileConfig:
+    """The default tile for a product of x[m, k] and w[n, k].
 
     Args:
       m: rows of x.
@@ -82,7 +96,7 @@ def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton", 
       The config; for few rows with as many splits of k as fill the chip. A Triton config where the Mosaic kernel
       doesn't support the shape.
 
-    Example:
+    Examples:
       >>> from pallas_kernels.chips import CHIPS
       >>> pick_config(1, 1024, 4096, chip=CHIPS["sm_90"]).splits
       4
@@ -91,7 +105,7 @@ def pick_config(m: int, n: int, k: int, *, chip: Chip, backend: str = "triton", 
     if isinstance(config, MosaicConfig) and not mosaic_supports(m, n, k, dtype, config):
         return pick_config(m, n, k, chip=chip, backend="triton")
     if isinstance(config, FewRowsConfig):
-        # At least four steps each, so that the pipeline of loads fills.
+        # As many as give each multiprocessor one program, but at least four steps each, to fill the pipeline of loads.
         splits = min(chip.cores // pl.cdiv(n, config.bn), k // (4 * config.bk))
         config = dataclasses.replace(config, splits=max(1, splits))
     return config
@@ -105,7 +119,7 @@ def int8_matmul_mixed(
     outlier_w: jax.Array | None = None,
     number: jax.Array | None = None,
     bias: jax.Array | None = None,
-    dtype,
+    dtype: DTypeLike,
     config: TritonConfig | MosaicConfig,
     interpret: bool = False,
 ) -> jax.Array:
@@ -132,7 +146,7 @@ def int8_matmul_mixed(
       ValueError: x has digits but `outlier_w` or `number` is missing.
       NotImplementedError: a Mosaic config for a shape or dtype that the kernel doesn't support.
 
-    Example:
+    Examples:
       >>> rows = quantize_rows(jnp.array([[127.0, 2.0]]), interpret=True)
       >>> w, one = jnp.ones((1, 2), jnp.int8), jnp.ones(1)
       >>> int8_matmul_mixed(rows, w, one, dtype="float32", config=TritonConfig(), interpret=True).tolist()
@@ -145,7 +159,7 @@ def int8_matmul_mixed(
             raise NotImplementedError(
                 f"Expected whole tiles of {config} and a 16-bit result, got {w.shape} and {dtype}"
             )
-        # Here and not above: a JAX without Mosaic GPU can still use the rest.
+        # Imported here: where a JAX comes without Mosaic GPU, the rest still works.
         from pallas_kernels.many_rows_mosaic import int8_matmul_mixed_mosaic
 
         return int8_matmul_mixed_mosaic(
@@ -171,16 +185,17 @@ def llm_int8_matmul(
     *,
     bias: jax.Array | None = None,
     threshold: float = 6.0,
-    mode: str = "batch",
-    dtype=None,
-    backend: str | None = None,
-    config: Config | None = None,
+    mode: Mode = "batch",
+    dtype: DTypeLike | None = None,
+    backend: Backend | None = None,
+    config: TileConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """x @ (w * w_scale).T + bias with int8 tensor cores: kept values in int8, outliers with 22 bits.
+    """x @ w.T * w_scale + bias on int8 tensor cores: x in int8, but its outliers with 22 bits.
 
-    Exact for any number of outlier columns, with static shapes and without waiting for the device. One rounding, at the
-    end.
+    y = (s * (round(kept / s) @ w.T) + outliers @ w.T) * w_scale + bias, with s = max(abs(kept)) / 127 of each row. Both
+    products are sums of integers, exact in int32, and the result is rounded once. One program with static shapes
+    serves any number of outlier columns and never waits for the host.
 
     Args:
       x: bfloat16, float16 or float32[m, k].
@@ -192,8 +207,9 @@ def llm_int8_matmul(
         so that a row's result is bit for bit independent of the others.
       dtype: of the result; None is x.dtype.
       backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as
-        no measurement says that the other is faster.
-      config: a tile instead of the table's; `FewRowsConfig` takes the path for few rows.
+        no measurement says that the other is faster. Only many rows have a choice.
+      config: a tile instead of the table's. Its type decides the kernel: `FewRowsConfig` that for few rows, the others
+        Triton's or Mosaic's for many. `backend` then decides nothing.
       interpret: run in Pallas's interpret mode.
 
     Returns:
@@ -204,7 +220,7 @@ def llm_int8_matmul(
       ValueError: for shapes, a negative threshold, an unknown mode or backend.
       NotImplementedError: arrays of 2**31 elements or more; "mosaic" on a GPU other than Hopper.
 
-    Example:
+    Examples:
       >>> x = jnp.array([[100.0, 1.0, -0.5]])
       >>> w, scale = jnp.array([[127, 64, 0]], jnp.int8), jnp.array([0.5])
       >>> llm_int8_matmul(x, w, scale, interpret=True).tolist()
@@ -223,20 +239,23 @@ def llm_int8_matmul(
         return (y if bias is None else y + bias).astype(dtype)
     _check_size(m, n, k)
     if k % _ALIGN:
-        # Rows that start at odd addresses are read byte by byte, which costs far more than this copy of the weights.
+        # Rows that start at odd addresses compile to loads of single bytes, so copy the weights to aligned rows.
         pad = ((0, 0), (0, -k % _ALIGN))
         x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
     if config is None:
         config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=dtype)
 
+    # Few rows: quantize, multiply.
     if isinstance(config, FewRowsConfig):
         planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)
         return int8_matmul_few_rows(planes, w, w_scale, bias=bias, dtype=dtype, config=config, interpret=interpret)
 
+    # Many rows: find the outlier columns, gather those of the weights, quantize x and gather its own, multiply.
     outliers = outlier_w = None
     if threshold:
         outliers = compact(outlier_flags(x, threshold, interpret=interpret), interpret=interpret)
         outlier_w = gather_columns(w, outliers, interpret=interpret)
+    # In mode "token" only some entries of an outlier column are outliers: the kernel compares again.
     rows = quantize_rows(x, outliers, threshold=threshold if mode == "token" else None, interpret=interpret)
     number = None if outliers is None else outliers.number
     return int8_matmul_mixed(

@@ -4,9 +4,14 @@
 for every default config and chip. It needs the packages of the extra `nogpu` in exactly jax's version (README.md beside
 this file).
 
-The CUDA plugin compiles for a described device as well as for a present one. XLA dumps the PTX of each kernel, ptxas
-reports the resources, nvdisasm the instructions. The dump is configured by environment variables that must be set
-before JAX starts, and Mosaic reads the chip once per process: so each chip gets a process of its own.
+The CUDA plugin compiles for a device that is only described as well as for one that is there. XLA dumps the PTX of each
+kernel, ptxas turns it into machine code and reports the resources, nvdisasm lists the instructions. The dump is
+configured by environment variables that must be set before JAX starts, and Mosaic reads the chip once per process: so
+each chip gets a process of its own.
+
+The names of XLA's dump files and Mosaic's MOSAIC_GPU_DUMP_* variables aren't stable interfaces, but no other way leads
+to the machine code. They are used in this file only, which only tests and `tune.py` import. Checked on JAX 0.10.2,
+0.11.2 and 0.12.0.1.
 """
 
 import argparse
@@ -28,35 +33,36 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._described_device import device_for
 from pallas_kernels.chips import CHIPS, Chip
-from pallas_kernels.configs import Config, default_configs, from_json, to_json
+from pallas_kernels.configs import TileConfig, default_configs, from_json, to_json
 from pallas_kernels.matmul import llm_int8_matmul
 
+# The environment variable through which `run` tells its child process where XLA dumps to.
 _DUMP = "PALLAS_KERNELS_NOGPU_DUMP"
 _PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 
-# Compute capability and threads per multiprocessor, as XLA's text format for devices wants them.
-_CAPABILITY = {
-    "sm_80": ("major: 8", 2048),
-    "sm_89": ("major: 8 minor: 9", 1536),
-    "sm_90": ("major: 9 feature_extension: ACCELERATED_FEATURES", 2048),
-}
-_DEVICE = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
- shared_memory_per_core: {per_core} shared_memory_per_block_optin: {optin} threads_per_core_limit: {threads}
- core_count: {cores} fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
- memory_bandwidth: 2000000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.5 device_memory_size: 80000000000
- registers_per_core_limit: {registers} registers_per_block_limit: {registers} thread_dim_limit_x: 1024
- thread_dim_limit_y: 1024 thread_dim_limit_z: 64 runtime_version: "13.0.0" driver_version: "13.0.0"
- compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0" cuda_compute_capability {{ {capability} }} }}
- platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} device_description_str: "{name}" """
-
-_OURS = ("_kernel",)  # Triton kernels are named after their functions, all of which end so
+# Triton kernels are named after their functions, all of which end so; Mosaic kernels end in "_mosaic_gpu_kernel".
+_KERNEL_SUFFIX = "_kernel"
+# Tensor-core instructions: I for int8, H for 16-bit floats; with a G, those of a warpgroup (Hopper's wgmma).
 _TENSOR_CORE = re.compile(r"\b(IGMMA|HGMMA|IMMA|HMMA)\b")
+
+# What is compiled: a config, (m, n, k), the threshold.
+Case = tuple[TileConfig, tuple[int, int, int], float]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas and nvdisasm say about one kernel, and XLA about its shared memory (None: Mosaic launches it)."""
+    """What one kernel uses.
+
+    Attributes:
+      name: of the machine code.
+      registers: per thread, says ptxas.
+      spilled: bytes that didn't fit the registers, stored and loaded.
+      shared: bytes of shared memory, says XLA; None where Mosaic launches the kernel itself.
+      tensor_core: instruction -> how often it occurs in the code.
+      async_loads: how many instructions copy from device to shared memory in the background.
+    """
 
     name: str
     registers: int
@@ -90,7 +96,7 @@ def missing() -> str | None:
 
 
 def toolchain() -> str:
-    """The versions that decide what comes out: of JAX and of the assembler."""
+    """The versions that decide what the machine code is: of JAX and of the assembler. A key of `resources.json`."""
     return f"jax {jax.__version__}, nvidia-cuda-nvcc {importlib.metadata.version('nvidia-cuda-nvcc')}"
 
 
@@ -99,35 +105,18 @@ def _find_tool(name: str) -> str | None:
     return next(found, None) or shutil.which(name)
 
 
-def _tool(name: str, *args: str) -> subprocess.CompletedProcess:
+def _run_tool(name: str, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([str(_find_tool(name)), *args], capture_output=True, text=True, check=True)
 
 
-def device_for(chip: Chip):
-    """A JAX device to lower and compile for, that isn't there."""
-    from jax.experimental import topologies
-
-    capability, threads = _CAPABILITY[chip.name]
-    target = _DEVICE.format(
-        per_core=chip.shared_bytes + 1024,
-        optin=chip.shared_bytes,
-        threads=threads,
-        cores=chip.cores,
-        registers=chip.registers,
-        capability=capability,
-        name=chip.device_kind,
-    )
-    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
-
-
-def compile_kernels(fn: Callable, chip: Chip, *avals: jax.ShapeDtypeStruct) -> list[Kernel]:
+def compile_kernels(fn: Callable[..., jax.Array], chip: Chip, *avals: jax.ShapeDtypeStruct) -> list[Kernel]:
     """Compiles a function for a chip and disassembles the package's kernels; only in a process that `run` started."""
     dump = Path(os.environ[_DUMP])
     for file in dump.iterdir():
         file.unlink()
     device = device_for(chip)
     sharding = jax.sharding.SingleDeviceSharding(device)
-    with jax.default_device(device):  # both lowerings read the architecture from it
+    with jax.default_device(device):  # the lowerings of Triton and of Mosaic read the architecture from it
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in avals]
         jax.jit(fn).lower(*args).compile()
     launches = "".join(file.read_text() for file in dump.glob("*.thunk_sequence.txt"))
@@ -136,15 +125,15 @@ def compile_kernels(fn: Callable, chip: Chip, *avals: jax.ShapeDtypeStruct) -> l
     for file in sorted(dump.glob("*.ptx")):
         ptx = file.read_text()
         entry, target = re.search(r"\.entry (\w+)", ptx), re.search(r"\.target (\w+)", ptx)
-        if entry and target and entry[1].endswith(_OURS):  # not XLA's own
+        if entry and target and entry[1].endswith(_KERNEL_SUFFIX):  # not one of XLA's own
             kernels.append(_assemble(file, entry[1], target[1], shared.get(entry[1])))
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 
 def _assemble(ptx: Path, name: str, target: str, shared: int | None) -> Kernel:
     cubin = f"{ptx}.cubin"
-    report = _tool("ptxas", f"-arch={target}", "-v", str(ptx), "-o", cubin).stderr
-    code = _tool("nvdisasm", "-c", cubin).stdout
+    report = _run_tool("ptxas", f"-arch={target}", "-v", str(ptx), "-o", cubin).stderr
+    code = _run_tool("nvdisasm", "-c", cubin).stdout
     registers = re.search(r"Used (\d+) registers", report)
     assert registers is not None, report
     return Kernel(
@@ -157,14 +146,14 @@ def _assemble(ptx: Path, name: str, target: str, shared: int | None) -> Kernel:
     )
 
 
-def cases(chip: Chip) -> dict[str, tuple[Config, tuple[int, int, int], float]]:
-    """What the check compiles for a chip: label -> (config, (m, n, k), threshold).
+def cases(chip: Chip) -> dict[str, Case]:
+    """What the check compiles for a chip, by label.
 
     Every default config at shapes that its tiles divide, with and without outliers, and the first of a kind at odd
     shapes too.
     """
-    found: dict[str, tuple[Config, tuple[int, int, int], float]] = {}
-    configs: dict[Config, str] = {}
+    found: dict[str, Case] = {}
+    configs: dict[TileConfig, str] = {}
     for (name, shape), config in default_configs().items():
         if name == chip.name:
             configs.setdefault(config, shape)
@@ -182,13 +171,14 @@ def cases(chip: Chip) -> dict[str, tuple[Config, tuple[int, int, int], float]]:
     return found
 
 
-def _avals(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
+def _operands(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
     f32 = jnp.float32
     shapes = ((m, k), jnp.bfloat16), ((n, k), jnp.int8), ((n,), f32), ((n,), f32)
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
 
-def _child(chip: Chip, cases: dict) -> dict[str, list[dict]]:
+def _compile_cases(chip: Chip, cases: dict[str, tuple]) -> dict[str, list[dict]]:
+    """label -> kernels, each as a dict; in the child process of `run`. `cases` are as in `run`, the configs in JSON."""
     result = {}
     for label, (entry, size, threshold) in cases.items():
         config = from_json(entry)
@@ -197,7 +187,7 @@ def _child(chip: Chip, cases: dict) -> dict[str, list[dict]]:
             return llm_int8_matmul(x, w, scale, bias=bias, threshold=threshold, config=config)
 
         try:
-            kernels = compile_kernels(fn, chip, *_avals(*size))
+            kernels = compile_kernels(fn, chip, *_operands(*size))
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             print(f"{label}: {error}", file=sys.stderr)
             kernels = []
@@ -205,12 +195,12 @@ def _child(chip: Chip, cases: dict) -> dict[str, list[dict]]:
     return result
 
 
-def run(chip: Chip, chosen: dict | None = None) -> dict[str, list[dict]]:
+def run(chip: Chip, chosen: dict[str, Case] | None = None) -> dict[str, list[dict]]:
     """Compiles cases for a chip in a process of its own.
 
     Args:
       chip: an entry of `CHIPS`.
-      chosen: label -> (config, (m, n, k), threshold); None for `cases(chip)`.
+      chosen: label -> case; None for `cases(chip)`.
 
     Returns:
       label -> the package's kernels in the compiled program, each as a dict of `Kernel`; none where it doesn't compile.
@@ -264,7 +254,7 @@ def write(path: Path, resources: dict[str, dict[str, list[dict]]]) -> None:
     path.write_text(re.sub(r"\{\s+(\"name\".*?)\n\s+\}(?=,?\n\s+[\]{])", _one_line, text, flags=re.S) + "\n")
 
 
-def _one_line(match: re.Match) -> str:
+def _one_line(match: re.Match[str]) -> str:
     return "{" + re.sub(r"\s*\n\s*", " ", match[1]) + "}"
 
 
@@ -275,7 +265,7 @@ def main() -> None:
     parser.add_argument("--child", choices=list(CHIPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(_child(CHIPS[args.child], json.load(sys.stdin))))
+        print(json.dumps(_compile_cases(CHIPS[args.child], json.load(sys.stdin))))
         return
     if reason := missing():
         parser.exit(2, reason + "\n")

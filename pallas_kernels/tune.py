@@ -1,4 +1,4 @@
-"""Candidates for the table of configs: pruned by compiling without a GPU, timed by `benchmarks/gpu_check.py` on one.
+"""Candidate tiles: pruned by compiling without a GPU, timed on one by `benchmarks/gpu_check.py`.
 
 `python -m pallas_kernels.tune prune` compiles every candidate for every chip and writes those that neither spill nor
 miss the tensor cores to `candidates.json`. `python -m pallas_kernels.tune apply RESULT` takes the fastest of each shape
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.configs import (
-    Config,
     FewRowsConfig,
     MosaicConfig,
+    TileConfig,
     TritonConfig,
     check_config,
     default_configs,
@@ -26,10 +26,13 @@ from pallas_kernels.configs import (
 _HERE = Path(__file__).parent
 
 
-def all_candidates(kind: str, chip: Chip) -> list[Config]:
-    """Every combination of the sizes worth trying that the chip's limits allow; the most promising first."""
+def all_candidates(kind: str, chip: Chip) -> list[TileConfig]:
+    """Every combination of tile sizes worth compiling that the chip's limits allow.
+
+    The more promising ones come first, in case the time on a GPU doesn't suffice for all. That order is a guess.
+    """
     warps_and_stages = tuple(itertools.product((8, 4), (4, 3)))
-    made: list[Config] = []
+    made: list[TileConfig]
     if kind == "few":
         sizes = itertools.product((32, 64), (256, 128), warps_and_stages)
         made = [FewRowsConfig(bn=bn, bk=bk, num_warps=w, num_stages=s) for bn, bk, (w, s) in sizes]
@@ -47,8 +50,8 @@ def all_candidates(kind: str, chip: Chip) -> list[Config]:
     return [config for config in made if fits(config, chip)]
 
 
-def fits(config: Config, chip: Chip) -> bool:
-    """Whether `check_config` accepts it."""
+def fits(config: TileConfig, chip: Chip) -> bool:
+    """Whether `check_config` accepts the config for the chip."""
     try:
         check_config(config, chip)
     except (ValueError, NotImplementedError):
@@ -56,7 +59,7 @@ def fits(config: Config, chip: Chip) -> bool:
     return True
 
 
-def candidates(kind: str, chip: Chip) -> list[Config]:
+def candidates(kind: str, chip: Chip) -> list[TileConfig]:
     """What to time for a chip: the pruned list in `candidates.json`, the defaults first.
 
     Args:
@@ -66,11 +69,11 @@ def candidates(kind: str, chip: Chip) -> list[Config]:
     Returns:
       Configs, without repetition.
 
-    Example:
+    Examples:
       >>> len(candidates("few", CHIPS["sm_90"])) > 1
       True
     """
-    name = {"few": "few_rows"}.get(kind, kind)
+    name = "few_rows" if kind == "few" else kind
     defaults = [c for (for_chip, _), c in default_configs().items() if for_chip == chip.name and c.kind == name]
     pruned = json.loads((resources.files("pallas_kernels") / "candidates.json").read_text())
     kept = [from_json(entry) for entry in pruned.get(chip.name, {}).get(kind, [])]
@@ -78,7 +81,10 @@ def candidates(kind: str, chip: Chip) -> list[Config]:
 
 
 def prune() -> dict[str, dict[str, list[dict]]]:
-    """chip -> kind -> the candidates whose product compiles to tensor-core code without spilling; needs no GPU."""
+    """chip -> kind -> the candidates, in JSON, whose product compiles to tensor-core code without spilling.
+
+    Needs no GPU, but the packages of the extra `nogpu`.
+    """
     from pallas_kernels import nogpu
 
     kept: dict[str, dict[str, list[dict]]] = {}
@@ -102,7 +108,14 @@ def prune() -> dict[str, dict[str, list[dict]]]:
 
 
 def apply(result: dict) -> dict:
-    """The table of configs with the fastest of each shape class of one chip in place of what it had."""
+    """The table `configs.json` with one chip's entries replaced by what was timed as the fastest for each shape class.
+
+    Args:
+      result: what the stage "tune" of `benchmarks/gpu_check.py` wrote; its lists are sorted, the fastest first.
+
+    Returns:
+      The new table.
+    """
     table = json.loads((_HERE / "configs.json").read_text())
     for shape, found in result["classes"].items():
         timed = [entry for entry in found["timed"] if "seconds" in entry]

@@ -64,7 +64,7 @@ def test_nothing_beyond_the_bounds(poisoned, path):
 
 
 def drop_clamp(patch):
-    patch.setattr(_triton, "rows_of", lambda block, size, limit: _triton.span(block * size, size))
+    patch.setattr(_triton, "clamped_rows", lambda block, size, limit: _triton.span(block * size, size))
 
 
 def drop_load_masks(patch):

@@ -29,6 +29,10 @@ def test_every_shape_has_a_config(chip, m, n):
     [
         (pk.TritonConfig(bm=96), "sm_80", ValueError, "powers of two"),
         (pk.TritonConfig(bn=16, panels=2), "sm_80", ValueError, "powers of two of at least 16"),
+        (pk.TritonConfig(panels=3), "sm_80", ValueError, "Expected panels to divide bn"),
+        (pk.TritonConfig(num_warps=6), "sm_80", ValueError, "Expected num_warps to be a power of two"),
+        (pk.FewRowsConfig(num_stages=0), "sm_80", ValueError, "Expected every parameter to be at least 1"),
+        (pk.FewRowsConfig(splits=0), "sm_80", ValueError, "Expected every parameter to be at least 1"),
         (
             pk.TritonConfig(bn=256, num_stages=4),
             "sm_80",

@@ -1,8 +1,9 @@
-"""The examples in docstrings give what they say, and every public name has a docstring."""
+"""The examples in docstrings give what they say, every public name has a docstring, and type checkers see the types."""
 
 import doctest
 import importlib
 import pkgutil
+from importlib import resources
 
 import jax
 import pytest
@@ -21,3 +22,7 @@ def test_examples(name):
 @pytest.mark.parametrize("name", [name for name in dir(pk) if not name.startswith("_")])
 def test_public_names_are_documented(name):
     assert getattr(pk, name).__doc__
+
+
+def test_types_are_for_users_too():
+    assert (resources.files(pk) / "py.typed").is_file()
