@@ -1,8 +1,8 @@
 """Whether a model fits on devices: its programs compiled for them without weights.
 
 Nothing is allocated: parameters are shapes with shardings, and XLA says what the compiled programs take. All layers
-have the same shapes, so models of one and of two layers are compiled, and each number is continued along the line
-through both.
+have the same shapes, so that each number grows by the same amount with each layer: models of one and of two layers are
+compiled, and the numbers of more layers extrapolated.
 
 Programs are compiled in float32, whatever the dtype: XLA's CPU backend would make float32 copies of 16-bit weights,
 which GPUs multiply as they are. So temporaries come out larger than they are with 16-bit activations, never smaller.
@@ -26,10 +26,10 @@ from jint8._convert.targets import abstract_quantized_params
 from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.collectives import KINDS, collectives
-from jint8._inference.generate import CHUNK, SLOTS, bucket, decode, prefill_at_once
+from jint8._inference.generate import CHUNK, SLOTS, bucket, cache_sharding, decode, prefill_at_once
 from jint8._inference.sampling import Sampling
 from jint8._trees.sharding import shardings
-from jint8.models import Decoder, ModelConfig, partition_specs
+from jint8.models import Decoder, ModelConfig, make_cache, partition_specs
 
 EMBEDDINGS = ("embedding", "positions", "lm_head")
 
@@ -38,7 +38,7 @@ Numbers = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """What one device holds and does. Bytes, unless said otherwise.
+    """What one device holds, and exchanges with the others. Bytes, unless said otherwise.
 
     Attributes:
       projections: int8 values.
@@ -49,7 +49,7 @@ class Capacity:
       cache: keys and values of the whole context.
       prefill, decode: temporaries of a prompt's last chunk, and of a token, with float32 activations.
       collectives: by kind, (how many, bytes of their results) per decoded token.
-      gathers: the same, of those that run only where tokens have outliers, for each block of outlier columns.
+      gathers: the same, of those in the loop over blocks of outlier columns: once per block, none without outliers.
     """
 
     projections: int
@@ -82,11 +82,11 @@ def known_models() -> dict[str, dict[str, Any]]:
 def capacity(
     config: ModelConfig, devices: int, *, context: int, batch: int, dtype: DTypeLike, quant: Config
 ) -> Capacity:
-    """What each of `devices` holds of a model that is divided among them, as `jint8.load` does it.
+    """What each of `devices` holds of a model that is sharded over them as `jint8.load` does it.
 
     Args:
       config: of the model.
-      devices: how many; as many CPU devices must be there, real or virtual.
+      devices: how many; JAX must have as many CPU devices, real or virtual.
       context: tokens of a prompt and its answer; rounded up to `SLOTS`.
       batch: sequences.
       dtype: of activations, and of the parameters that aren't quantized.
@@ -96,7 +96,7 @@ def capacity(
       A `Capacity`.
 
     Raises:
-      ValueError: the devices don't divide the model.
+      ValueError: the number of heads isn't a multiple of the devices', or there are fewer CPU devices.
     """
     mesh = model_mesh(config, devices)
     weights, floats = _weights(config, mesh, dtype, quant)
@@ -119,20 +119,24 @@ def capacity(
 
 
 def at_layers(one: int, two: int, layers: int) -> int:
-    """A number at some count of layers, on the line through its values at one and at two."""
+    """A number for `layers` layers, extrapolated from its values for one and for two."""
     return one + (layers - 1) * (two - one)
 
 
 def longest_context(needed: Callable[[int], int], room: int, limit: int, first: int) -> int:
     """The longest context, in steps of `SLOTS`, whose `needed` bytes are at most `room`; 0 where there is none.
 
-    `needed` is nearly linear, and slow: the line through two contexts says which one to look at next.
+    `needed` compiles programs, so it is called as rarely as can be. It is nearly linear: instead of halving the
+    interval, the next context to try is where a straight line from the shortest through the latest reaches `room`.
 
     Args:
       needed: bytes at a context.
-      room: bytes that there are.
+      room: bytes that are available.
       limit: the longest to look at.
-      first: a context to begin with.
+      first: the one to try first.
+
+    Returns:
+      A multiple of `SLOTS`, `limit`, or 0.
     """
     low, high = SLOTS, in_slots(limit)
     if needed(low) > room:
@@ -147,7 +151,7 @@ def longest_context(needed: Callable[[int], int], room: int, limit: int, first: 
         else:
             fails = candidate
         slope = (bytes_of_candidate - needed(low)) / (candidate - low)
-        if slope <= 0:
+        if slope <= 0:  # no line to follow: from the upper end down
             candidate = fails - SLOTS
             continue
         candidate = low + int((room - needed(low)) / slope) // SLOTS * SLOTS
@@ -165,7 +169,11 @@ def layers(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def model_mesh(config: ModelConfig, devices: int) -> Mesh:
-    """CPU devices that a model is divided among. Raises ValueError where they don't divide it, or aren't there."""
+    """CPU devices to shard a model over.
+
+    Raises:
+      ValueError: the model's heads can't be distributed evenly over them, or JAX has fewer.
+    """
     if config.num_heads % devices:
         raise ValueError(
             f"Expected a number of devices that divides the model's {config.num_heads} heads, got {devices}."
@@ -208,12 +216,20 @@ def _weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike, quant: Config) -
 
 
 def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant: Config) -> Numbers:
-    """What XLA says of prefill and decode of all layers, compiled for the devices of `mesh`."""
+    """What XLA says of prefill and decode of all layers, compiled for the devices of `mesh`: bytes on each, and counts.
+
+    Of a long prompt, its last chunk is compiled: it attends to the most keys, so it takes the most memory.
+    """
     model, slots = Decoder(config, mesh=mesh), in_slots(context)
     params = {"params": _sharded(abstract_quantized_params(model, quant), mesh)}
-    prompt = jax.ShapeDtypeStruct((batch, min(bucket(context), CHUNK, slots - 1)), jnp.int32)
+    prompt = jax.ShapeDtypeStruct((batch, min(bucket(context), slots - 1)), jnp.int32)
+    cache = None
+    if prompt.shape[1] > CHUNK:  # the last chunk attends to all of them
+        sharding = cache_sharding(model, params, batch)
+        cache = jax.eval_shape(lambda: make_cache(config, batch, slots, model.dtype))
+        cache = jax.tree.map(lambda leaf: _with_sharding(leaf, sharding), cache)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = prefill_at_once.lower(model, params, prompt, None, key, None, slots, Sampling.of())
+    lowered = prefill_at_once.lower(model, params, prompt, None, key, cache, slots, Sampling.of())
     begin = lowered.compile(_QUICKLY)
     state = jax.tree.map(_with_sharding, lowered.out_info, begin.output_shardings)
     step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), Sampling.of()).compile(_QUICKLY)
@@ -229,7 +245,7 @@ def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant:
     }
 
 
-# machine code that isn't run needs no optimization; buffers and collectives are the same
+# Compiles faster: LLVM doesn't optimize machine code that never runs. XLA has chosen buffers and collectives before.
 _QUICKLY: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -237,7 +253,7 @@ def _collective_numbers(text: str) -> dict[str, int]:
     """Counts and bytes of the collectives of each decoded token, and of each block of outlier columns in it."""
     numbers: dict[str, int] = {}
     for kind, nbytes, depth in collectives(text):
-        if depth == 0:  # before the first token
+        if depth == 0:  # outside of the loop over tokens: once per call
             continue
         name = f"{'token' if depth == 1 else 'block'} {kind}"
         numbers[name] = numbers.get(name, 0) + 1

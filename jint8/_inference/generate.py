@@ -102,11 +102,15 @@ def empty_cache(model: Decoder, params: Any, batch: int, slots: int) -> list[Lay
 
     Where the number of key-value heads isn't a multiple of the devices', each device has all of them.
     """
-    mesh, sharding = model.mesh, None
-    if mesh is not None:
-        axes = _batch_axis(model, params, batch), heads_axis(mesh, model.config.num_kv_heads)
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-    return make_cache(model.config, batch, slots, model.dtype, sharding)
+    return make_cache(model.config, batch, slots, model.dtype, cache_sharding(model, params, batch))
+
+
+def cache_sharding(model: Decoder, params: Any, batch: int) -> NamedSharding | None:
+    """Of the arrays of `empty_cache`; None without a mesh."""
+    if model.mesh is None:
+        return None
+    axes = _batch_axis(model, params, batch), heads_axis(model.mesh, model.config.num_kv_heads)
+    return NamedSharding(model.mesh, PartitionSpec(*axes))
 
 
 def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
