@@ -1,7 +1,8 @@
 """Checkpoints that bitsandbytes saved in int8, and how to write them: the same numbers as a `QTensor`'s.
 
-A module `a.b` is three tensors there: `a.b.weight` int8 `[n, k]`, `a.b.SCB` float32 `[n]`, the largest magnitude of
-each row (127 times our scale), and `a.b.weight_format`, of which only 0 (rows) is portable.
+A linear layer `a.b` is three tensors there: `a.b.weight`, int8 `[n, k]`; `a.b.SCB`, float32 `[n]`, the largest
+magnitude of each row, which is 127 times our scale; and `a.b.weight_format`, the order of the int8 values in memory. Of
+its values only 0, row after row, is read here: the others are layouts of certain GPUs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jint8.checkpoints import Checkpoint
 from jint8.models import ModelConfig
 from jint8.models.families import HEAD, family, sources, split
 
-# What transformers writes beside the options that say something.
-_OPTIONS = {
+# What transformers writes into a `quantization_config`, besides the two options that `to_tensors` decides.
+_FIXED_OPTIONS = {
     "_load_in_4bit": False,
     "_load_in_8bit": True,
     "bnb_4bit_compute_dtype": "float32",
@@ -39,7 +40,7 @@ class Options:
     """What a `quantization_config` asks for.
 
     Attributes:
-      threshold: of outliers; None where it doesn't say.
+      threshold: of outliers; None where it doesn't say. 0 is without decomposition, as in `Config`.
       skip: patterns of weights that stay in floating point.
     """
 
@@ -61,7 +62,7 @@ def options(config: Mapping[str, Any]) -> Options:
 
 
 def is_int8(checkpoint: Checkpoint) -> bool:
-    """Whether bitsandbytes saved it in int8."""
+    """Whether bitsandbytes saved the checkpoint in int8."""
     return any(name.endswith(".SCB") for name in checkpoint.tensors)
 
 
@@ -117,9 +118,9 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
     if any(path.endswith("/lora_a") for path in leaves):
         raise ValueError("Expected a model without an adapter, which PEFT keeps in files of its own, got one with.")
     tensors: dict[str, np.ndarray] = {}
-    # a tied head is a linear layer there, too
+    # transformers has a linear layer also for a head that is tied to the embedding, and would quantize it.
     skipped = [str(family(config).modules[HEAD])] if config.tie_embeddings else []
-    threshold = 6.0
+    threshold = 6.0  # the default of transformers, for a model without int8 weights
     for path, source in sources(config, leaves, ()).items():
         leaf = leaves[path]
         if not is_qtensor(leaf):
@@ -128,19 +129,20 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
             if path.endswith("/weight"):
                 skipped += [name.removesuffix(".weight") for name in source.tensors]
             continue
-        _check(path, leaf)
+        _check_weight(path, leaf)
         threshold = leaf.config.threshold if leaf.config.decomposes else 0.0
         parts = (split(np.asarray(array), path, source, config) for array in (leaf.q, leaf.scale))
         for name, q, scale in zip(source.tensors, *parts, strict=True):
             module = name.removesuffix("weight")
-            tensors[name] = q  # in rows, also where GPT-2 has columns
-            tensors[f"{module}SCB"] = _absmax(scale)[:, 0]
+            tensors[name] = q  # int8 is stored as [n, k] also for GPT-2, whose float weights are [k, n]
+            tensors[f"{module}SCB"] = _exact_absmax(scale)[:, 0]
             tensors[f"{module}weight_format"] = np.array(0, np.uint8)
     asked = {"llm_int8_skip_modules": skipped, "llm_int8_threshold": threshold}
-    return tensors, _OPTIONS | asked
+    return tensors, _FIXED_OPTIONS | asked
 
 
-def _check(path: str, w: QTensor) -> None:
+def _check_weight(path: str, w: QTensor) -> None:
+    """Raises ValueError for an int8 weight that a linear layer of bitsandbytes can't have."""
     scheme = w.config.table_row
     if path == "embedding" or w.q.ndim != 2:
         what = "experts" if w.q.ndim > 2 else "embeddings"
@@ -149,8 +151,8 @@ def _check(path: str, w: QTensor) -> None:
         raise ValueError(f"{path}: Expected one symmetric scale per row, got the scheme {w.config.scheme!r}.")
 
 
-def _absmax(scale: np.ndarray) -> np.ndarray:
-    """127 times the scale, rounded so that dividing by 127 gives the scale back."""
+def _exact_absmax(scale: np.ndarray) -> np.ndarray:
+    """127 times the scale, rounded so that a division by 127, as `read_weight` does it, gives every bit of it back."""
     absmax = scale * np.float32(127)
     for other in (np.nextafter(absmax, np.float32(0)), np.nextafter(absmax, np.float32(np.inf))):
         absmax = np.where(absmax / np.float32(127) == scale, absmax, other)

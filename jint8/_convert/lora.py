@@ -1,7 +1,8 @@
 """LoRA adapters of PEFT on top of a loaded model, int8 or not: `y = x W.T + scaling (x A.T) B.T`.
 
 The factors lie beside the weight that they belong to: `lora_a` `[r, k]`, and `lora_b` `[n, r]` with the scaling in it.
-Where several of a checkpoint's weights make up one of ours, their factors are stacked, B as a block diagonal.
+Where several of a checkpoint's weights make up one of ours, as q, k and v do, so do their factors: A are stacked, and B
+are the blocks on a diagonal, so that each output uses its own factors, `[B1 A1; B2 A2] = diag(B1, B2) [A1; A2]`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def with_adapter(
       params: of `model`; the arrays are shared with the result.
       model: the decoder or encoder.
       path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
-      mesh: of devices that `params` are divided among; None is one device.
+      mesh: the devices that `params` are sharded over; None is one device.
 
     Returns:
       A tree with `lora_a` and `lora_b` beside the weights that the adapter is for.
@@ -51,11 +52,13 @@ def with_adapter(
     References:
       Hu et al., LoRA, 2021, arXiv 2106.09685, section 4.1.
     """
+    import scipy.linalg  # here, since it takes a while, and most models are loaded without an adapter
+
     config, file = read_json(path / CONFIG), path / WEIGHTS
     _check_config(config, path / CONFIG)
     factors = dict(read_arrays(file))
     shapes = {name: leaf.shape for name, leaf in leaf_paths(params, is_leaf=is_qtensor) if name.endswith("/weight")}
-    result = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_qtensor)
+    result = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_qtensor)  # new dictionaries around the same arrays
     for name, source in sources(model.config, shapes, ()).items():
         modules = [tensor.removesuffix(".weight") for tensor in source.tensors]
         pairs = [[factors.pop(f"{PREFIX}{module}.lora_{f}.weight", None) for f in "AB"] for module in modules]
@@ -66,10 +69,10 @@ def with_adapter(
         rows, k = split_sizes(shapes[name], name, len(modules), model.config), shapes[name][1]
         a, b = [], []
         for module, n, (down, up) in zip(modules, rows, pairs, strict=True):
-            down, up = _checked(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
+            down, up = _checked_factors(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
             a.append(down)
             b.append(up * _scaling(config, module, len(down)))
-        ups = _block_diagonal(b)
+        ups = scipy.linalg.block_diag(*b)
         new = {"lora_a": np.concatenate(a), "lora_b": ups if source.order is None else ups[source.order]}
         module = name.removesuffix("weight")
         placed = decoder_shardings({module + leaf: factor for leaf, factor in new.items()}, mesh)
@@ -84,7 +87,10 @@ def with_adapter(
 
 
 def saved_factors(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The factors in a checkpoint that `jint8.save` wrote, by path, in shapes that fit the weights beside them."""
+    """The factors in a checkpoint that `jint8.save` wrote, by path, in the shapes that the weights beside them ask for.
+
+    The rank is that of the file, the other size that of the weight in `expected`.
+    """
     found = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition("/")
@@ -96,6 +102,7 @@ def saved_factors(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> di
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError for an adapter that isn't `B A` alone, such as one that trains biases as well."""
     expected = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_qalora": False}
     for key, value in expected.items():
         if (got := config.get(key, value)) != value:
@@ -104,7 +111,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise ValueError(f"{file}: Expected lora_alpha to be a number, got {config.get('lora_alpha')!r}.")
 
 
-def _checked(
+def _checked_factors(
     where: str, down: np.ndarray | None, up: np.ndarray | None, n: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factors in float32; of rank 0 where a weight has none. Raises ValueError for ones that don't fit."""
@@ -120,16 +127,8 @@ def _checked(
     return down, up
 
 
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    total = np.zeros(np.sum([block.shape for block in blocks], axis=0), np.float32)
-    row, column = 0, 0
-    for block in blocks:
-        total[row : row + len(block), column : column + block.shape[1]] = block
-        row, column = row + len(block), column + block.shape[1]
-    return total
-
-
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """`alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`; the first match in `alpha_pattern` replaces alpha."""
     alpha = config["lora_alpha"]
     for pattern, other in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):

@@ -1,23 +1,22 @@
-"""Weights to int8 on the host, a few rows in float32 at a time: while a checkpoint is read, whatever device gets it.
+"""Weights to int8 on the host, with one scale per row, while a checkpoint is read.
 
-The formula is that of `jint8.quantize`. NumPy divides exactly, XLA may be off by one unit in the last place, so that a
-quotient next to a half may be rounded to the other side there.
+Only a few rows at a time are in float32, and the device that the weight is for gets int8 values alone. The formula is
+that of `jint8.quantize`, and the scales are the same. Values may differ by one where a quotient lies next to a half:
+NumPy divides exactly, XLA's quotient may be off by one unit in the last place.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from jint8._core.rounding import SMALLEST_NORMAL
 
-BLOCK = 1 << 20  # values in float32 at a time: fewer cost time in Python, more leave the cache
-
-
+BLOCK = 1 << 20  # values in float32 at a time: fewer cost time in Python, more don't fit in the cache
 NOT_FINITE = "Expected finite weights, got NaN or infinity."
 
 
@@ -27,7 +26,7 @@ def check_finite(value: np.ndarray) -> None:
     step = max(1, BLOCK // max(rows.shape[1], 1))
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
-        if value.dtype == ml_dtypes.bfloat16:  # finite means that not all bits of the exponent are set
+        if value.dtype == ml_dtypes.bfloat16:  # infinity and NaN have all bits of the exponent set
             finite = (block.view(np.uint16) & 0x7F80) != 0x7F80
         else:
             finite = np.isfinite(block)
@@ -39,33 +38,38 @@ def quantized_rows(value: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.nd
     """Quantizes float `value[n, k]` with one scale per row.
 
     Yields:
-      A few rows at a time: which, their int8 values (in a buffer that the next rows go to) and the float32 scales
-      `[rows, 1]`.
+      For a few rows at a time: which they are, their int8 values, and their float32 scales `[rows, 1]`. The values are
+      in a buffer that the next rows overwrite.
 
     Raises:
       ValueError: NaN or infinity in `value`.
     """
     n, k = value.shape
     rows = max(1, BLOCK // max(k, 1))
-    steps, q = (np.empty((min(rows, n), k), dtype) for dtype in (np.float32, np.int8))
+    quotients, q = (np.empty((min(rows, n), k), dtype) for dtype in (np.float32, np.int8))
     for start in range(0, n, rows):
         at = slice(start, min(start + rows, n))
-        x, out = steps[: at.stop - start], q[: at.stop - start]
-        scale = _absmax(value[at], x) / np.float32(127)
+        x, out = quotients[: at.stop - start], q[: at.stop - start]
+        scale = _row_absmax(value[at], x) / np.float32(127)
         if not np.isfinite(scale).all():
             raise ValueError(NOT_FINITE)
         to_float32(value[at], x)
-        with np.errstate(all="ignore"):  # rows of zeros
+        with np.errstate(all="ignore"):  # a row of zeros has scale 0, and 0 / 0 is NaN
             np.rint(np.divide(x, scale, out=x), out=x)
+        # As in `jint8.quantize`: where the scale is subnormal, which XLA may take for 0, the row stands for zeros.
         if (small := scale[:, 0] < SMALLEST_NORMAL).any():
             x[small] = 0
         np.copyto(out, x, casting="unsafe")
         yield at, out, scale
 
 
-def _absmax(value: np.ndarray, buffer: np.ndarray) -> np.ndarray:
-    """Largest magnitude of each row of `value[n, k]`, float32 `[n, 1]`; infinity or NaN where a value isn't finite."""
-    if value.dtype == ml_dtypes.bfloat16:  # without the sign, bits are ordered as the values are, and NaN is on top
+def _row_absmax(value: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    """Largest magnitude of each row of `value[n, k]`, float32 `[n, 1]`; infinity or NaN where a value isn't finite.
+
+    `buffer`, float32 `[n, k]`, is written to.
+    """
+    if value.dtype == ml_dtypes.bfloat16:
+        # Without the sign, bits as integers are ordered as magnitudes are, with infinity and then NaN on top.
         bits = np.bitwise_and(value.view(np.uint16), 0x7FFF, out=buffer.view(np.uint16)[:, : value.shape[1]])
         return bits.max(axis=1, keepdims=True, initial=0).view(ml_dtypes.bfloat16).astype(np.float32)
     to_float32(value, buffer)
@@ -73,7 +77,11 @@ def _absmax(value: np.ndarray, buffer: np.ndarray) -> np.ndarray:
 
 
 def to_float32(value: np.ndarray, out: np.ndarray) -> None:
-    """Casts into `out`; bfloat16 by its bits, which NumPy does in vectors and without the interpreter's lock."""
+    """Casts `value` into `out`, float32 of its shape.
+
+    bfloat16 is the upper half of a float32. Shifting its bits is vectorized and releases the interpreter's lock, as
+    ml_dtypes' own cast doesn't: parameters are read in several threads.
+    """
     if value.dtype == ml_dtypes.bfloat16:
         bits = out.view(np.uint32)
         np.copyto(bits, value.view(np.uint16))
@@ -82,8 +90,8 @@ def to_float32(value: np.ndarray, out: np.ndarray) -> None:
         out[...] = value
 
 
-def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """A float array in another dtype, or itself."""
+def cast(value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """A float array in another dtype, or itself. What is too large for that dtype is infinity there."""
     if value.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
         out = np.empty(value.shape, np.float32)
         to_float32(value, out)
@@ -92,8 +100,8 @@ def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
         return value.astype(dtype, copy=False)
 
 
-def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """An empty array that JAX takes over on a CPU without copying it."""
+def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes: one that `jax.device_put` takes over on a CPU, uncopied."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64

@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameters of a decoder, one tensor at a time in floating point."""
+"""From the tensors of a checkpoint to all parameters of a model, with a few tensors at a time in floating point."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import jax
 from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings
-from jint8._convert.read_parameter import Reader
+from jint8._convert.read_parameter import ParameterReader
 from jint8._convert.targets import abstract_leaves, find_targets
 from jint8._core.config import Config
 from jint8._core.outlier_rows import check_calibrated
+from jint8._core.qtensor import QTensor
 from jint8._trees.paths import Selection, nested
 from jint8.checkpoints import Checkpoint
 from jint8.models import Decoder, Encoder
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with the bytes read so far, and those of all tensors
 
-WORKERS = 4  # parameters that are read at a time
+WORKERS = 4  # threads, each of which has one tensor in floating point
 
 
 def read_params(
@@ -35,43 +36,54 @@ def read_params(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of `model` out of `checkpoint`; see `jint8.load`.
+    """The parameters of a model, read from a checkpoint that `jint8.save` didn't write.
 
-    With a mesh, each is divided among its devices, and of its rows only those are read that devices of this process
-    hold (all, where they hold some columns of each).
+    With a mesh, parameters are sharded over its devices, and a process reads only rows of which its own devices hold
+    something: where columns are sharded, that is all rows.
+
+    Args:
+      checkpoint: in floating point, or in int8 of bitsandbytes.
+      model: that the checkpoint is for.
+      config: how to quantize.
+      selection: which weights.
+      outliers: calibrated outlier columns by path.
+      mesh: the devices that the parameters are sharded over; None is one device.
+      progress: called as tensors are done with, from several threads but one at a time.
+
+    Returns:
+      The tree of parameters, weights in int8 as `QTensor`s.
+
+    Raises:
+      TypeError: `outliers` isn't a mapping.
+      ValueError: tensors that aren't those of `model`, values or outliers that can't be used, or a weight that the mesh
+        can't shard evenly; the message names file and tensor, or the path.
     """
     check_calibrated(outliers)
     targets = find_targets(checkpoint, model, config=config, selection=selection)
     if unknown := sorted(set(outliers or ()) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
-    placed = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config), mesh)
+    shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config), mesh)
     total = sum(checkpoint.tensors[name].nbytes for target in targets.values() for name in target.source.tensors)
     done, lock = 0, threading.Lock()
 
-    def tell(nbytes: int) -> None:
+    def count(nbytes: int) -> None:
         nonlocal done
         with lock:
             done += nbytes
             if progress is not None:
                 progress(done, total)
 
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
+    # `jax.default_device` holds for the thread that calls it: the workers get the caller's.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
 
-    def read(path: str) -> Any:
-        source, expected, axes = targets[path]
+    def read_one(path: str) -> jax.Array | QTensor:
         with jax.default_device(device):
-            reader = Reader(checkpoint, source, config, model, tell)
-            return reader.read(
-                path,
-                expected.shape,
-                quantized=axes is not None,
-                outliers=(outliers or {}).get(path),
-                sharding=placed.get(path),
-            )
+            reader = ParameterReader(checkpoint, path, targets[path], config, model.dtype, count)
+            return reader.read(outliers=(outliers or {}).get(path), sharding=shardings.get(path))
 
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
         try:
-            return nested(dict(zip(targets, workers.map(read, targets), strict=True)))
-        except BaseException:
+            return nested(dict(zip(targets, workers.map(read_one, targets), strict=True)))
+        except BaseException:  # also Ctrl-C: leaving the block would first read all that is in the queue
             workers.shutdown(wait=False, cancel_futures=True)
             raise

@@ -103,7 +103,7 @@ def read_saved(
         known; the message names it.
     """
     weights = _field(checkpoint, "weights", dict)
-    names: dict[str, dict[str, str]] = {}  # of the arrays, by path and field
+    names: dict[str, dict[str, str]] = {}  # of the arrays, by path and field; the field of a float array is ""
     for name in checkpoint.tensors:
         path, _, field = name.partition("#")
         names.setdefault(path, {})[field] = name

@@ -1,4 +1,4 @@
-"""How to quantize, by the caller and by the checkpoint's own configuration."""
+"""How to quantize: what the caller asks for, and what the checkpoint's `config.json` does."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def resolve_settings(
       selection: of the caller; what the checkpoint wants to be skipped is added.
 
     Raises:
-      ValueError: the checkpoint is quantized in a way that isn't supported, or in int8 and the caller asks for more
-        than another threshold.
+      ValueError: the checkpoint is quantized in a way that isn't supported; or it is in int8, and the caller chooses
+        weights, or a scheme that doesn't run on its values.
     """
     try:
         asked = bitsandbytes.options(checkpoint.config)

@@ -40,13 +40,15 @@ def static_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "dtype": jnp.dtype(fields["dtype"]).name, "config": config_to_json(fields["config"])}
 
 
-def static_from_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+def static_from_json(fields: Any) -> dict[str, Any]:
     """The inverse of `static_to_json`: arguments of `QTensor`.
 
     Raises:
       ValueError: a field that `QTensor` doesn't have, or `dtype` or `config` is missing; the message names it.
       TypeError, ValueError: a value that isn't one of its field.
     """
+    if not isinstance(fields, dict):
+        raise ValueError(f"Expected a QTensor's static fields by name, got {fields!r}.")
     _refuse_unknown("static fields of a QTensor", fields, STATIC_FIELDS)
     if missing := sorted({"dtype", "config"} - fields.keys()):
         raise ValueError(f"Expected a QTensor's {' and '.join(missing)}, got {', '.join(fields) or 'nothing'}.")

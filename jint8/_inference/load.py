@@ -94,7 +94,7 @@ def load(
         mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     fields = _load_fields(
         path,
-        functools.partial(decoder, mesh=mesh),
+        functools.partial(build_decoder, mesh=mesh),
         config=config,
         dtype=dtype,
         mesh=mesh,
@@ -103,7 +103,7 @@ def load(
         adapter=adapter,
         outliers=outliers,
         calibrate=calibrate,
-        find_outliers=lambda dynamic: LanguageModel(**dynamic).calibrate(calibrate),
+        find_outliers=_find_outliers,
         verify=verify,
         progress=progress,
     )
@@ -145,7 +145,7 @@ def load_encoder(
     """
     fields = _load_fields(
         path,
-        encoder,
+        build_encoder,
         config=config,
         dtype=dtype,
         quantize=quantize,
@@ -171,14 +171,13 @@ def _load_fields(
     mesh: Mesh | None = None,
     outliers: Mapping[str, Any] | None = None,
     calibrate: str | None = None,
-    find_outliers: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    find_outliers: Callable[[dict[str, Any], str | None], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The fields of a `LanguageModel` or a `TextEncoder`, read from a checkpoint.
 
-    Args (the others are those of `load`):
-      build: makes the Flax module.
-      find_outliers: finds the columns of static outliers with the fields of a model that decides per token; None for a
-        kind of model that can't be calibrated.
+    Arguments are those of `load`, and two by which both kinds of model differ: `build` makes the Flax module, and
+    `find_outliers` finds the columns for static outliers, with the fields of a model and a text; it is None for a kind
+    of model that can't.
     """
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
@@ -202,15 +201,19 @@ def _load_fields(
             elif quant.uses_calibrated_columns:
                 if find_outliers is None:
                     raise ValueError(f"{path}: Expected outliers by batch or by token for an encoder, got static.")
-                # Which columns have outliers shows in a model that finds them token by token. Its parameters are
-                # gone before the ones that stay are read: both together may not fit.
+                # Calibrated on a model that finds outliers token by token. Its parameters are dropped before those of
+                # the result are read: both together may not fit.
                 dynamic = read(config=dataclasses.replace(quant, outliers="token"))
-                outliers = find_outliers(_fields(checkpoint, model, dynamic, quant))
+                outliers = find_outliers(_fields(checkpoint, model, dynamic, quant), calibrate)
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:
             params = with_adapter(params, model, Path(adapter), mesh)
         return _fields(checkpoint, model, params, quant)
+
+
+def _find_outliers(fields: dict[str, Any], text: str | None) -> Mapping[str, Any]:
+    return LanguageModel(**fields).calibrate(text)
 
 
 def _fields(checkpoint: Checkpoint, model: Decoder | Encoder, params: dict[str, Any], quant: Config) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = None) -> Decoder:
+def build_decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = None) -> Decoder:
     """The decoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
         return Decoder(model_config(checkpoint.config), jnp.dtype(dtype), mesh)
@@ -237,7 +240,7 @@ def decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = None) 
         raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
-def encoder(checkpoint: Checkpoint, dtype: DTypeLike) -> Encoder:
+def build_encoder(checkpoint: Checkpoint, dtype: DTypeLike) -> Encoder:
     """The encoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
         return Encoder(encoder_config(checkpoint.config), jnp.dtype(dtype))
@@ -246,5 +249,5 @@ def encoder(checkpoint: Checkpoint, dtype: DTypeLike) -> Encoder:
 
 
 def default_dtype() -> np.dtype:
-    """float32 on CPUs, where 16-bit products are slow, bfloat16 elsewhere."""
+    """The dtype of activations that nobody chose: float32 on CPUs, where 16-bit products are slow, else bfloat16."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

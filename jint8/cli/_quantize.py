@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from jint8 import memory_report, save
     from jint8._convert.settings import resolve_settings
     from jint8._convert.targets import abstract_leaves, find_targets
-    from jint8._inference.load import decoder, default_dtype
+    from jint8._inference.load import build_decoder, default_dtype
     from jint8._trees.paths import Selection
     from jint8.checkpoints import open_checkpoint
     from jint8.checkpoints._directory import check_destination
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         config, selection = resolve_settings(
             checkpoint, config=config, quantize=True, selection=Selection(args.skip, args.include)
         )
-        model = decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
+        model = build_decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
         targets = find_targets(checkpoint, model, config=config, selection=selection)
     planned = abstract_leaves(targets, config)
     plan = memory_report(planned)

@@ -60,7 +60,7 @@ def read_half(name, monkeypatch, **options):
     """The parameters of one device and of both, their shardings, and which share was read of each tensor."""
     config = options.pop("config", jint8.Config())
     monkeypatch.setattr(_read, "decoder_shardings", lambda planned, mesh: half_shardings(planned) if mesh else {})
-    monkeypatch.setattr(Assembly, "array", lambda self: self._parts[0].values.reshape(self._parts[0].shape))
+    monkeypatch.setattr(Assembly, "array", lambda self: self._shards[0].values.reshape(self._shards[0].shape))
     with open_checkpoint(DIRECTORY / name) as checkpoint:
         recording = Recording(checkpoint)
         model = Decoder(model_config(checkpoint.config))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jint8
-from jint8._convert import quantize_rows as _host
+from jint8._convert import quantize_rows
 
 SHAPE = (37, 50)
 
@@ -17,7 +17,7 @@ def rng():
 
 def quantized(w):
     q, scale = np.full(w.shape, 99, np.int8), np.empty((w.shape[0], 1), np.float32)
-    for rows, steps, scales in _host.quantized_rows(w):
+    for rows, steps, scales in quantize_rows.quantized_rows(w):
         q[rows], scale[rows] = steps, scales
     return q, scale
 
@@ -35,7 +35,7 @@ def check(w, q, scale):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("block", [1, 200, 1 << 18], ids=["rows=1", "rows=4", "all_rows"])
 def test_formula(dtype, block, rng, monkeypatch):
-    monkeypatch.setattr(_host, "BLOCK", block)
+    monkeypatch.setattr(quantize_rows, "BLOCK", block)
     w = rng.standard_normal(SHAPE).astype(dtype)
     q, scale = quantized(w)
     check(w, q, scale)
@@ -71,17 +71,17 @@ def test_not_finite(value, at, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1], (50,), ()], ids=str)
 def test_check_finite(dtype, shape, rng, monkeypatch):
-    monkeypatch.setattr(_host, "BLOCK", 200)
+    monkeypatch.setattr(quantize_rows, "BLOCK", 200)
     w = np.asarray(rng.standard_normal(shape)).astype(dtype)
-    _host.check_finite(w)
-    _host.check_finite(w.T)
-    _host.check_finite(np.zeros((0, 3), dtype))
+    quantize_rows.check_finite(w)
+    quantize_rows.check_finite(w.T)
+    quantize_rows.check_finite(np.zeros((0, 3), dtype))
     for value in (np.nan, np.inf, -np.inf):
         bad = w.copy()
         bad[(-1,) * w.ndim] = value
         for x in (bad, bad.T):
             with pytest.raises(ValueError, match="Expected finite weights, got NaN or infinity"):
-                _host.check_finite(x)
+                quantize_rows.check_finite(x)
 
 
 def test_no_more_than_a_step_from_quantize(rng):
@@ -94,5 +94,5 @@ def test_no_more_than_a_step_from_quantize(rng):
 
 
 def test_aligned():
-    arrays = [_host.aligned((n, 3), np.float32) for n in range(1, 9)]
+    arrays = [quantize_rows.aligned((n, 3), np.float32) for n in range(1, 9)]
     assert all(array.ctypes.data % 64 == 0 and array.shape == (n, 3) for n, array in enumerate(arrays, 1))
