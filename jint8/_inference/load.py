@@ -71,7 +71,7 @@ def load(
       adapter: a directory in which PEFT saved a LoRA adapter; its factors are added in floating point.
       outliers: outlier feature dimensions by path, as `jint8.calibrate` returns; the config then has
         `outliers="static"`. None, with such a config: they are found on a text, which reads the checkpoint twice.
-      calibrate: that text. None is a short one that comes with the package.
+      calibrate: that text, where they are to be found. None is a short one that comes with the package.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
@@ -196,7 +196,13 @@ def _load_fields(
             quant, selection = resolve_settings(checkpoint, config=config, quantize=quantize, selection=selection)
             model = build(checkpoint, default_dtype() if dtype is None else dtype)
             read = functools.partial(read_params, checkpoint, model, selection=selection, mesh=mesh, progress=progress)
+            if calibrate is not None and (outliers is not None or not quant.uses_calibrated_columns):
+                raise ValueError(
+                    f"{path}: Expected calibrate with static outliers that are to be found, got it without."
+                )
             if outliers is not None:
+                if not quantize:
+                    raise ValueError(f"{path}: Expected outliers for weights in int8, got them with quantize=False.")
                 quant = dataclasses.replace(quant, outliers="static")
             elif quant.uses_calibrated_columns:
                 if find_outliers is None:
