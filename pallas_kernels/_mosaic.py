@@ -1,7 +1,8 @@
 """Where the supported versions of JAX differ in Mosaic GPU, an unstable interface (`jax.experimental`).
 
 Mosaic GPU is Pallas's way to Hopper's TMA copies and wgmma. Only `many_rows_mosaic.py` uses it; what its versions name
-differently is here. Checked on JAX 0.10.2, 0.11.2 and 0.12.0.1 by compiling; 0.10.2 has no interpret mode.
+differently is here. Checked on JAX 0.10.2, 0.11.2 and 0.12.0.1 by compiling, and on 0.12.0.1 by interpreting: 0.10.2
+has no interpret mode, and that of 0.11.2 refuses kernels that end before every barrier was waited for.
 """
 
 import inspect
@@ -10,8 +11,10 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# JAX 0.10.2 and 0.11.2 have load(ref, idx, ...) and transpose_ref; 0.12 has load(ref, ...) and ref.T.
-_INDEXED_LOAD = "idx" in inspect.signature(plgpu.load).parameters
+# JAX 0.10.2 has load(ref, idx, ...) and transpose_ref. From 0.11 on these are deprecated or gone; load(ref, ...) and
+# ref.T take their place.
+_idx = inspect.signature(plgpu.load).parameters.get("idx")
+_INDEXED_LOAD = _idx is not None and _idx.default is inspect.Parameter.empty
 
 # From JAX 0.11 on, Mosaic kernels can be interpreted on a CPU.
 CAN_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
