@@ -25,24 +25,21 @@ from jint8._ops.activations import limits, outlier_elements
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[*ARRAY_FIELDS, "tap"],
-    meta_fields=[*STATIC_FIELDS, "counted", "stacked"],
+    jax.tree_util.register_dataclass, data_fields=[*ARRAY_FIELDS, "tap"], meta_fields=[*STATIC_FIELDS, "counted"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observed(QTensor):
     """A weight whose activations are watched; `q` may be the float weight itself, with scales of 1.
 
     Attributes:
-      tap: float32 of `q`'s rank: `_VALUES` for each column, on the last contracted axis; size 1 on the other contracted
-        axes and on those of output channels.
+      tap: float32 of `q`'s rank. On the last contracted axis a list over columns, `_VALUES` for each: `[_VALUES * k]`.
+        Size 1 on the other contracted axes and on those of output channels, which all meet the same activations; `q`'s
+        size on stacked axes, whose entries are weights of their own.
       counted: what counts as an outlier: the threshold of a `Config`, absolute or relative.
-      stacked: the axes of `q` that count independent weights. They hold for the whole weight, not for slices of it.
     """
 
     tap: Any = None
     counted: Config = Config()
-    stacked: tuple[int, ...] = ()
 
     def unobserved(self) -> QTensor:
         """The weight itself."""
@@ -62,38 +59,48 @@ class Seen(NamedTuple):
 _VALUES = len(Seen._fields) + 1  # in a tap, per column: those of `Seen` and the number of uses
 
 
-def observe(weight: Any, contract_axes: Sequence[int], counted: Config, stack_axes: Sequence[int] = ()) -> Observed:
-    """A `QTensor`, or a float weight that is contracted over `contract_axes`, to be watched.
-
-    `stack_axes`, of the float weight, count independent weights: each has statistics of its own.
-    """
+def observe(weight: QTensor | jax.Array, contract_axes: Sequence[int], counted: Config) -> Observed:
+    """A `QTensor`, or a float weight that is contracted over `contract_axes`, to be watched; without a tap yet."""
     if isinstance(weight, Observed):
         return weight
     if isinstance(weight, QTensor):
         fields = {name: getattr(weight, name) for name in (*ARRAY_FIELDS, *STATIC_FIELDS)}
-        at = storage_axes(weight)
-        return Observed(**fields, counted=counted, stacked=tuple(sorted(at[a] for a in stack_axes)))
+        return Observed(**fields, counted=counted)
     scale = jnp.ones([1 if a in contract_axes else size for a, size in enumerate(weight.shape)], jnp.float32)
-    stacked = tuple(sorted(stack_axes))
-    none = Config(scheme="none")
-    return Observed(weight, scale, dtype=weight.dtype, config=none, counted=counted, stacked=stacked)
+    return Observed(weight, scale, dtype=weight.dtype, config=Config(scheme="none"), counted=counted)
 
 
-def empty_tap(w: Observed) -> jax.Array:
-    """The tap of a weight."""
-    axes = contracted_axes(w)
-    shape = [size if a in w.stacked else 1 for a, size in enumerate(w.q.shape)]
+def empty_tap(w: Observed, stack_axes: Sequence[int]) -> jax.Array:
+    """The tap of a whole weight. `stack_axes`, of the float weight, count weights that have statistics of their own."""
+    axes, stacked = contracted_axes(w), _stored(w, stack_axes)
+    shape = [size if a in stacked else 1 for a, size in enumerate(w.q.shape)]
     shape[column_axis(w.q.shape, axes)] = _VALUES * math.prod(w.q.shape[a] for a in axes)
     return jnp.zeros(shape, jnp.float32)
 
 
-def read_tap(w: Observed, tap: Any) -> Seen:
-    """What the tap of `w` has seen, in float64 `[*stack, k]`."""
+def read_tap(w: Observed, tap: jax.Array, stack_axes: Sequence[int]) -> Seen:
+    """What the tap of `w` has seen, in float64 `[*stack, k]`; `stack_axes` as in `empty_tap`."""
     values = np.moveaxis(np.asarray(tap, np.float64), column_axis(w.q.shape, contracted_axes(w)), -1)
-    values = values.reshape(*(w.q.shape[a] for a in w.stacked), _VALUES, -1)
+    values = values.reshape(*(w.q.shape[a] for a in _stored(w, stack_axes)), _VALUES, -1)
     values = np.moveaxis(values, -2, 0)
     seen = Seen(*values[:-1])
     return seen._replace(largest=seen.largest / np.maximum(values[-1], 1))
+
+
+def take_columns(tap: jax.Array, axis: int, columns: jax.Array | np.ndarray) -> jax.Array:
+    """The tap of a weight that has some of the columns, in their order, out of the whole weight's, which is on `axis`.
+
+    Statistics that come back through it are added to those columns of the whole weight.
+    """
+    by_value = tap.reshape(*tap.shape[:axis], _VALUES, -1, *tap.shape[axis + 1 :])
+    taken = jnp.take(by_value, columns, axis=axis + 1)
+    return taken.reshape(*tap.shape[:axis], -1, *tap.shape[axis + 1 :])
+
+
+def _stored(w: QTensor, axes: Sequence[int]) -> list[int]:
+    """The axes of `q` that hold some axes of the float weight, in `q`'s order."""
+    at = storage_axes(w)
+    return sorted(at[axis] for axis in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

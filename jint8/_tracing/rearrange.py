@@ -2,20 +2,28 @@
 
 Every function takes and returns `QTensor`s whose `order` names all axes (`ordered` makes one), and axes are those of
 the float weight. Only `reshaped` may move data, and not where the contracted axes are stored last.
+
+All arrays of a weight have `q`'s rank. On an axis of channels each has `q`'s size, or 1 where all channels share it. On
+the contracted axes, taken together, `scale` and `zero` have one entry, and the others a list over columns: calibrated
+outlier columns, or the tap of an `Observed` weight. Whatever changes which columns there are, or their order, also
+changes what is in these lists: `_with_columns`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jint8._core.axes import column_axis
 from jint8._core.qtensor import QTensor, axis_order, contracted_axes, ordered, permuted, storage_axes
+from jint8._ops.observe import Observed, take_columns
 from jint8._tracing.views import View
 
 __all__ = ["dynamic_sliced", "expanded", "looked_up", "ordered", "permuted", "reshaped", "sliced", "squeezed"]
@@ -53,20 +61,25 @@ def _each_leaf(
 ) -> QTensor:
     """`operation(leaf, *arguments)`, one argument per element of `per_axis`' tuples, each a list over stored axes.
 
-    Where a leaf has another size because the axis is contracted, it is taken whole.
+    `whole(size)` is what takes an axis whole: a leaf's axis that doesn't run over `q`'s.
     """
     stored = [per_axis[axis] for axis in axis_order(w)]
+    contracted = contracted_axes(w)
 
-    def on_leaf(leaf):
-        shapes = zip(leaf.shape, w.q.shape, stored, strict=True)
-        arguments = [whole(size) if size != of_q else given for size, of_q, given in shapes]
+    def slice_axes(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+        arguments = [given if s in axes else whole(leaf.shape[s]) for s, given in enumerate(stored)]
         return operation(leaf, *map(list, zip(*arguments, strict=True)))
 
-    result = jax.tree.map(on_leaf, w)
-    contracted = contracted_axes(w)
-    if w.outlier_index is not None and any(result.q.shape[s] != w.q.shape[s] for s in contracted):
-        raise ValueError("Expected no slice of the contracted axes of a weight with calibrated outlier columns.")
-    return result
+    def runs_over(name: str, leaf: jax.Array) -> list[int]:
+        axes = range(w.ndim)
+        return [s for s in axes if name == "q" or (s not in contracted and leaf.shape[s] == w.q.shape[s])]
+
+    leaves: dict[str, Any] = {name: slice_axes(leaf, runs_over(name, leaf)) for name, leaf in _leaves(w).items()}
+    result = dataclasses.replace(w, **leaves)
+    if all(result.q.shape[s] == w.q.shape[s] for s in contracted):
+        return result
+    numbers = slice_axes(jnp.asarray(_column_numbers(w)), contracted)
+    return _with_columns(w, result, contracted, numbers.ravel())
 
 
 def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
@@ -81,30 +94,70 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     if any(0 < len(contracted & set(axes)) < len(set(axes)) for axes in view.axes):
         raise ValueError(f"Expected a reshape of {w.shape} that keeps contracted axes apart, got {tuple(shape)}.")
     is_contracted = [bool(contracted & set(axes)) for axes in view.axes]
+    # Both before and after, contracted axes come last, and otherwise axes are in the order of the float weight.
     grouped = sorted(range(w.ndim), key=lambda axis: (axis in contracted, axis))
     new_order = sorted(range(len(shape)), key=lambda axis: (is_contracted[axis], axis))
+    new_contracted = [stored for stored, axis in enumerate(new_order) if is_contracted[axis]]
+    at = column_axis(tuple(shape[axis] for axis in new_order), new_contracted)
 
-    def reshape(leaf, is_q):
-        leaf = jnp.transpose(leaf, [order.index(axis) for axis in grouped])
-        return leaf.reshape([shape[axis] if is_q or not is_contracted[axis] else 1 for axis in new_order])
+    def group(array: Any) -> Any:
+        return array.transpose([order.index(axis) for axis in grouped])
 
-    zero = None if w.zero is None else reshape(w.zero, False)
-    new = dataclasses.replace(w, q=reshape(w.q, True), scale=reshape(w.scale, False), zero=zero, order=tuple(new_order))
-    if w.outlier_index is None:
-        return new
-    assert w.outlier_rows is not None
-    stored = contracted_axes(w)
-    count = w.outlier_rows.shape[column_axis(w.q.shape, stored)]
-    if w.outlier_index.size != count or sorted(order[s] for s in stored) != [order[s] for s in stored]:
-        raise ValueError(f"Expected no reshape of stacked or rearranged outlier columns, got {w} to {tuple(shape)}.")
-    at = column_axis(new.q.shape, [i for i, axis in enumerate(new_order) if is_contracted[axis]])
+    def reshape(name: str, leaf: jax.Array) -> jax.Array:
+        leaf = group(leaf)
+        if name == "q":
+            return leaf.reshape([shape[axis] for axis in new_order])
+        own = {axis for axis, size in zip(grouped, leaf.shape, strict=True) if size > 1}
+        # Of axes that are merged, a leaf needs all that it has any of.
+        needed = set().union(*(axes for axes in view.axes if own.intersection(axes))) - contracted
+        full = [w.shape[a] if a in needed else size for a, size in zip(grouped, leaf.shape, strict=True)]
+        sizes = [shape[axis] if needed.intersection(view.axes[axis]) else 1 for axis in new_order]
+        sizes[at] = math.prod(size for axis, size in zip(grouped, full, strict=True) if axis in contracted)
+        return jnp.broadcast_to(leaf, full).reshape(sizes)
 
-    def with_columns(sizes: Sequence[int]) -> list[int]:
-        return [count if i == at else size for i, size in enumerate(sizes)]
+    leaves: dict[str, Any] = {name: reshape(name, leaf) for name, leaf in _leaves(w).items()}
+    result = dataclasses.replace(w, **leaves, order=tuple(new_order))
+    return _with_columns(w, result, new_contracted, group(_column_numbers(w)).ravel())
 
-    rows = jnp.transpose(w.outlier_rows, [order.index(axis) for axis in grouped])
-    index = w.outlier_index.reshape(with_columns([1] * len(shape)))
-    return dataclasses.replace(new, outlier_rows=rows.reshape(with_columns(new.scale.shape)), outlier_index=index)
+
+def _leaves(w: QTensor) -> dict[str, jax.Array]:
+    """The arrays of a weight, observed or not, by field."""
+    return {path[0].name: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(w)}
+
+
+def _column_numbers(w: QTensor) -> np.ndarray:
+    """For each entry of the contracted axes of `q`, its number in lists over columns; other axes have size 1."""
+    contracted = contracted_axes(w)
+    shape = [size if s in contracted else 1 for s, size in enumerate(w.q.shape)]
+    return np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+
+
+def _with_columns(before: QTensor, w: QTensor, contracted: Sequence[int], columns: Any) -> QTensor:
+    """`w` with lists over its columns, which were `columns` (int `[k]`) of the weight `before` it was rearranged.
+
+    `contracted` are the stored axes of `w`'s columns. Calibrated columns that it doesn't have any more leave slots that
+    aren't used.
+    """
+    count, k = _column_numbers(before).size, columns.size
+    if isinstance(columns, np.ndarray) and np.array_equal(columns, np.arange(count)):
+        return w
+    at = column_axis(w.q.shape, contracted)
+
+    def on_column_axis(leaf: jax.Array) -> jax.Array:
+        """A slice may have moved it, as one of size 1 isn't taken. The lists are the only leaves with entries on it."""
+        held = next((s for s in contracted if leaf.shape[s] != 1), at)
+        return jnp.swapaxes(leaf, held, at)
+
+    changed: dict[str, Any] = {}
+    if w.outlier_index is not None and w.outlier_rows is not None:
+        new_numbers = jnp.full(count + 1, k, jnp.int32).at[columns].set(jnp.arange(k, dtype=jnp.int32))
+        changed = {
+            "outlier_rows": on_column_axis(w.outlier_rows),
+            "outlier_index": on_column_axis(new_numbers[w.outlier_index]),
+        }
+    if isinstance(w, Observed) and w.tap is not None:
+        changed["tap"] = take_columns(on_column_axis(w.tap), at, columns)
+    return dataclasses.replace(w, **changed)
 
 
 def looked_up(

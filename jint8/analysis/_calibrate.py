@@ -17,7 +17,7 @@ from jint8._core.qtensor import is_qtensor
 from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
 from jint8._tracing.plan import plan as find_plan
 from jint8._trees.params import dequantize_params, projections
-from jint8._trees.paths import Patterns, leaf_paths, path_group, path_string
+from jint8._trees.paths import Patterns, Selection, leaf_paths, path_group, path_string
 from jint8._trees.plan import Axes, Plan
 
 
@@ -105,13 +105,9 @@ def statistics(
     first = next(batches, None)
     if first is None:
         raise ValueError("Expected at least one batch, got none.")
-    leaves = leaf_paths(params, is_leaf=is_qtensor)
-    weights = {path: leaf for path, leaf in leaves if is_qtensor(leaf)}
     plan = _complete(None if plan is None else Plan.of(plan), apply_fn, params, arguments(first))
-    axes: dict[str, tuple[Axes, Axes]] = {}
-    if weights:
-        axes = {path: ((), plan.stack_axes(path, w.ndim) or ()) for path, w in weights.items()}
-    else:
+    axes = int8_axes(params, plan, skip, include)
+    if not any(is_qtensor(leaf) for _, leaf in leaf_paths(params, is_leaf=is_qtensor)):
         found = projections(params, plan=plan, skip=skip, include=include)
         axes = {path: (contracted, stacked or ()) for path, (contracted, stacked) in found.items()}
     return collect(apply(apply_fn), params, itertools.chain([first], batches), axes=axes, counted=counted)
@@ -132,29 +128,35 @@ def _complete(plan: Plan | None, apply_fn: Callable[..., Any], params: Any, args
     return found if plan is None else dataclasses.replace(plan, stacked={**found.stacked, **plan.stacked})
 
 
+def int8_axes(params: Any, plan: Plan, skip: Patterns, include: Patterns) -> dict[str, tuple[Axes, Axes]]:
+    """By path, the axes of the `QTensor`s to be watched that `collect` needs: the stacked ones."""
+    chosen = Selection(skip, include)
+    int8 = [(path, leaf) for path, leaf in leaf_paths(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
+    return {path: ((), plan.stack_axes(path, leaf.ndim) or ()) for path, leaf in int8 if not chosen.skips(path)}
+
+
 def collect(
     run: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
     *,
-    axes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    axes: Mapping[str, tuple[Axes, Axes]],
     counted: Config,
 ) -> dict[str, Seen]:
-    """Statistics of every `QTensor` in `params`, or of the float leaves that `axes` names.
+    """Statistics of the weights in `params` that `axes` names.
 
-    `axes` has the contracted axes of these, and the stacked ones of either.
+    `axes` has for each its contracted axes, which a `QTensor` knows itself, and its stacked ones, of which each entry
+    gets statistics of its own.
     """
-    leaves = leaf_paths(params, is_leaf=is_qtensor)
-    has_int8 = any(is_qtensor(leaf) for _, leaf in leaves)
 
     def watch(path: str, leaf: Any) -> Observed:
-        contracted, stacked = axes.get(path, ((), ()))
-        return observe(leaf, [a % leaf.ndim for a in contracted], counted, stacked)
+        return observe(leaf, [a % leaf.ndim for a in axes[path][0]], counted)
 
-    watched = {path: watch(path, leaf) for path, leaf in leaves if (is_qtensor(leaf) if has_int8 else path in axes)}
+    leaves = leaf_paths(params, is_leaf=is_qtensor)
+    watched = {path: watch(path, leaf) for path, leaf in leaves if path in axes}
     if not watched:
         raise ValueError("Expected parameters with projections, got none.")
-    taps = {path: empty_tap(w) for path, w in watched.items()}
+    taps = {path: empty_tap(w, axes[path][1]) for path, w in watched.items()}
 
     @jax.jit
     def step(params, taps, args):
@@ -172,7 +174,7 @@ def collect(
     total: dict[str, Seen] = {}
     for batch in batches:
         for path, tap in step(params, taps, arguments(batch)).items():
-            seen = read_tap(watched[path], tap)
+            seen = read_tap(watched[path], tap, axes[path][1])
             before = total.get(path)
             total[path] = seen if before is None else _add(before, seen)
     if missing := sorted(path for path, seen in total.items() if not seen.positions.any()):

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from jint8._core.config import Config
+from jint8._core.qtensor import QTensor
 from jint8._ops.observe import Seen, observe
 from jint8._trees.paths import Patterns
-from jint8._trees.plan import Plan
-from jint8.analysis._calibrate import check_criteria, choose, collect
+from jint8._trees.plan import Axes, Plan
+from jint8.analysis._calibrate import check_criteria, choose, collect, int8_axes
 from jint8.nnx._quantize import replace_layers
 
 
@@ -103,9 +105,11 @@ def statistics(
       [0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
     """
 
-    def make(path, value, contracted, stacked):
-        del path
-        return observe(value, contracted, counted, stacked or ())
+    stacks: dict[str, Axes] = {}
+
+    def make(path: str, value: jax.Array, contracted: Axes, stacked: Axes | None) -> QTensor:
+        stacks[path] = stacked or ()
+        return observe(value, contracted, counted)
 
     plan = None if plan is None else Plan.of(plan)
     watched, _ = replace_layers(model, make, plan=plan, skip=skip, include=include)
@@ -115,5 +119,5 @@ def statistics(
         merged = nnx.merge(graphdef, state)
         return merged(*arguments) if call is None else call(merged, *arguments)
 
-    axes = {path: ((), stack) for path, stack in (plan.stacked.items() if plan else ())}  # of weights that were int8
-    return collect(run, state, batches, axes=axes, counted=counted)
+    known = Plan({}, stacks if plan is None else {**plan.stacked, **stacks})
+    return collect(run, state, batches, axes=int8_axes(state, known, skip, include), counted=counted)

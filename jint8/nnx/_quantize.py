@@ -130,9 +130,9 @@ def replace_layers(
             if contracted is None or not isinstance(variable, nnx.Variable):
                 continue
             seen.add(leaf_path)
-            if isinstance(variable, nnx.LoRAParam):
-                continue
             value = variable.get_value()
+            if isinstance(variable, nnx.LoRAParam) or is_qtensor(value):
+                continue
             if (w := made(leaf_path, value, contracted, plan.stack_axes(leaf_path, value.ndim))) is not None:
                 weights[name] = w
         return with_weights(layer, weights) if weights else layer
