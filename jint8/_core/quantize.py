@@ -16,7 +16,19 @@ from jint8._core.qtensor import QTensor
 from jint8._core.rounding import affine, symmetric
 
 
+# How JAX names `_quantize` in the program of a model that quantizes float weights itself. `jint8.plan` looks for it: the
+# product that follows is of int8 values, and no longer shows the weight. No `def` makes a name with a dot, so that no
+# function of a user's is taken for it.
+PROGRAM_NAME = "jint8.quantize"
+
+
+def _named(function):
+    function.__name__ = PROGRAM_NAME
+    return function
+
+
 @functools.partial(jax.jit, static_argnames=("contract_axes", "config", "channel_axes"))
+@_named
 def _quantize(w, *, contract_axes, config, channel_axes):
     scheme = config.table_row
     per_channel = scheme.weights == "channel"

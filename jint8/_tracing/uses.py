@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
+from jint8._core.quantize import PROGRAM_NAME as QUANTIZE
 from jint8._tracing.views import View
 
 __all__ = ["LOOKUP", "Use", "find_uses"]
 
 LOOKUP = "embedding lookup"
-QUANTIZE_NAME = "_quantize"  # of the jitted function in jint8._core.quantize
 
 Views = list[View | None]
 Rule = Callable[["_Interpreter", Any, Views], Views]
@@ -215,7 +215,7 @@ def _convolution(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
 
 
 def _quantized(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
-    """A weight that the model quantizes itself: its scales have size 1 on the axes that will be contracted."""
+    """`jint8.quantize` in the model's own code: scales have size 1 on the axes that will be contracted."""
     shapes = zip(_shape(eqn.invars[0]), _shape(eqn.outvars[1]), strict=True)
     contracted = [axis for axis, (size, scales) in enumerate(shapes) if scales == 1 and size > 1]
     if operands[0] is not None:
@@ -265,9 +265,9 @@ def _agreed(interpreter: _Interpreter, views: Sequence[View | None], otherwise: 
 
 
 def _other(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
-    # Calls (jit, remat, custom derivatives, shard_map) have other names in other versions: know them by their shape.
-    if eqn.params.get("name") == QUANTIZE_NAME:
+    if eqn.params.get("name") == QUANTIZE:
         return _quantized(interpreter, eqn, operands)
+    # Calls (jit, remat, custom derivatives, shard_map) have other names in other versions: know them by their shape.
     bodies = [_open(param) for param in eqn.params.values() if hasattr(param, "eqns")]
     if len(bodies) == 1 and _ranks_agree(eqn, bodies[0]):
         return interpreter.run(bodies[0], operands)

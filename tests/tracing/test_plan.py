@@ -407,6 +407,34 @@ layers/1/bias  (8,)    elementwise (add)"""
     assert repr(found) == "Plan(3 contracted, 3 skipped)"
 
 
+def test_a_weight_that_the_model_quantizes():
+    product = lambda w, x: jint8.dot_general(x, jint8.quantize(w, contract_axes=(1,)), (((2,), (1,)), ((), ())))
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        assert plan_one(wrap(product), (8, 4), X) == ((1,), ())
+    assert plan_one(lambda w, x: product(w[1], x), (5, 8, 4), X) == ((2,), (0,))
+
+
+def test_functions_of_a_users_with_the_name_of_ours():
+    @jax.jit
+    def _quantize(w):
+        return jnp.round(w)
+
+    assert plan_one(lambda w, x: x @ _quantize(w), (4, 8), X) == "elementwise (round)"
+
+    @jax.jit
+    def quantize(w):
+        scale = jnp.max(jnp.abs(w), axis=0, keepdims=True)
+        return jnp.round(w / scale), scale
+
+    quantize.__name__ = "_quantize"
+
+    def summed(w, x):
+        q, scale = quantize(w)
+        return x * jnp.sum(q * scale)
+
+    assert plan_one(summed, (4, 8), X) == "elementwise (abs); elementwise (div)"
+
+
 def test_without(found):
     edited = found.without("layers/1", lambda path: path == "experts")
     assert dict(edited) == {"layers/0/up": (0,)}
