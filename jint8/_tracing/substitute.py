@@ -77,10 +77,20 @@ def _evaluate(closed: Any, inputs: Sequence[Any]) -> list[Any]:
         if any(map(is_qtensor, operands)):
             results = _with_weight(eqn, operands)
         else:
-            results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-            results = results if eqn.primitive.multiple_results else [results]
+            results = _run(eqn, operands)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _run(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """The outputs of one equation, on arrays: what `jax.core.eval_jaxpr` does for each of a jaxpr's.
+
+    That function knows arrays only, so a jaxpr with a weight among its inputs can't be left to it. `get_bind_params`
+    isn't documented: it turns the parameters of an equation, where calls such as custom derivatives hold jaxprs, into
+    those of `bind`, which takes functions there.
+    """
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _with_weight(eqn: Any, operands: list[Any]) -> list[Any]:

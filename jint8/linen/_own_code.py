@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from flax.linen import meta
 
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._tracing.substitute import UnsupportedUse, with_int8
+from jint8.linen._scope import attributes_replaced, mutable_state, params_replaced, replace_attributes, write_state
 
 _NOTE = "jint8: in "
 
@@ -26,9 +26,9 @@ def run_own_code(module: nn.Module, call: Callable[[], Any], method: str) -> Any
 
     def run(floats: dict[str, jax.Array]) -> tuple[Any, Any]:
         replacements = {id(weights[name]): floats[name] for name in weights}
-        with _params_replaced(scope, floats), _attributes_replaced(module, replacements):
+        with params_replaced(scope, floats), attributes_replaced(module, replacements):
             result = call()
-            return result, jax.tree.map(lambda leaf: leaf, _mutable_state(scope))
+            return result, jax.tree.map(lambda leaf: leaf, mutable_state(scope))
 
     try:
         result, state = with_int8(run, weights)
@@ -40,8 +40,7 @@ def run_own_code(module: nn.Module, call: Callable[[], Any], method: str) -> Any
     except ValueError as error:
         note_where(error, module)
         raise
-    for collection, values in state.items():
-        _write(scope._mutable_collection(collection), values)
+    write_state(scope, state)
     return result
 
 
@@ -54,9 +53,10 @@ def run_setup(module: nn.Module, call: Callable[[], Any]) -> Any:
     if not weights:
         return call()
     shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
-    with _params_replaced(module.scope, shapes):
+    assert module.scope is not None
+    with params_replaced(module.scope, shapes):
         result = call()
-    _replace_attributes(module, {id(shapes[name]): w for name, w in weights.items()})
+    replace_attributes(module, {id(shapes[name]): w for name, w in weights.items()})
     return result
 
 
@@ -93,52 +93,3 @@ def _own_int8(module: nn.Module) -> dict[str, QTensor]:
     """The int8 weights that lie directly in the module's scope (shared scopes: also those of others)."""
     params = {name: unbox(value) for name, value in own_params(module).items()}
     return {name: value for name, value in params.items() if is_qtensor(value)}
-
-
-# The variables of a scope can't be replaced through Flax's public functions, because parameters are immutable in
-# `apply`. The dictionary is copied: it may be the caller's.
-
-
-@contextlib.contextmanager
-def _params_replaced(scope: Any, params: Mapping[str, Any]) -> Iterator[None]:
-    before = scope._collection("params")
-    scope._variables["params"] = {**before, **params}
-    try:
-        yield
-    finally:
-        scope._variables["params"] = before
-
-
-@contextlib.contextmanager
-def _attributes_replaced(module: nn.Module, replacements: Mapping[int, Any]) -> Iterator[None]:
-    before = _replace_attributes(module, replacements)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(module, name, value)
-
-
-def _replace_attributes(module: nn.Module, replacements: Mapping[int, Any]) -> dict[str, Any]:
-    """Replaces the objects of these ids in attributes, and in lists and dictionaries there; returns the old values."""
-    before = {}
-    for name, value in list(vars(module).items()):
-        if any(id(leaf) in replacements for leaf in jax.tree.leaves(value, is_leaf=is_qtensor)):
-            before[name] = value
-            new = jax.tree.map(lambda leaf: replacements.get(id(leaf), leaf), value, is_leaf=is_qtensor)
-            object.__setattr__(module, name, new)
-    return before
-
-
-def _mutable_state(scope: Any) -> dict[str, Any]:
-    """What the module and those below it may have changed."""
-    names = [name for name in scope.root._variables if name != "params" and scope.is_mutable_collection(name)]
-    return {name: scope._collection(name) for name in names}
-
-
-def _write(target: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and isinstance(target.get(name), Mapping):
-            _write(target[name], value)
-        else:
-            target[name] = value

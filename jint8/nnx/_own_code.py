@@ -23,8 +23,20 @@ def with_weights(layer: nnx.Module, weights: Mapping[str, QTensor]) -> nnx.Modul
     """
     for name, w in weights.items():
         setattr(layer, name, Quantized(w))
-    object.__setattr__(layer, "__class__", _int8_subclass(type(layer)))
+    _become(layer, _int8_subclass(type(layer)))
     return layer
+
+
+def _become(layer: nnx.Module, layer_type: type[nnx.Module]) -> None:
+    """Makes an instance of another class of a layer, in place; everything that it holds stays.
+
+    The methods of a layer that no converter knows are called by the user's own code, on the object itself. Only its
+    class can change what they do without a change to what the object holds: the graph that nnx splits, merges and
+    compares. Python allows it for classes of one layout, and nnx has no function for it: in Flax 0.12.8, the
+    `__setattr__` of modules takes `__class__` for an attribute of the model. So this goes around it, and relies on
+    `nnx.merge` to make the layer again by its new class. tests/nnx/test_own_code.py fails where either changes.
+    """
+    object.__setattr__(layer, "__class__", layer_type)
 
 
 @functools.cache  # one class per layer class, because graph definitions compare by class
@@ -52,7 +64,7 @@ def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callab
 
         def run(floats: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
             layer = nnx.merge(graphdef, state, copy=True)
-            object.__setattr__(layer, "__class__", layer_type)
+            _become(layer, layer_type)
             for name, value in floats.items():
                 setattr(layer, name, nnx.Param(value))
             before = _values(layer)

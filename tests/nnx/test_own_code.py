@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import jint8
+from jint8.nnx._own_code import _become
 
 X = jax.random.normal(jax.random.key(1), (2, 3, 32))
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -141,6 +142,24 @@ def test_the_layer_stays_what_it_was():
     assert type(int8.layers[0]) is type(int8.layers[2])  # so that graph definitions are equal
     assert type(model.layers[0]) is Einsum
     assert {path for path, _ in nnx.to_flat_state(nnx.state(int8))} == {("layers", 0, "w"), ("layers", 2, "w")}
+
+
+def test_nnx_lets_a_layer_change_its_class():
+    """What `_become` relies on, which isn't in nnx's documentation."""
+
+    class Other(Einsum):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    layer = Einsum(nnx.Rngs(0))
+    attributes, before = dict(vars(layer)), layer(X)
+    _become(layer, Other)
+    assert type(layer) is Other
+    assert vars(layer).keys() == attributes.keys()
+    assert all(value is attributes[name] for name, value in vars(layer).items())
+    merged = nnx.merge(*nnx.split(layer))
+    assert type(merged) is Other
+    assert jnp.array_equal(merged(X), 2 * before)
 
 
 def test_state_is_kept_and_not_the_models():

@@ -96,6 +96,41 @@ def test_int8_products(case):
     assert cases.count_float_products(run, w) == 0
 
 
+@jax.custom_jvp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defjvp(lambda primals, tangents: (2 * primals[0], 2 * tangents[0]))
+
+
+@jax.custom_vjp
+def tripled(x):
+    return 3 * x
+
+
+tripled.defvjp(lambda x: (3 * x, None), lambda _, g: (3 * g,))
+
+
+def calls(x):
+    x = jax.jit(jnp.sin)(x) + jax.checkpoint(jnp.cos)(x) + doubled(x) + tripled(x) + jax.nn.logsumexp(x)
+    x = lax.scan(lambda c, y: (c + y, c), x[0], x)[1]
+    x = lax.cond(x.sum() > 0, lambda x: x, lambda x: -x, x)
+    return lax.custom_linear_solve(lambda x: 2 * x, x, lambda matvec, b: b / 2, symmetric=True)
+
+
+def test_code_beside_the_weights_runs_as_it_is():
+    """Every kind of equation that holds a function goes through `get_bind_params`, which JAX doesn't document."""
+    w = weight((8, 4), (0,))
+    beside = lambda function: lambda x: with_int8(lambda floats: (function(x), X @ floats["w"])[0], {"w": w})
+    loop = lambda x: lax.fori_loop(0, jnp.int32(3), lambda _, x: calls(x) / 2, x)
+    assert jnp.allclose(beside(loop)(X), loop(X), rtol=1e-6)
+    for transform in (lambda f: jax.grad(lambda x: f(x).sum()), jax.vmap, jax.jit):
+        assert jnp.allclose(transform(beside(calls))(X), transform(calls)(X), rtol=1e-5)
+    bits = lambda x: jax.random.bits(jax.random.fold_in(jax.random.key(0), x[0, 0, 0].astype(int)))
+    assert jnp.array_equal(beside(bits)(X), bits(X))
+
+
 def test_equals_matmul_bit_for_bit():
     w = weight((4, 8), (1,))
     got = with_int8(lambda floats: X @ floats["w"].T, {"w": w})
