@@ -17,7 +17,7 @@ from jint8._core.config import Config, check_config
 from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor, contract_last, dequantize, is_qtensor
 from jint8._core.quantize import quantize
-from jint8._trees.paths import Patterns, leaf_paths, matches, path_string
+from jint8._trees.paths import Patterns, Selection, leaf_paths, matches, path_string
 from jint8._trees.plan import Axes, Plan
 
 # The last projection, to the vocabulary: it stays in floating point unless `include` names it.
@@ -81,14 +81,13 @@ def quantize_params(
     check_calibrated(outliers)
     if not config.quantizes_weights:
         return params
-    if "flax" in sys.modules:  # whose to_state_dict and to_bytes have to know the type
-        importlib.import_module("jint8._trees.flax_state")
+    _tell_flax()
     plan = None if plan is None else Plan.of(plan)
     paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
     for what, named in (("plan", plan), ("outliers", outliers)):
         if unknown := sorted(set(named or ()) - paths):
             raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
-    found = projections(params, plan=plan, skip=skip, include=include)
+    found = projections(params, plan, Selection(skip, include))
 
     def convert(key_path, leaf):
         path = path_string(key_path)
@@ -114,9 +113,17 @@ def quantize_params(
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
 
 
-def projections(
-    params: Any, *, plan: Plan | None = None, skip: Patterns = (), include: Patterns = ()
-) -> dict[str, tuple[Axes, Axes | None]]:
+def _tell_flax() -> None:
+    """Registers `QTensor` with `flax.serialization`, if flax is imported; else `jint8.linen` or `jint8.nnx` does it.
+
+    Whoever imported flax may hand a tree to `flax.serialization.to_bytes` without ever importing `jint8.linen`, and
+    importing flax here would take everybody else a second. A module is imported once: further calls cost nothing.
+    """
+    if "flax" in sys.modules:
+        importlib.import_module("jint8._trees.flax_state")
+
+
+def projections(params: Any, plan: Plan | None, chosen: Selection) -> dict[str, tuple[Axes, Axes | None]]:
     """Which float leaves `quantize_params` turns into int8: their contracted and stacked axes, by path.
 
     Stacked axes are None where any of the others may be stacked; see `Plan.stack_axes`.
@@ -125,13 +132,12 @@ def projections(
     for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
         if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
             continue
-        included = matches(path, include)
         if plan is not None:
-            tied = plan.tied.get(path) if included else None
+            tied = plan.tied.get(path) if chosen.includes(path) else None
             axes, stack = plan.get(path, tied), plan.stack_axes(path, leaf.ndim)
         else:
-            axes, stack = standard_axes(path, leaf.ndim, included)
-        if axes is not None and (included or not (matches(path, OUTPUT_HEADS) or matches(path, skip))):
+            axes, stack = standard_axes(path, leaf.ndim, chosen.includes(path))
+        if axes is not None and not chosen.skips(path, default=OUTPUT_HEADS):
             found[path] = axes, stack
     return found
 

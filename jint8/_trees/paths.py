@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey, keystr
 
 __all__ = ["Patterns", "Selection", "leaf_paths", "matches", "nested", "path_group", "path_string"]
 
@@ -36,12 +36,12 @@ def path_string(key_path: Sequence[Any]) -> str:
       >>> path_string((DictKey("params"), DictKey("layers"), SequenceKey(0), DictKey("kernel"), GetAttrKey("value")))
       'layers/0/kernel'
     """
-    keys = list(key_path)
-    if len(keys) > 1 and _name(keys[0]) == "params":
-        del keys[0]
+    keys = tuple(key_path)
+    if len(keys) > 1 and keystr(keys[:1], simple=True) == "params":
+        keys = keys[1:]
     if keys and keys[-1] == GetAttrKey("value"):
-        del keys[-1]
-    return "/".join(map(_name, keys))
+        keys = keys[:-1]
+    return keystr(keys, simple=True, separator="/")
 
 
 def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
@@ -168,14 +168,3 @@ def _predicate_or_tuple(patterns: Patterns) -> Patterns:
     if callable(patterns):
         return patterns
     return tuple(patterns) if isinstance(patterns, Iterable) else patterns  # `matches` raises TypeError for others
-
-
-def _name(key: Any) -> str:
-    match key:
-        case DictKey() | FlattenedIndexKey():
-            return str(key.key)
-        case GetAttrKey():
-            return key.name
-        case SequenceKey():
-            return str(key.idx)
-    return str(key)

@@ -1,10 +1,9 @@
-"""Which feature dimensions are outliers: statistics over any amount of data, and the paper's criteria."""
+"""`jint8.calibrate`: which feature dimensions are outliers, by statistics over any amount of data."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,11 @@ from jint8._core.qtensor import is_qtensor
 from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
 from jint8._tracing.plan import plan as find_plan
 from jint8._trees.params import dequantize_params, projections
-from jint8._trees.paths import Patterns, Selection, leaf_paths, path_group, path_string
+from jint8._trees.paths import Patterns, Selection, leaf_paths, path_string
 from jint8._trees.plan import Axes, Plan
+from jint8.analysis._criteria import Criteria, choose
+
+_NOTHING_CHOSEN = Selection()
 
 
 def calibrate(
@@ -80,10 +82,15 @@ def calibrate(
     References:
       arXiv 2208.07339, section 4.1.
     """
-    check_criteria(layer_share, position_share, budget)
-    counted = Config(threshold=threshold, relative=relative)
-    seen = statistics(apply_fn, params, batches, counted=counted, plan=plan, skip=skip, include=include)
-    return choose(seen, layer_share=layer_share, position_share=position_share, budget=budget)
+    criteria = Criteria(
+        threshold=threshold,
+        relative=relative,
+        layer_share=layer_share,
+        position_share=position_share,
+        budget=budget,
+    )
+    seen = statistics(apply_fn, params, batches, counted=criteria.counted, plan=plan, chosen=Selection(skip, include))
+    return choose(seen, criteria)
 
 
 def statistics(
@@ -93,8 +100,7 @@ def statistics(
     *,
     counted: Config = Config(),
     plan: Mapping[str, Sequence[int]] | None = None,
-    skip: Patterns = (),
-    include: Patterns = (),
+    chosen: Selection = _NOTHING_CHOSEN,
 ) -> dict[str, Seen]:
     """What the activations of each projection look like, by path; see `calibrate`, and `Seen` for the statistics."""
     if not callable(apply_fn):
@@ -106,9 +112,9 @@ def statistics(
     if first is None:
         raise ValueError("Expected at least one batch, got none.")
     plan = _complete(None if plan is None else Plan.of(plan), apply_fn, params, arguments(first))
-    axes = int8_axes(params, plan, skip, include)
+    axes = int8_axes(params, plan, chosen)
     if not any(is_qtensor(leaf) for _, leaf in leaf_paths(params, is_leaf=is_qtensor)):
-        found = projections(params, plan=plan, skip=skip, include=include)
+        found = projections(params, plan, chosen)
         axes = {path: (contracted, stacked or ()) for path, (contracted, stacked) in found.items()}
     return collect(apply(apply_fn), params, itertools.chain([first], batches), axes=axes, counted=counted)
 
@@ -128,9 +134,8 @@ def _complete(plan: Plan | None, apply_fn: Callable[..., Any], params: Any, args
     return found if plan is None else dataclasses.replace(plan, stacked={**found.stacked, **plan.stacked})
 
 
-def int8_axes(params: Any, plan: Plan, skip: Patterns, include: Patterns) -> dict[str, tuple[Axes, Axes]]:
+def int8_axes(params: Any, plan: Plan, chosen: Selection) -> dict[str, tuple[Axes, Axes]]:
     """By path, the axes of the `QTensor`s to be watched that `collect` needs: the stacked ones."""
-    chosen = Selection(skip, include)
     int8 = [(path, leaf) for path, leaf in leaf_paths(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
     return {path: ((), plan.stack_axes(path, leaf.ndim) or ()) for path, leaf in int8 if not chosen.skips(path)}
 
@@ -183,51 +188,6 @@ def collect(
             f"{', '.join(missing)}: leave those out with skip=."
         )
     return total
-
-
-def choose(
-    seen: Mapping[str, Seen], *, layer_share: float = 0.25, position_share: float = 0.06, budget: float | None = None
-) -> dict[str, np.ndarray]:
-    """Outlier dimensions out of statistics; see `calibrate`."""
-    if budget is not None:
-        return {path: _largest(s.square_sum, budget) for path, s in seen.items()}
-    groups: dict[str, list[str]] = {}
-    for path, s in seen.items():
-        groups.setdefault(f"{path_group(path)} {s.positions.shape[-1]}", []).append(path)
-    chosen: dict[str, np.ndarray] = {}
-    for paths in groups.values():
-        share, affected = shares([seen[path] for path in paths])
-        columns = np.flatnonzero((affected >= layer_share) & (affected > 0) & (share >= position_share))
-        chosen |= {path: columns.astype(np.int32) for path in paths}
-    return {path: chosen[path] for path in seen}
-
-
-def shares(layers: Iterable[Seen]) -> tuple[np.ndarray, np.ndarray]:
-    """For each dimension, over layers: the share of positions where it is an outlier, and the share of layers.
-
-    The share of positions is over the layers that have any such position.
-    """
-    by_layer = [[np.reshape(a, (-1, a.shape[-1])) for a in (s.outliers, s.positions)] for s in layers]
-    outliers, positions = (np.concatenate(a) for a in zip(*by_layer, strict=True))
-    affected = outliers > 0
-    share = np.sum(outliers, 0) / np.maximum(np.sum(np.where(affected, positions, 0), 0), 1)
-    return share, affected.mean(0)
-
-
-def check_criteria(layer_share: float, position_share: float, budget: float | None) -> None:
-    """Raises ValueError for options of `calibrate` that are out of their range."""
-    for name, share in (("layer_share", layer_share), ("position_share", position_share)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"Expected {name} to be in [0, 1], got {share}.")
-    if budget is not None and not (0 <= budget < 1 or budget == int(budget) >= 1):
-        raise ValueError(f"Expected budget to be a whole number of columns, or a share below 1, got {budget}.")
-
-
-def _largest(values: np.ndarray, budget: float) -> np.ndarray:
-    """Indices of the largest along the last axis, sorted."""
-    k = values.shape[-1]
-    count = min(k, math.floor(budget * k) if budget < 1 else int(budget))
-    return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1).astype(np.int32)
 
 
 def _add(a: Seen, b: Seen) -> Seen:

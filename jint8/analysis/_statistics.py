@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jint8._core.config import Config
 from jint8._ops.observe import Seen
-from jint8._trees.paths import Patterns, path_group
+from jint8._trees.paths import Patterns, Selection, path_group
 from jint8.analysis._calibrate import statistics
+from jint8.analysis._criteria import Criteria, shares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,20 +93,18 @@ class Statistics:
           layer_share: in what share of the projection's layers, at least.
           position_share: at what share of those layers' positions, at least.
         """
+        criteria = Criteria(layer_share=layer_share, position_share=position_share)
         found = []
         for name, p in self.projections.items():
-            affected = p.outliers > 0
-            layers = affected.mean(axis=0)
-            count = p.outliers.sum(axis=0)
-            positions = count / np.maximum(np.where(affected, p.positions, 0).sum(axis=0), 1)
-            for d in np.flatnonzero((layers > 0) & (layers >= layer_share) & (positions >= position_share)):
+            positions, layers = shares(p.outliers, p.positions)
+            for d in criteria.outlier_dimensions(p.outliers, p.positions):
                 found.append(
                     Feature(
                         projection=name,
                         dimension=int(d),
                         layer_share=float(layers[d]),
                         position_share=float(positions[d]),
-                        mean=float(p.outlier_sum[:, d].sum() / count[d]),
+                        mean=float(p.outlier_sum[:, d].sum() / p.outliers[:, d].sum()),
                         largest=float(p.largest[:, d].max()),
                     )
                 )
@@ -192,6 +190,6 @@ def outlier_statistics(
     References:
       arXiv 2208.07339, section 4.
     """
-    counted = Config(threshold=threshold, relative=relative)
-    seen = statistics(apply_fn, params, batches, counted=counted, plan=plan, skip=skip, include=include)
+    counted = Criteria(threshold=threshold, relative=relative).counted
+    seen = statistics(apply_fn, params, batches, counted=counted, plan=plan, chosen=Selection(skip, include))
     return Statistics.of(seen, threshold=threshold, relative=relative)

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jint8._core.config import Config
 from jint8._core.qtensor import QTensor
 from jint8._ops.observe import Seen, observe
-from jint8._trees.paths import Patterns
+from jint8._trees.paths import Patterns, Selection
 from jint8._trees.plan import Axes, Plan
-from jint8.analysis._calibrate import check_criteria, choose, collect, int8_axes
+from jint8.analysis._calibrate import collect, int8_axes
+from jint8.analysis._criteria import Criteria, choose
 from jint8.nnx._quantize import replace_layers
 
 
@@ -22,7 +22,6 @@ def calibrate(
     model: nnx.Module,
     batches: Iterable[Any],
     *,
-    call: Callable[..., Any] | None = None,
     threshold: float = 6.0,
     relative: bool = False,
     layer_share: float = 0.25,
@@ -31,6 +30,7 @@ def calibrate(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    call: Callable[..., Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.nnx.quantize`.
 
@@ -39,7 +39,6 @@ def calibrate(
     Args:
       model: an nnx module in floating point, or one that `jint8.nnx.quantize` returned.
       batches: for each call, a tuple of the arguments, or the only one. Leave padding out.
-      call: how to run the model, `call(model, *arguments)`; None calls it.
       threshold: magnitude from which on a value is an outlier.
       relative: the threshold counts in mean magnitudes of the token, as in `jint8.Config`.
       layer_share: share of layers, for each dimension.
@@ -48,6 +47,7 @@ def calibrate(
       plan: as in `jint8.nnx.quantize`; stacked weights that are int8 already need one.
       skip: likewise.
       include: likewise.
+      call: how to run the model, `call(model, *arguments)`; None calls it.
 
     Returns:
       From path, such as `"layers/0/kernel"`, to int32 `[c]`.
@@ -66,32 +66,41 @@ def calibrate(
     References:
       arXiv 2208.07339, section 4.1.
     """
-    check_criteria(layer_share, position_share, budget)
-    counted = Config(threshold=threshold, relative=relative)
-    seen = statistics(model, batches, call=call, counted=counted, plan=plan, skip=skip, include=include)
-    return choose(seen, layer_share=layer_share, position_share=position_share, budget=budget)
+    criteria = Criteria(
+        threshold=threshold,
+        relative=relative,
+        layer_share=layer_share,
+        position_share=position_share,
+        budget=budget,
+    )
+    seen = statistics(
+        model, batches, threshold=threshold, relative=relative, plan=plan, skip=skip, include=include, call=call
+    )
+    return choose(seen, criteria)
 
 
 def statistics(
     model: nnx.Module,
     batches: Iterable[Any],
     *,
-    call: Callable[..., Any] | None = None,
-    counted: Config = Config(),
+    threshold: float = 6.0,
+    relative: bool = False,
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    call: Callable[..., Any] | None = None,
 ) -> dict[str, Seen]:
-    """What the activations of each projection look like.
+    """What the activations of each projection look like; `jint8.analysis.Statistics.of` shows it.
 
     Args:
-      model: as in `calibrate`, as are batches, call, plan, skip and include.
+      model: as in `calibrate`, as are all others.
       batches: for each call, a tuple of the arguments, or the only one.
-      call: how to run the model; None calls it.
-      counted: its threshold, and whether that is relative, say what counts as an outlier.
+      threshold: magnitude from which on a value is an outlier.
+      relative: the threshold counts in mean magnitudes of the token.
       plan: stacked weights that are int8 already need one.
       skip: weights to leave out.
       include: weights to watch all the same.
+      call: how to run the model; None calls it.
 
     Returns:
       From path to sums over all positions, for each feature dimension.
@@ -105,6 +114,7 @@ def statistics(
       [0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
     """
 
+    counted = Criteria(threshold=threshold, relative=relative).counted
     stacks: dict[str, Axes] = {}
 
     def make(path: str, value: jax.Array, contracted: Axes, stacked: Axes | None) -> QTensor:
@@ -112,7 +122,8 @@ def statistics(
         return observe(value, contracted, counted)
 
     plan = None if plan is None else Plan.of(plan)
-    watched, _ = replace_layers(model, make, plan=plan, skip=skip, include=include)
+    chosen = Selection(skip, include)
+    watched, _ = replace_layers(model, make, plan, chosen)
     graphdef, state = nnx.split(watched)
 
     def run(state, *arguments):
@@ -120,4 +131,4 @@ def statistics(
         return merged(*arguments) if call is None else call(merged, *arguments)
 
     known = Plan({}, stacks if plan is None else {**plan.stacked, **stacks})
-    return collect(run, state, batches, axes=int8_axes(state, known, skip, include), counted=counted)
+    return collect(run, state, batches, axes=int8_axes(state, known, chosen), counted=counted)

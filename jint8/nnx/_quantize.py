@@ -11,7 +11,7 @@ from jint8._core.config import Config
 from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.params import OUTPUT_HEADS, quantize_params
-from jint8._trees.paths import Patterns, matches
+from jint8._trees.paths import Patterns, Selection
 from jint8._trees.plan import Axes, Plan
 from jint8.nnx._own_code import with_weights
 from jint8.nnx._registry import find_converter
@@ -75,7 +75,7 @@ def quantize(
         return result if is_qtensor(result) else None
 
     plan = None if plan is None else Plan.of(plan)
-    result, seen = replace_layers(model, make, plan=plan, skip=skip, include=include)
+    result, seen = replace_layers(model, make, plan, Selection(skip, include))
     if unknown := sorted(set(outliers or ()) - seen):
         raise ValueError(f"Expected outliers for attributes of modules, got {', '.join(unknown)}.")
     return result
@@ -84,10 +84,8 @@ def quantize(
 def replace_layers(
     model: nnx.Module,
     make: Callable[[str, Any, Axes, Axes | None], QTensor | None],
-    *,
     plan: Plan | None,
-    skip: Patterns,
-    include: Patterns,
+    chosen: Selection,
 ) -> tuple[Any, set[str]]:
     """A copy of `model` with int8 layers, of which `make` makes the weights, and the paths of all weights seen.
 
@@ -100,9 +98,7 @@ def replace_layers(
     seen: set[str] = set()
 
     def made(path: str, value: Any, contracted: Axes, stacked: Axes | None) -> QTensor | None:
-        if not matches(path, include) and (matches(path, OUTPUT_HEADS) or matches(path, skip)):
-            return None
-        return make(path, value, contracted, stacked)
+        return None if chosen.skips(path, default=OUTPUT_HEADS) else make(path, value, contracted, stacked)
 
     def convert(layer: Any, path: str) -> Any:
         converter = find_converter(type(layer))
@@ -114,7 +110,7 @@ def replace_layers(
             seen.add(leaf_path)
             value = getattr(layer, name).get_value()
             contracted, stacked = _axes(leaf_path, value.shape, contract_axes, shape, plan)
-            included = matches(leaf_path, include) or (plan is not None and leaf_path in plan)
+            included = chosen.includes(leaf_path) or (plan is not None and leaf_path in plan)
             if contracted is None or (isinstance(layer, nnx.Embed) and not included):
                 return None
             return made(leaf_path, value, contracted, stacked)
@@ -125,7 +121,7 @@ def replace_layers(
         weights = {}
         for name, variable in vars(layer).items():
             leaf_path = _join(path, name)
-            tied = plan.tied.get(leaf_path) if matches(leaf_path, include) else None
+            tied = plan.tied.get(leaf_path) if chosen.includes(leaf_path) else None
             contracted = plan.get(leaf_path, tied)
             if contracted is None or not isinstance(variable, nnx.Variable):
                 continue
@@ -138,8 +134,8 @@ def replace_layers(
         return with_weights(layer, weights) if weights else layer
 
     result = _replace(copy, "", convert, {})
-    wanted = (path for path in plan or () if matches(path, include) or not matches(path, [*OUTPUT_HEADS]))
-    if unknown := sorted(path for path in wanted if path not in seen and not _skipped(path, skip, include)):
+    wanted = (path for path in plan or () if not chosen.skips(path, default=OUTPUT_HEADS))
+    if unknown := sorted(set(wanted) - seen):
         raise ValueError(
             f"Expected the plan to name Variables that are attributes of modules, got {', '.join(unknown)}. Teach "
             "jint8 their layers with jint8.nnx.register, or leave them out of the plan or with skip=."
@@ -149,10 +145,6 @@ def replace_layers(
 
 def _join(path: str, key: Any) -> str:
     return f"{path}/{key}".lstrip("/")
-
-
-def _skipped(path: str, skip: Patterns, include: Patterns) -> bool:
-    return matches(path, skip) and not matches(path, include)
 
 
 def _axes(

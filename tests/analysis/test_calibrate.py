@@ -1,5 +1,7 @@
 """Statistics of activations against NumPy, out of every transformation; the criteria on them."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import jint8
 from jint8._core.config import Config
 from jint8._ops.observe import Seen
-from jint8.analysis._calibrate import choose, statistics
+from jint8.analysis._calibrate import statistics
+from jint8.analysis._criteria import Criteria, choose
 
 LAYERS, K, M = 3, 6, 10
 
@@ -131,7 +134,7 @@ SEEN = {  # dimensions: everywhere, in one layer of four, in two but seldom, now
     ],
 )
 def test_criteria(criteria, chosen):
-    found = choose(SEEN, **criteria)
+    found = choose(SEEN, Criteria(**criteria))
     assert list(found) == list(SEEN)
     assert all(columns.tolist() == chosen for columns in found.values())
 
@@ -143,16 +146,16 @@ def test_other_projections_are_judged_by_themselves():
 
 
 def test_budget():
-    found = choose(SEEN, budget=2)
+    found = choose(SEEN, Criteria(budget=2))
     assert [columns.tolist() for columns in found.values()] == [[1, 3], [1, 3], [1, 2], [1, 2]]
-    assert [columns.tolist() for columns in choose(SEEN, budget=0.25).values()] == [[1]] * 4
-    assert choose(SEEN, budget=99)["layers_0/up/kernel"].tolist() == [0, 1, 2, 3]
-    assert choose(SEEN, budget=0.1)["layers_0/up/kernel"].tolist() == []
+    assert [columns.tolist() for columns in choose(SEEN, Criteria(budget=0.25)).values()] == [[1]] * 4
+    assert choose(SEEN, Criteria(budget=99))["layers_0/up/kernel"].tolist() == [0, 1, 2, 3]
+    assert choose(SEEN, Criteria(budget=0.1))["layers_0/up/kernel"].tolist() == []
 
 
 def test_budget_of_stacked_layers():
     seen = {"kernel": Seen(*(np.stack(a) for a in zip(*SEEN.values(), strict=True)))}
-    assert choose(seen, budget=1)["kernel"].tolist() == [[1], [1], [1], [1]]
+    assert choose(seen, Criteria(budget=1))["kernel"].tolist() == [[1], [1], [1], [1]]
     assert choose(seen)["kernel"].tolist() == [0, 1]
 
 
@@ -168,6 +171,26 @@ def test_calibrated_columns_make_the_product_better():
     error = lambda tree: np.linalg.norm(apply(tree, x) - exact)
     assert error(static) < error(int8) / 5
     assert jint8.calibrate(apply, static, [x])["a/kernel"].tolist() == [5, 9]
+
+
+WHAT_COUNTS = ["threshold", "relative"]
+WHICH_DIMENSIONS = ["layer_share", "position_share", "budget"]
+WHICH_WEIGHTS = ["plan", "skip", "include"]
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (jint8.calibrate, [*WHAT_COUNTS, *WHICH_DIMENSIONS, *WHICH_WEIGHTS]),
+        (jint8.nnx.calibrate, [*WHAT_COUNTS, *WHICH_DIMENSIONS, *WHICH_WEIGHTS, "call"]),
+        (jint8.analysis.outlier_statistics, [*WHAT_COUNTS, *WHICH_WEIGHTS]),
+        (jint8.nnx.statistics, [*WHAT_COUNTS, *WHICH_WEIGHTS, "call"]),
+    ],
+    ids=lambda value: f"{value.__module__}.{value.__name__}" if callable(value) else "",
+)
+def test_one_order_of_arguments(function, options):
+    parameters = inspect.signature(function).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == options
 
 
 PLAIN = {"kernel": jint8.quantize(W)}
