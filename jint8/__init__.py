@@ -1,4 +1,9 @@
-"""LLM.int8() for JAX: int8 matrix multiplication with 16-bit outliers, for Flax transformers."""
+"""LLM.int8() for JAX: int8 matrix multiplication with 16-bit outliers, for Flax transformers.
+
+This file is the API: names and where they are. `import jint8` doesn't import flax; what needs it is imported when it is
+first used. Start with `quantize` and `matmul` (one array), `quantize_params` and `apply` (a Flax model), or `load` (a
+checkpoint). Each package's docstring says what it does, what it may import, and where to start reading.
+"""
 
 import importlib
 import sys
@@ -40,15 +45,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Pickles hold the names of modules: these are the ones that 0.1.0 wrote.
+# A pickle names the module of each class. Those that an earlier version wrote have these names.
 sys.modules["jint8._types"] = sys.modules["jint8._core.qtensor"]
 sys.modules["jint8._plan"] = sys.modules["jint8._tracing.plan"]
 sys.modules["jint8._params"] = sys.modules["jint8._trees.params"]
 
-if "flax" in sys.modules:  # flax.serialization then knows QTensor before the first one is made
+# flax.serialization has to know how a QTensor is saved. Where flax is in use, tell it now; the parts of jint8 that
+# import flax tell it otherwise.
+if "flax" in sys.modules:
     importlib.import_module("jint8._trees.flax_state")
 
-# Imported when first used, because they import flax.
+# By name, the module that is imported when the name is first used, because it imports flax.
 _LAZY = {
     "LanguageModel": "jint8._inference.language_model",
     "TextEncoder": "jint8._inference.text_encoder",

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from XLA's text of it."""
+"""What a compiled program sends between devices, read from its HLO text: XLA has no other interface for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
+# A module's text is a list of computations. Their instructions name others: a loop its condition and body, a
+# conditional its branches, a fusion or a reduction what it applies.
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})\(")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|\w+_computation)=%?([\w.-]+)")
@@ -21,11 +23,14 @@ class Collective(NamedTuple):
 
     kind: str  # of `KINDS`
     nbytes: int  # of its result, on each device
-    depth: int  # how many loops and branches it is in
+    depth: int  # how many loops and conditionals are around it
 
 
 def collectives(text: str) -> Iterator[Collective]:
-    """The collectives in `jax.stages.Compiled.as_text()`; one in a loop comes once, one in a branch as if taken."""
+    """The collectives in `jax.stages.Compiled.as_text()`.
+
+    Not as often as they run: one in a loop's body comes once, those in a conditional's branches all come.
+    """
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():

@@ -1,6 +1,7 @@
-"""A decoder a few layers at a time, as one program that is compiled once and runs for all.
+"""A decoder a few layers at a time, as one program that is compiled once and runs for all of them.
 
-All layers in one program, as `Decoder.apply` under `jit`, take as many times longer to compile.
+All layers have the same shapes, so one compiled program serves each group of layers. `Decoder.apply` under `jit` would
+unroll all layers into one program, and compile for as many times longer as there are groups.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import jax
 from jint8.models._attention import Context, LayerCache, context
 from jint8.models._decoder import Block, Decoder
 
-# Layers of a program. It gets its temporary memory anew at each start: with one layer, prefill takes a third longer.
+# Layers of a program. More of them take longer to compile. Fewer start more programs, and each start allocates its
+# temporary memory anew: with one layer per program, prefill takes a third longer.
 GROUP = 6
 
 
@@ -32,13 +34,13 @@ def forward(
       model: the decoder.
       params: its variables.
       tokens: int `[b, s]`.
-      slot: where the first of them stands in the cache; None for its beginning, with nothing in it yet.
+      slot: the cache's column for the first of them; None for column 0 of a cache with nothing in it.
       first: where each row's padding ends, int32 `[b]`; None where nothing is padding.
-      cache: keys and values; outside of `jit` it is used up.
+      cache: keys and values of earlier tokens, donated: use the returned one from there on. None runs without one.
       last: only the logits of the last token.
 
     Returns:
-      float32 `[b, s, vocab]`, and the cache (None without one).
+      float32 `[b, s, vocab]` (with `last`, `[b, 1, vocab]`), and the cache with these tokens (None without one).
     """
     tree = params["params"]
     rest = {name: leaf for name, leaf in tree.items() if not name.startswith("layers_")}

@@ -20,7 +20,20 @@ def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
 def text_pieces(
     chunks: Iterable[np.ndarray], tokenizer: Tokenizer, rows: int, stop: tuple[str, ...]
 ) -> Iterator[list[str]]:
-    """Pieces of text for each row, ending at end tokens and before stop texts."""
+    """Pieces of text for each row, ending at end tokens and before stop texts.
+
+    A piece may come later than its tokens: bytes of an incomplete character wait for the rest, and so does text that
+    may be the beginning of a stop text.
+
+    Args:
+      chunks: int32 `[rows, n]` each, the next tokens of every row.
+      tokenizer: makes text of them.
+      rows: how many.
+      stop: texts before which an answer ends, and which are left out.
+
+    Yields:
+      For each chunk, and once at the end, a piece of each row; "" where there is nothing new.
+    """
     streams = [tokenizer.stream() for _ in range(rows)]
     held = [""] * rows  # text that may be the beginning of a stop text
     done = [False] * rows

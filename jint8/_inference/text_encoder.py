@@ -41,8 +41,8 @@ class TextEncoder:
     def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> np.ndarray:
         """One vector for each text: the mean of the last layer's features over its tokens.
 
-        Longer texts than the model has positions for are cut. Several texts decide outliers per token, so that a
-        vector doesn't depend on its neighbours.
+        Longer texts than the model has positions for are cut before their last token, which says where a text ends.
+        Several texts decide outliers per token, so that a vector doesn't depend on the other texts of the call.
 
         Args:
           texts: one text or several.
@@ -98,6 +98,6 @@ class TextEncoder:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def _means(model: Encoder, params: Any, tokens: jax.Array, first: jax.Array) -> jax.Array:
-    """The mean over the tokens of each row that aren't padding, float32 `[b, d]`."""
+    """The mean over the tokens of each row that aren't padding, float32 `[b, d]`. The encoder's padding is zeros."""
     hidden = model.apply(params, tokens, context(tokens, None, first))
     return jnp.sum(hidden.astype(jnp.float32), axis=1) / (tokens.shape[1] - first)[:, None]  # type: ignore[union-attr]

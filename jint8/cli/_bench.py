@@ -106,7 +106,10 @@ def _measure(args: argparse.Namespace, models: dict[str, LanguageModel], batch: 
 
 
 def _generate(args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]]) -> tuple[float, float]:
-    """Seconds to the first token of each prompt, and tokens per second from there on."""
+    """Seconds to the first token of each prompt, and tokens per second from there on.
+
+    `generate_tokens` yields the first token from prefill alone, before it decodes.
+    """
     begin = time.perf_counter()
     chunks = model.generate_tokens(prompts, max_tokens=args.new_tokens + 1, every=args.new_tokens)
     next(chunks)
@@ -116,7 +119,10 @@ def _generate(args: argparse.Namespace, model: LanguageModel, prompts: list[list
 
 
 def _bytes_per_step(model: LanguageModel) -> int:
-    """Bytes of weights that one step of decoding reads: all but an embedding of which it looks up a row."""
+    """Bytes of weights that one step of decoding reads.
+
+    All of them, but of an embedding only one row; where it is the output head as well, the head reads all of it.
+    """
     from jint8 import memory_report
 
     total = memory_report(model.params).bytes
@@ -126,17 +132,17 @@ def _bytes_per_step(model: LanguageModel) -> int:
 
 
 def _read_bytes_per_s() -> float:
-    """What a float32 matrix-vector product reads, median of five."""
+    """How fast a float32 matrix-vector product reads its weights, median of five: decoding can't be faster."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.random((4096, 8192), np.float32))  # more than caches hold
+    w = jnp.asarray(rng.random((4096, 8192), np.float32))  # 134 MB: more than caches hold
     x = jnp.asarray(rng.random((1, 4096), np.float32))
     product = jax.jit(jnp.matmul)
     seconds = []
-    for _ in range(6):
+    for _ in range(6):  # the first one compiles
         begin = time.perf_counter()
         jax.block_until_ready(product(x, w))
         seconds.append(time.perf_counter() - begin)
@@ -144,6 +150,7 @@ def _read_bytes_per_s() -> float:
 
 
 def _print_batch(args: argparse.Namespace, batch: int, measured: dict[str, dict[str, float]]) -> None:
+    """One batch size for people, as soon as it is measured."""
     if args.json:
         return
     for what, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):

@@ -66,7 +66,7 @@ def cache_directory() -> Path:
 
 
 def use_compile_cache(args: argparse.Namespace) -> None:
-    """Have JAX keep compiled programs in the cache, unless told otherwise or to use another place."""
+    """Have JAX keep compiled programs in the cache, unless `--no-compile-cache` says no or JAX has a place already."""
     import jax
 
     if args.no_compile_cache or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
@@ -78,14 +78,15 @@ def use_compile_cache(args: argparse.Namespace) -> None:
         say(args, f"compiled programs are not kept: {error}")
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    # JAX's default leaves programs out that compile in less than 1 s, but many of these add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def quant_config(args: argparse.Namespace) -> Config | None:
-    """The Config that the arguments describe; None where none was given.
+    """The Config that the arguments describe. None where none was given: the checkpoint's own then counts.
 
     Raises:
-      ValueError: arguments that exclude each other.
+      ValueError: arguments that exclude each other, or out of their range.
     """
     from jint8 import Config
 
@@ -95,7 +96,7 @@ def quant_config(args: argparse.Namespace) -> Config | None:
         raise ValueError("Expected --scheme or --preset, got both")
     config = Config() if args.preset is None else Config.preset(args.preset)
     config = dataclasses.replace(config, **given)
-    if args.calibrate is not None and not (config.uses_calibrated_columns):
+    if args.calibrate is not None and not config.uses_calibrated_columns:
         raise ValueError("Expected --calibrate with static outliers (--preset static or best, --outliers static)")
     return config if given or args.preset is not None else None
 
@@ -132,6 +133,7 @@ def find_source(args: argparse.Namespace, source: str) -> Path:
     Raises:
       FileNotFoundError: there is no such path, and it isn't a name on the hub that can be reached.
     """
+    # What is there, or can't be a name on the hub, is taken as a path; `load` says what is wrong with it.
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix == ".gguf":
         return path

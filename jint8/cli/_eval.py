@@ -92,6 +92,7 @@ def _tokens(args: argparse.Namespace, model: LanguageModel) -> np.ndarray:
 
 
 def _print_table(result: dict) -> None:
+    """The same for people."""
     scheme = result["scheme"] + (f" (threshold {result['threshold']:g})" if result["threshold"] else "")
     rows = {"preset": result["preset"]} if "preset" in result else {}
     rows |= {"scheme": scheme, "perplexity": f"{result['perplexity']:.4f}"}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 RESERVE = "1GiB"
 MOST_DEVICES = 1024
-LONGEST = 2**24  # context that is looked at
+LONGEST = 2**24  # the longest context that is looked at, of a model whose positions don't end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_mesh(text: str) -> tuple[int, int]:
-    """`"8x24GiB"` to 8 and the bytes of 24 GiB. Raises ValueError."""
+    """`"8x24GiB"` to 8 and the bytes of 24 GiB. Raises ValueError for another form."""
     devices, _, memory = text.partition("x")
     if not devices.isdecimal() or not 1 <= int(devices) <= MOST_DEVICES:
         raise ValueError(f"Expected --mesh to be like 8x24GiB, of 1 to {MOST_DEVICES} devices, got {text!r}")
@@ -70,7 +70,7 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """`"24GiB"` to bytes. Raises ValueError, naming what it is."""
+    """`"24GiB"` to bytes. Raises ValueError for another form, with the `name` of what was to be read."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(UNITS)})", text)
     if not found:
         raise ValueError(f"Expected {name} to be like 24GiB ({', '.join(UNITS)}), got {text!r}")
@@ -101,7 +101,11 @@ def find_config(model: str) -> tuple[str | None, dict[str, Any]]:
 
 
 def use_cpu_devices(count: int) -> None:
-    """Have JAX start with `count` virtual CPU devices, and without others. Raises ValueError where it has started."""
+    """Have JAX start with `count` virtual CPU devices, and without others.
+
+    Raises:
+      ValueError: JAX has started already, with fewer.
+    """
     import jax
 
     try:
@@ -181,6 +185,10 @@ def fit(
 
 def print_table(result: dict[str, Any]) -> None:
     """The same for people."""
+
+    def row(name: str, number: str, note: str = "") -> None:
+        print(f"{name:24} {number:>8}  {note}".rstrip())
+
     int8, room = result["per_device"]["int8"], result["memory"] - result["reserve"]
     verdict = {True: "fits", False: "doesn't fit"}
     print(
@@ -205,15 +213,15 @@ def print_table(result: dict[str, Any]) -> None:
         "there are": f"without the reserve of {gib(result['reserve'])}",
         "weights in 16 bits": f"{verdict[result['float_fits']]} (with keys and values, without temporaries)",
     }
-    print(f"{'per device':24} {'GiB':>8}")
+    row("per device", "GiB")
     for name, nbytes in rows.items():
-        print(f"{name:24} {gib(nbytes):>8}  {notes.get(name, '')}".rstrip())
+        row(name, gib(nbytes), notes.get(name, ""))
     print()
     for one in result["collectives"]:
-        print(f"{one['kind']:24} {one['count']:>8,}  of {_common.megabytes(one['bytes'])} in all, per {one['per']}")
+        row(one["kind"], f"{one['count']:,}", f"of {_common.megabytes(one['bytes'])} in all, per {one['per']}")
     longest = result["longest_context"]
     by = "all positions that the model has" if result["longest_by"] == "positions" else "what memory holds"
-    print(f"{'longest context':24} {longest:>8,}  {by}" if longest else f"{'longest context':24} {'none':>8}")
+    row("longest context", *((f"{longest:,}", by) if longest else ("none",)))
 
 
 def gib(count: int) -> str:

@@ -90,7 +90,7 @@ def converse(args: argparse.Namespace, model: LanguageModel, messages: list[dict
 def _turn() -> str | None:
     """The next line of standard input, without its end; None after the last."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # lines that can be edited
+        import readline  # noqa: F401 (where Python has it, `input` then lets lines be edited)
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
@@ -138,7 +138,7 @@ def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[list[in
 
 
 class Meter:
-    """Counts the tokens that come by and takes the time.
+    """Counts the tokens that come by and takes the time. Iterates over the chunks it is given, without a change.
 
     Attributes:
       new_tokens: of all rows, up to and with their end tokens.
@@ -174,6 +174,7 @@ class Meter:
 
 
 def _read(file: str) -> str:
+    """The content of a file; of standard input for `-`."""
     if file == "-":
         return sys.stdin.read()
     return _common.read_text(file)

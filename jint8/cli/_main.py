@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = build_parser().parse_args(argv)
-    except SystemExit as exit:  # argparse, after --help or an error
+    except SystemExit as exit:  # argparse raises it after --help and after an error
         return int(exit.code or 0)
     try:
         args.run(args)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jint8: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # Whoever read the output, such as `head`, has enough. Python's flush at exit mustn't fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if os.environ.get("JINT8_DEBUG", "0") not in ("", "0"):

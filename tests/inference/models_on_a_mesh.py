@@ -34,11 +34,11 @@ def greedy(model, tokens):
 
 def compare(name, with_tokens):
     alone = jint8.load(DIRECTORY / name, dtype="float32")
-    divided = jint8.load(DIRECTORY / name, dtype="float32", mesh=MESH)
+    sharded = jint8.load(DIRECTORY / name, dtype="float32", mesh=MESH)
     tokens = expected(name)["tokens"][:1]
-    # of few tokens, whose programs compile in half the time: the prompts below are longer
-    want, got = (np.asarray(model.logits(tokens[:, :2])) for model in (alone, divided))
-    leaves = jax.tree.leaves(divided.params)
+    # Two tokens are enough for logits, and compile in half the time; the prompts below are longer.
+    want, got = (np.asarray(model.logits(tokens[:, :2])) for model in (alone, sharded))
+    leaves = jax.tree.leaves(sharded.params)
     result = {
         "error": float(np.abs(got - want).max() / np.abs(want).max()),
         "bytes": sum(leaf.nbytes for leaf in leaves),
@@ -46,19 +46,19 @@ def compare(name, with_tokens):
     }
     if with_tokens:
         result["greedy"], _ = greedy(alone, tokens)
-        result["greedy_divided"], result["compiled_late"] = greedy(divided, tokens)
+        result["greedy_sharded"], result["compiled_late"] = greedy(sharded, tokens)
     return result
 
 
 def save_and_load(path):
-    """Whether a divided model with an adapter comes back with the same values on the same devices."""
+    """Whether a sharded model with an adapter comes back with the same values on the same devices."""
     adapter = DIRECTORY.parent / "adapters" / "llama"
-    alone, divided = (jint8.load(DIRECTORY / "llama", adapter=adapter, mesh=mesh) for mesh in (None, MESH))
-    jint8.save(path, divided)
+    alone, sharded = (jint8.load(DIRECTORY / "llama", adapter=adapter, mesh=mesh) for mesh in (None, MESH))
+    jint8.save(path, sharded)
     again = jint8.load(path, mesh=MESH)
-    trees = (alone.params, divided.params, again.params)
+    trees = (alone.params, sharded.params, again.params)
     equal = jax.tree.map(lambda one, *others: all(bool((one == np.asarray(x)).all()) for x in others), *trees)
-    places = jax.tree.map(lambda one, other: one.sharding == other.sharding, divided.params, again.params)
+    places = jax.tree.map(lambda one, other: one.sharding == other.sharding, sharded.params, again.params)
     return all(jax.tree.leaves(equal)) and all(jax.tree.leaves(places))
 
 

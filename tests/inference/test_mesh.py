@@ -1,4 +1,4 @@
-"""A model that is divided among devices equals the one on a single device."""
+"""A model that is sharded over devices equals the one on a single device."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ from virtual_devices import run_on_eight_devices
 import jint8
 from jint8.models import partition_specs
 
-WITH_TOKENS = ["llama", "bloom"]  # of key-value heads that four devices don't divide
+WITH_TOKENS = ["llama", "bloom"]  # four devices don't divide their key-value heads evenly
 FIXTURES = [*WITH_TOKENS, "opt_350m"]
 OTHERS = sorted(set(NAMES) - set(FIXTURES))  # each costs two compilations
 LAYERS = 2
@@ -49,13 +49,13 @@ def test_text_of_smollm2():
     script = Path(__file__).parent / "text_on_a_mesh.py"
     found = run_on_eight_devices(script, str(find_smollm2()), optimized=False)
     assert len(found["alone"].split()) > 3  # it ends early, and how early depends on the CPU
-    assert found["divided"] == found["alone"]
-    assert 0.125 <= found["share_per_device"] < 0.127  # only norms and row-parallel scales are whole
+    assert found["sharded"] == found["alone"]
+    assert 0.125 <= found["share_per_device"] < 0.127  # only norms and row-parallel scales are replicated
 
 
 @pytest.mark.parametrize("name", WITH_TOKENS)
 def test_greedy_tokens(found, name):
-    assert found[name]["greedy_divided"] == found[name]["greedy"]
+    assert found[name]["greedy_sharded"] == found[name]["greedy"]
 
 
 @pytest.mark.parametrize("name", WITH_TOKENS)
@@ -85,9 +85,10 @@ def test_what_devices_exchange_for_a_token(exchanges, case):
     }
     for layer in range(LAYERS):
         for product in ("attention/out", "mlp/down"):
-            # contracted features are divided: the scales of a row need its largest values,
+            # The contracted features are sharded: the scale of a row of x needs the maximum over all devices, and the
+            # integers of all devices are summed up.
             expected[f"layers_{layer}/{product}", "all-reduce", "maximum"] = 1
-            expected[f"layers_{layer}/{product}", "all-reduce", "add"] = 1  # and the integers are summed up
+            expected[f"layers_{layer}/{product}", "all-reduce", "add"] = 1
     if case == "rows_on_two_axes":
         expected["sampling", "all-reduce", "and"] = 1  # whether all rows have ended
     found = exchanges[case]["loop"]
@@ -116,7 +117,7 @@ def test_specs():
     assert specs["positions"] == P()
 
 
-def test_a_vocabulary_that_is_not_divided_stays_whole():
+def test_a_vocabulary_that_the_devices_do_not_divide_is_replicated():
     mesh = AbstractMesh((3,), ("model",))
     specs = partition_specs({"embedding": jax.ShapeDtypeStruct((128, 32), "float32")}, mesh)
     assert specs == {"embedding": P()}

@@ -1,4 +1,4 @@
-"""The greedy text of a checkpoint on one device and divided among eight, as JSON; see `test_mesh.py`."""
+"""The greedy text of a checkpoint on one device and sharded over eight, as JSON; see `test_mesh.py`."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ import jint8
 
 MESH = jax.make_mesh((1, 8), ("data", "model"))
 prompt = "The capital of France is"
-models = {"alone": jint8.load(sys.argv[1]), "divided": jint8.load(sys.argv[1], mesh=MESH)}
+models = {"alone": jint8.load(sys.argv[1]), "sharded": jint8.load(sys.argv[1], mesh=MESH)}
 found = {name: model.generate(prompt, max_tokens=16) for name, model in models.items()}
-leaves = jax.tree.leaves(models["divided"].params)
+leaves = jax.tree.leaves(models["sharded"].params)
 held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
 print(json.dumps({**found, "share_per_device": held}))
