@@ -22,13 +22,13 @@ from jint8._inference.sampling import Sampling
 from jint8._inference.text import stop_texts, text_pieces
 from jint8._trees.params import with_config
 from jint8.analysis._calibrate import calibrate
+from jint8.analysis._criteria import Criteria
 from jint8.checkpoints import Tokenizer
 from jint8.models import Decoder, ModelConfig
 
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
 STOP_TOKENS = 16  # and where nothing is streamed, but a stop text may end the answer
 CALIBRATION_LENGTH = 256  # tokens of a sequence
-THRESHOLD = 6.0  # the paper's, of magnitudes
 
 
 class Request(TypedDict, total=False):
@@ -91,8 +91,8 @@ class LanguageModel:
         *,
         threshold: float | None = None,
         relative: bool | None = None,
-        layer_share: float = 0.25,
-        position_share: float = 0.06,
+        layer_share: float = Criteria.layer_share,
+        position_share: float = Criteria.position_share,
         budget: float | None = None,
     ) -> dict[str, np.ndarray]:
         """Outlier feature dimensions on a text, for `outliers=` in `jint8.load`; see `jint8.calibrate`.
@@ -116,7 +116,7 @@ class LanguageModel:
         if relative is None:
             relative = self.quant.relative
         if threshold is None:
-            threshold = self.quant.threshold if relative and self.quant.relative else THRESHOLD
+            threshold = self.quant.threshold if relative and self.quant.relative else Criteria.threshold
         return calibrate(
             self.run,
             {"params": self.params},
@@ -269,19 +269,21 @@ class LanguageModel:
         return self.tokenizer
 
     def _check_ids(self, ids: np.ndarray) -> None:
+        """A lookup in the embedding clamps ids that it has no row for, which would give a wrong answer silently."""
         if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(
                 f"Expected token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}."
             )
 
     def _check_length(self, length: int) -> None:
-        """A table of positions ends somewhere; rotary positions and ALiBi go on, with falling quality."""
+        """Learned positions are a table, which ends. Rotary positions and ALiBi go on, with falling quality."""
         longest = self.config.max_positions
         if self.config.learned_positions is not None and length > longest:
             raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")
 
 
 def _logits(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
+    """float32 `[b, s, vocab]`. On a mesh as one program, so that XLA shards the activations of all layers alike."""
     return (forward if model.mesh is None else _forward_at_once)(model, params, tokens)[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -15,14 +16,15 @@ from jint8.checkpoints._huggingface import write_huggingface
 from jint8.checkpoints._jint8 import write_checkpoint
 
 SHARD_BYTES = 4 * 2**30
-FORMATS = ("jint8", "bitsandbytes")
+Format = Literal["jint8", "bitsandbytes"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def save(
     path: str | os.PathLike[str],
     loaded: LanguageModel | TextEncoder,
     *,
-    format: str = "jint8",
+    format: Format = "jint8",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Saves a model so that `jint8.load` gives back the same bits, on any device.
