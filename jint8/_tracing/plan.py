@@ -26,32 +26,32 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     ``jint8.plan(lambda state, x: nnx.merge(graphdef, state)(x), state, x)``.
 
     Args:
-        apply_fn: a function of the parameters and `args`, such as `module.apply` of a linen module.
-        params: a tree of parameters: arrays or `jax.ShapeDtypeStruct`.
-        *args: further arguments; every leaf that has no shape and dtype is taken as static.
-        **kwargs: likewise.
+      apply_fn: a function of the parameters and `args`, such as `module.apply` of a linen module.
+      params: a tree of parameters: arrays or `jax.ShapeDtypeStruct`.
+      *args: further arguments; every leaf that has no shape and dtype is taken as static.
+      **kwargs: likewise.
 
     Returns:
-        The plan. Paths are relative to `params`; a leading ``params/`` is dropped.
+      The plan. Paths are relative to `params`; a leading ``params/`` is dropped.
 
     Raises:
-        TypeError: if `apply_fn` isn't callable.
-        ValueError: if `params` has no array leaves, or two of the same path.
+      TypeError: if `apply_fn` isn't callable.
+      ValueError: if `params` has no array leaves, or two of the same path.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> params = {
-        ...     "embedding": jax.ShapeDtypeStruct((1000, 64), jnp.float32),
-        ...     "up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)},
-        ... }
-        >>> def apply(params, tokens):
-        ...     return params["embedding"][tokens] @ params["up"]["kernel"]
-        >>> print(jint8.plan(apply, params, jax.ShapeDtypeStruct((1, 8), jnp.int32)))
-        contracted  shape      axes  stacked
-        up/kernel   (64, 256)  (0,)
-        <BLANKLINE>
-        skipped    shape       reason
-        embedding  (1000, 64)  embedding lookup
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> params = {
+      ...     "embedding": jax.ShapeDtypeStruct((1000, 64), jnp.float32),
+      ...     "up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)},
+      ... }
+      >>> def apply(params, tokens):
+      ...     return params["embedding"][tokens] @ params["up"]["kernel"]
+      >>> print(jint8.plan(apply, params, jax.ShapeDtypeStruct((1, 8), jnp.int32)))
+      contracted  shape      axes  stacked
+      up/kernel   (64, 256)  (0,)
+      <BLANKLINE>
+      skipped    shape       reason
+      embedding  (1000, 64)  embedding lookup
     """
     if not callable(apply_fn):
         raise TypeError(f"Expected apply_fn to be callable, got {type(apply_fn).__name__}.")

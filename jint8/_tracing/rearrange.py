@@ -86,7 +86,7 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     """`reshape(w, shape)`, where every new axis is either contracted or not.
 
     Raises:
-        ValueError: an axis of the result mixes contracted ones with others.
+      ValueError: an axis of the result mixes contracted ones with others.
     """
     order = axis_order(w)
     contracted = {order[stored] for stored in contracted_axes(w)}
@@ -166,13 +166,15 @@ def looked_up(
     """`lax.gather(w, indices, numbers, sizes)` of whole contracted axes: only the entries taken are dequantized.
 
     Raises:
-        ValueError: only a part of a contracted axis is taken.
+      ValueError: only a part of a contracted axis is taken.
     """
     contracted = {axis_order(w)[stored] for stored in contracted_axes(w)}
     if any(sizes[axis] != w.shape[axis] for axis in contracted):
         raise ValueError(f"Expected a lookup of whole rows of an int8 weight of shape {w.shape}, got slices {sizes}.")
 
-    def take(leaf, fill):  # a fill value f is 1 * f, and the scale carries it
+    # Entries out of range are to be `fill_value`, but q holds integers: there q is 1, zero is 0 and the scale is
+    # the fill value, so that scale * (q - zero) is just that.
+    def take(leaf: jax.Array, fill: Any) -> jax.Array:
         leaf = jnp.transpose(leaf, storage_axes(w))
         of_leaf = [1 if axis in contracted and leaf.shape[axis] == 1 else size for axis, size in enumerate(sizes)]
         return lax.gather(leaf, indices, numbers, of_leaf, fill_value=fill, **kwargs)

@@ -22,7 +22,7 @@ from jint8._tracing import rearrange as _rearrange
 
 __all__ = ["UnsupportedUse", "with_int8"]
 
-_ARRAY = object()
+_ARRAY = object()  # in the place of an array in what the function returned: only arrays come out of a jaxpr
 
 
 class UnsupportedUse(TypeError):
@@ -33,22 +33,22 @@ def with_int8(function: Callable[[dict[str, jax.Array]], Any], weights: Mapping[
     """`function(floats)` for the float weights that the `QTensor`s stand for, with its products in int8.
 
     Args:
-        function: takes a dictionary of arrays that have the weights' shapes and dtypes. It may close over any arrays,
-            and is called once, with stand-ins.
-        weights: the int8 weights by name.
+      function: takes a dictionary of arrays that have the weights' shapes and dtypes. It may close over any arrays,
+        and is called once, with stand-ins.
+      weights: the int8 weights by name.
 
     Returns:
-        What `function` returns. A weight that it hands back comes as a `QTensor`.
+      What `function` returns. A weight that it hands back comes as a `QTensor`.
 
     Raises:
-        UnsupportedUse: the function uses a weight in another way than in a product, rearranged or not, or a lookup.
-        ValueError: a product over other axes than those that the weight was quantized over.
+      UnsupportedUse: the function uses a weight in another way than in a product, rearranged or not, or a lookup.
+      ValueError: a product over other axes than those that the weight was quantized over.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> w = jint8.quantize(jnp.ones((3, 4)), contract_axes=(1,))
-        >>> with_int8(lambda floats: jnp.ones((2, 4)) @ floats["w"].T, {"w": w}).shape
-        (2, 3)
+      >>> import jax.numpy as jnp, jint8
+      >>> w = jint8.quantize(jnp.ones((3, 4)), contract_axes=(1,))
+      >>> with_int8(lambda floats: jnp.ones((2, 4)) @ floats["w"].T, {"w": w}).shape
+      (2, 3)
     """
     shown: dict[str, Any] = {}
 
@@ -129,7 +129,7 @@ def _ragged_dot(eqn: Any, operands: list[Any]) -> jax.Array:
 _PRODUCTS = {"dot_general": _dot_general, "ragged_dot": _ragged_dot, "ragged_dot_general": _ragged_dot}
 
 
-# Rearrangements: of the first operand, a weight; the others are indices
+# Rearrangements. Each takes the weight that is the first operand, and indices if there are any.
 
 
 def _cast(params: Any, w: QTensor) -> list[QTensor]:

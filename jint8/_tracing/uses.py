@@ -1,40 +1,23 @@
 """What a traced function does with each of its parameters.
 
-An abstract interpretation of a jaxpr: every intermediate array that is still a rearranged parameter is held as a
-`View`; the first operation that is more than a rearrangement ends the view and is noted as a `Use` of the parameter.
+One rule for each primitive of JAX that may rearrange or multiply a parameter. The first operation that is more than a
+rearrangement ends a parameter's view and is noted as a `Use` of it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jax.extend.core import Literal
 
 from jint8._core.quantize import PROGRAM_NAME as QUANTIZE
+from jint8._tracing.control_flow import cond_rule, scan_rule, while_rule
+from jint8._tracing.interpreter import LOOKUP, Interpreter, Rule, Use, Views, inner_jaxpr, rank_of, shape_of
 from jint8._tracing.views import View
 
 __all__ = ["LOOKUP", "Use", "find_uses"]
-
-LOOKUP = "embedding lookup"
-
-Views = list[View | None]
-Rule = Callable[["_Interpreter", Any, Views], Views]
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of a parameter.
-
-    Attributes:
-      what: the use in words, such as ``"convolution"`` or ``"elementwise (mul)"``.
-      contracted: the contracted axes of the parameter where this is a projection; None otherwise.
-      stacked: for a projection, the axes of which each product takes one entry, such as layers and experts.
-    """
-
-    what: str
-    contracted: frozenset[int] | None = None
-    stacked: frozenset[int] = frozenset()
 
 
 def find_uses(jaxpr: Any, shapes: Sequence[tuple[int, ...]]) -> list[list[Use]]:
@@ -47,8 +30,8 @@ def find_uses(jaxpr: Any, shapes: Sequence[tuple[int, ...]]) -> list[list[Use]]:
     Returns:
       For each parameter its distinct uses, in the order in which they occur.
     """
-    interpreter = _Interpreter([[] for _ in shapes])
-    jaxpr = _open(jaxpr)
+    interpreter = Interpreter(_RULES, _other, [[] for _ in shapes])
+    jaxpr = inner_jaxpr(jaxpr)
     views: Views = [View.of_leaf(leaf, tuple(shape)) for leaf, shape in enumerate(shapes)]
     for view in interpreter.run(jaxpr, views + [None] * (len(jaxpr.invars) - len(views))):
         # Handing a parameter back, as part of an updated state, is no use of it; handing back a looked-up row is one.
@@ -57,59 +40,17 @@ def find_uses(jaxpr: Any, shapes: Sequence[tuple[int, ...]]) -> list[list[Use]]:
     return interpreter.uses
 
 
-@dataclass
-class _Interpreter:
-    uses: list[list[Use]]
-
-    def note(self, view: View | None, use: str | Use) -> None:
-        """Notes a use. Whatever is done with looked-up entries, if it isn't a product, the use is the lookup."""
-        if view is None:
-            return
-        if isinstance(use, str):
-            use = Use(LOOKUP if view.looked_up else use)
-        if use not in self.uses[view.leaf]:
-            self.uses[view.leaf].append(use)
-
-    def run(self, jaxpr: Any, inputs: Sequence[View | None]) -> Views:
-        """Follows the inputs through a jaxpr and returns those that its outputs still show."""
-        jaxpr = _open(jaxpr)
-        views = dict(zip(jaxpr.invars, inputs, strict=True))
-
-        def read(atom: Any) -> View | None:
-            return None if isinstance(atom, Literal) else views.get(atom)
-
-        for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            if any(operands):
-                rule = _RULES.get(eqn.primitive.name, _other)
-                views.update(zip(eqn.outvars, rule(self, eqn, operands), strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-
-def _open(jaxpr: Any) -> Any:
-    """The jaxpr inside a closed one. Since 0.12, JAX nests open ones where it used to nest closed ones."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    return getattr(atom.aval, "shape", ())
-
-
-def _rank(atom: Any) -> int:
-    return len(_shape(atom))
-
-
 # Rearrangements
 
 
-def _unchanged(_: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _unchanged(_: Interpreter, eqn: Any, operands: Views) -> Views:
     return operands
 
 
 def _rearranged(change: Callable[[View, Any], View]) -> Rule:
     """The rule for a primitive that rearranges its first operand; the others are indices."""
 
-    def rule(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+    def rule(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
         view, *indices = operands
         for index in indices:
             interpreter.note(index, "used as an index")
@@ -119,10 +60,10 @@ def _rearranged(change: Callable[[View, Any], View]) -> Rule:
 
 
 def _reshaped(view: View, eqn: Any) -> View:
-    return view.reshaped(_shape(eqn.invars[0]), _shape(eqn.outvars[0]))
+    return view.reshaped(shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]))
 
 
-def _gather(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _gather(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     view, index = operands
     interpreter.note(index, "used as an index")
     if view is None:
@@ -130,17 +71,17 @@ def _gather(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     operand, indices, out = eqn.invars[0], eqn.invars[1], eqn.outvars[0]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [axis for axis in range(_rank(operand)) if axis not in gone]
-    axes: list[tuple[int, ...]] = [()] * _rank(out)
+    kept = [axis for axis in range(rank_of(operand)) if axis not in gone]
+    axes: list[tuple[int, ...]] = [()] * rank_of(out)
     for axis, position in zip(kept, numbers.offset_dims, strict=True):
         axes[position] = view.axes[axis]
-    index_positions = [position for position in range(_rank(out)) if position not in numbers.offset_dims]
+    index_positions = [position for position in range(rank_of(out)) if position not in numbers.offset_dims]
     for axis, index_axis in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         axes[index_positions[index_axis]] = view.axes[axis]
 
     # One index, as in kernel[layer], takes a layer out of a stack; an array of them is a lookup.
-    picks_many = _rank(indices) - 1 > len(numbers.start_indices_batching_dims)
-    picked = [axis for axis in numbers.start_index_map if sizes[axis] < _shape(operand)[axis]]
+    picks_many = rank_of(indices) - 1 > len(numbers.start_indices_batching_dims)
+    picked = [axis for axis in numbers.start_index_map if sizes[axis] < shape_of(operand)[axis]]
     taken = replace(
         view.indexed(numbers.collapsed_slice_dims),
         axes=tuple(axes),
@@ -150,25 +91,25 @@ def _gather(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
     if taken.looked_up and len(entry) < 2:
         interpreter.note(taken, LOOKUP)
         return [None]
-    # What is looked up are matrices: kernels of experts, perhaps.
+    # What is looked up are whole matrices, such as the kernels of some experts: a product may follow.
     return [taken]
 
 
 # Products
 
 
-def _dot_general(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _dot_general(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     contract, batch = eqn.params["dimension_numbers"]
     return _product(interpreter, eqn, operands, contract, batch)
 
 
-def _ragged_dot(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _ragged_dot(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contract, (batch_x, batch_w) = numbers.dot_dimension_numbers
     return _product(interpreter, eqn, operands, contract, (batch_x, (*batch_w, *numbers.rhs_group_dimensions)))
 
 
-def _product(interpreter: _Interpreter, eqn: Any, operands: Views, contract: Any, batch: Any) -> Views:
+def _product(interpreter: Interpreter, eqn: Any, operands: Views, contract: Any, batch: Any) -> Views:
     sides, rest = operands[:2], operands[2:]
     for view in rest:
         interpreter.note(view, "used as an index")
@@ -191,7 +132,7 @@ def _product(interpreter: _Interpreter, eqn: Any, operands: Views, contract: Any
 
 def _is_weight(view: View, atom: Any) -> bool:
     """Whether a parameter that meets another one in a product can be the weight, not an embedding or a query."""
-    repeated = any(not axes and size > 1 for axes, size in zip(view.axes, _shape(atom), strict=True))
+    repeated = any(not axes and size > 1 for axes, size in zip(view.axes, shape_of(atom), strict=True))
     return not view.looked_up and not repeated and len(view.covers(range(len(view.axes)))) > 1
 
 
@@ -208,67 +149,29 @@ def _contraction(view: View, contracted_positions: Sequence[int], batch_position
     return Use(f"contracted over axes {tuple(sorted(contracted))}", contracted, stacked)
 
 
-def _convolution(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _convolution(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     for view in operands:
         interpreter.note(view, "convolution")
     return [None]
 
 
-def _quantized(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _quantized(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     """`jint8.quantize` in the model's own code: scales have size 1 on the axes that will be contracted."""
-    shapes = zip(_shape(eqn.invars[0]), _shape(eqn.outvars[1]), strict=True)
+    shapes = zip(shape_of(eqn.invars[0]), shape_of(eqn.outvars[1]), strict=True)
     contracted = [axis for axis, (size, scales) in enumerate(shapes) if scales == 1 and size > 1]
     if operands[0] is not None:
         interpreter.note(operands[0], _contraction(operands[0], contracted, ()))
     return [None] * len(eqn.outvars)
 
 
-# Control flow
+# All others
 
 
-def _scan(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
-    # Versions of JAX differ in how the parameters tell constants, carries and scanned inputs apart; ranks tell as well.
-    body = _open(eqn.params["jaxpr"])
-    scanned = [_rank(outer) > _rank(inner) for outer, inner in zip(eqn.invars, body.invars, strict=True)]
-    n_carry = sum(_rank(outer) == _rank(inner) for outer, inner in zip(eqn.outvars, body.outvars, strict=True))
-    inputs = [view.indexed([0]) if view and is_xs else view for view, is_xs in zip(operands, scanned, strict=True)]
-    fixed = [view for view, is_xs in zip(inputs, scanned, strict=True) if not is_xs]
-    outputs = interpreter.run(body, inputs)
-    carry = _carried(interpreter, fixed[len(fixed) - n_carry :], outputs[:n_carry])
-    return carry + [view and replace(view, axes=((), *view.axes)) for view in outputs[n_carry:]]
-
-
-def _while(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    consts, carry = operands[: n_cond + n_body], operands[n_cond + n_body :]
-    interpreter.run(eqn.params["cond_jaxpr"], consts[:n_cond] + carry)
-    return _carried(interpreter, carry, interpreter.run(eqn.params["body_jaxpr"], consts[n_cond:] + carry))
-
-
-def _carried(interpreter: _Interpreter, before: Views, after: Views) -> Views:
-    return [_agreed(interpreter, pair, "changed by a loop") for pair in zip(before, after, strict=True)]
-
-
-def _cond(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
-    interpreter.note(operands[0], "used as a condition")
-    branches = [interpreter.run(branch, operands[1:]) for branch in eqn.params["branches"]]
-    return [_agreed(interpreter, views, "chosen by a condition") for views in zip(*branches, strict=True)]
-
-
-def _agreed(interpreter: _Interpreter, views: Sequence[View | None], otherwise: str) -> View | None:
-    """The view that an array shows in every case, or None, in which case the parameters' track is lost."""
-    if all(view == views[0] for view in views):
-        return views[0]
-    for view in views:
-        interpreter.note(view, otherwise)
-    return None
-
-
-def _other(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
+def _other(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     if eqn.params.get("name") == QUANTIZE:
         return _quantized(interpreter, eqn, operands)
     # Calls (jit, remat, custom derivatives, shard_map) have other names in other versions: know them by their shape.
-    bodies = [_open(param) for param in eqn.params.values() if hasattr(param, "eqns")]
+    bodies = [inner_jaxpr(param) for param in eqn.params.values() if hasattr(param, "eqns")]
     if len(bodies) == 1 and _ranks_agree(eqn, bodies[0]):
         return interpreter.run(bodies[0], operands)
     what = f"elementwise ({eqn.primitive.name})" if _is_elementwise(eqn) else f"used by {eqn.primitive.name}"
@@ -279,15 +182,15 @@ def _other(interpreter: _Interpreter, eqn: Any, operands: Views) -> Views:
 
 def _ranks_agree(eqn: Any, body: Any) -> bool:
     pairs = (eqn.invars, body.invars), (eqn.outvars, body.outvars)
-    return all([*map(_rank, outer)] == [*map(_rank, inner)] for outer, inner in pairs)
+    return all([*map(rank_of, outer)] == [*map(rank_of, inner)] for outer, inner in pairs)
 
 
 def _is_elementwise(eqn: Any) -> bool:
     try:
-        shape = np.broadcast_shapes(*map(_shape, eqn.invars))
+        shape = np.broadcast_shapes(*map(shape_of, eqn.invars))
     except ValueError:
         return False
-    return all(_shape(out) == shape for out in eqn.outvars)
+    return all(shape_of(out) == shape for out in eqn.outvars)
 
 
 _UNCHANGED = [
@@ -310,7 +213,7 @@ _RULES: dict[str, Rule] = {
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
+    "scan": scan_rule,
+    "while": while_rule,
+    "cond": cond_rule,
 }

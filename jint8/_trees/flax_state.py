@@ -1,4 +1,7 @@
-"""`QTensor` for `flax.serialization`: `to_state_dict`, `to_bytes` and their inverses. Imported where flax is."""
+"""`QTensor` for `flax.serialization`: `to_state_dict`, `to_bytes` and their inverses.
+
+Importing this registers the type: `jint8.linen` and `jint8.nnx` do, and `quantize_params` where Flax is imported.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ class MemoryReport:
     """Bytes of parameters, before and after quantization.
 
     Attributes:
-        groups: from the name of a group of leaves (paths with layer numbers as `*`) to (bytes in floating point,
-            bytes).
+      groups: from the name of a group of leaves (paths with layer numbers as `*`) to (bytes in floating point,
+        bytes).
     """
 
     groups: dict[str, tuple[int, int]]
@@ -47,23 +47,23 @@ def memory_report(params: Any) -> MemoryReport:
     """How many bytes a tree of parameters takes, and took before quantization.
 
     Args:
-        params: any pytree of arrays (or `jax.ShapeDtypeStruct`s) and `QTensor`s. Other leaves aren't counted.
+      params: any pytree of arrays (or `jax.ShapeDtypeStruct`s) and `QTensor`s. Other leaves aren't counted.
 
     Returns:
-        A printable `MemoryReport`: bytes per group of leaves that differ only in a layer's number, and totals.
+      A printable `MemoryReport`: bytes per group of leaves that differ only in a layer's number, and totals.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> report = jint8.memory_report(jint8.quantize_params({"kernel": jnp.ones((64, 8))}))
-        >>> report.float_bytes, report.bytes
-        (2048, 544)
+      >>> import jax.numpy as jnp, jint8
+      >>> report = jint8.memory_report(jint8.quantize_params({"kernel": jnp.ones((64, 8))}))
+      >>> report.float_bytes, report.bytes
+      (2048, 544)
     """
     groups: dict[str, tuple[int, int]] = {}
     for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
         group = path_group(path)
         if not hasattr(leaf, "dtype"):
             continue
-        # random keys have a dtype that isn't NumPy's, with an itemsize too
+        # The dtype's own itemsize: random keys have a dtype of JAX's, which NumPy doesn't know.
         before = math.prod(leaf.shape) * leaf.dtype.itemsize
         after = leaf.nbytes if is_qtensor(leaf) else before
         total = groups.get(group, (0, 0))

@@ -44,38 +44,38 @@ def quantize_params(
     over its last (`[n, k]`). Kernels of other ranks are ambiguous and left alone: use `jint8.plan`.
 
     Args:
-        params: any pytree of arrays. `QTensor`s that it holds already are kept.
-        config: how to quantize; the scheme `"none"` returns `params` as they are.
-        plan: what `jint8.plan` returns, or any mapping from leaf path to contracted axes. Only a `jint8.Plan` says
-            which axes are stacked (scanned layers, experts). Without that, a leaf of more than two dimensions is stored
-            in the order given, for any of its other axes may be scanned: right, if slower. Schemes with one scale per
-            tensor, which would be one for all layers, refuse it.
-        skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
-            (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`,
-            `"*/gate"`.
-        include: patterns or a predicate that win over `skip` and over the default. With a plan they also name weights
-            that it skips only because they are looked up as well (`Plan.tied`).
-        keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
-            axes last, such as those that are sharded by the names of their axes. Products with them may be slower.
-        outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns:
-            those rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't
-            matter.
+      params: any pytree of arrays. `QTensor`s that it holds already are kept.
+      config: how to quantize; the scheme `"none"` returns `params` as they are.
+      plan: what `jint8.plan` returns, or any mapping from leaf path to contracted axes. Only a `jint8.Plan` says
+        which axes are stacked (scanned layers, experts). Without that, a leaf of more than two dimensions is stored
+        in the order given, for any of its other axes may be scanned: right, if slower. Schemes with one scale per
+        tensor, which would be one for all layers, refuse it.
+      skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
+        (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`,
+        `"*/gate"`.
+      include: patterns or a predicate that win over `skip` and over the default. With a plan they also name weights
+        that it skips only because they are looked up as well (`Plan.tied`).
+      keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
+        axes last, such as those that are sharded by the names of their axes. Products with them may be slower.
+      outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns:
+        those rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't
+        matter.
 
     Returns:
-        A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of
-        the float weight.
+      A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of
+      the float weight.
 
     Raises:
-        TypeError: `config` isn't a `Config`, or `plan` or `outliers` isn't a mapping.
-        ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
-            fit it, one scale per tensor for a leaf whose stacked axes aren't known, or NaN or infinity in a weight; the
-            message names the leaf.
+      TypeError: `config` isn't a `Config`, or `plan` or `outliers` isn't a mapping.
+      ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
+        fit it, one scale per tensor for a leaf whose stacked axes aren't known, or NaN or infinity in a weight; the
+        message names the leaf.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
-        >>> jint8.quantize_params(params)["dense"]["kernel"].q.dtype
-        dtype('int8')
+      >>> import jax.numpy as jnp, jint8
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> jint8.quantize_params(params)["dense"]["kernel"].q.dtype
+      dtype('int8')
     """
     check_config(config)
     check_calibrated(outliers)
@@ -145,6 +145,7 @@ def projections(params: Any, plan: Plan | None, chosen: Selection) -> dict[str, 
 def standard_axes(path: str, ndim: int, included: bool = False) -> tuple[Axes | None, Axes]:
     """Contracted and stacked axes of a leaf of a standard Flax layer, by its name; None where it isn't a projection."""
     *parents, name = path.split("/")
+    # Flax names a kernel [k, n], attention's [d, heads, size] and [heads, size, d]; a "weight" is PyTorch's [n, k].
     parent = parents[-1] if parents else ""
     if name == "kernel" and ndim == 2:
         return (0,), ()
@@ -163,17 +164,17 @@ def dequantize_params(params: Any, dtype=None) -> Any:
     """The tree with every `QTensor` turned back into a float array.
 
     Args:
-        params: what `jint8.quantize_params` returned.
-        dtype: of those arrays; default: that of the weights before.
+      params: what `jint8.quantize_params` returned.
+      dtype: of those arrays; default: that of the weights before.
 
     Returns:
-        A tree of the structure that `quantize_params` was given.
+      A tree of the structure that `quantize_params` was given.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
-        >>> jint8.dequantize_params(params)["kernel"].shape
-        (4, 3)
+      >>> import jax.numpy as jnp, jint8
+      >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
+      >>> jint8.dequantize_params(params)["kernel"].shape
+      (4, 3)
     """
     return jax.tree.map(lambda leaf: dequantize(leaf, dtype) if is_qtensor(leaf) else leaf, params, is_leaf=is_qtensor)
 
@@ -182,20 +183,20 @@ def with_config(params: Any, config: Config) -> Any:
     """The tree with `config` as that of every `QTensor` in it: how it is multiplied, not how it was quantized.
 
     Args:
-        params: any pytree, such as `jint8.quantize_params` returned.
-        config: the new `Config`. Functions that were jitted before are traced again, because it is part of the tree.
+      params: any pytree, such as `jint8.quantize_params` returned.
+      config: the new `Config`. Functions that were jitted before are traced again, because it is part of the tree.
 
     Returns:
-        A tree of the same arrays.
+      A tree of the same arrays.
 
     Raises:
-        TypeError: `config` isn't a `Config`.
+      TypeError: `config` isn't a `Config`.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
-        >>> jint8.with_config(params, jint8.Config(threshold=3.0))["kernel"].config.threshold
-        3.0
+      >>> import jax.numpy as jnp, jint8
+      >>> params = jint8.quantize_params({"kernel": jnp.ones((4, 3))})
+      >>> jint8.with_config(params, jint8.Config(threshold=3.0))["kernel"].config.threshold
+      3.0
     """
     check_config(config)
 

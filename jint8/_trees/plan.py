@@ -20,21 +20,21 @@ class Plan(Mapping[str, Axes]):
     ``"lm_head"`` and ``"attn/q_*"`` match everything below such a folder, or a leaf of that name.
 
     Attributes:
-        contracted: the mapping itself.
-        stacked: for the same leaves, and those of `tied`, the axes that are neither contracted nor output channels:
-            scanned layers, experts, slices that are taken one at a time. `()` says that there are none; of a leaf that
-            isn't here nothing is known.
-        skipped: for every other leaf, the reason.
-        tied: the contracted axes of leaves that are skipped only because they are looked up as well, such as an
-            embedding that is also the output head.
-        shapes: the shape of every leaf.
+      contracted: the mapping itself.
+      stacked: for the same leaves, and those of `tied`, the axes that are neither contracted nor output channels:
+        scanned layers, experts, slices that are taken one at a time. `()` says that there are none; of a leaf that
+        isn't here nothing is known.
+      skipped: for every other leaf, the reason.
+      tied: the contracted axes of leaves that are skipped only because they are looked up as well, such as an
+        embedding that is also the output head.
+      shapes: the shape of every leaf.
 
     Examples:
-        >>> found = Plan({"head/kernel": (0,)}, shapes={"head/kernel": (64, 100)})
-        >>> found["head/kernel"]
-        (0,)
-        >>> found.without("head").skipped
-        {'head/kernel': 'left out'}
+      >>> found = Plan({"head/kernel": (0,)}, shapes={"head/kernel": (64, 100)})
+      >>> found["head/kernel"]
+      (0,)
+      >>> found.without("head").skipped
+      {'head/kernel': 'left out'}
     """
 
     contracted: Mapping[str, Axes]
@@ -83,17 +83,17 @@ class Plan(Mapping[str, Axes]):
         A mapping of another type doesn't say which axes are stacked, not even if it is `dict(plan)` of a `Plan`.
 
         Args:
-            plan: a `Plan`, or any mapping from path to contracted axes.
+          plan: a `Plan`, or any mapping from path to contracted axes.
 
         Returns:
-            A `Plan`.
+          A `Plan`.
 
         Raises:
-            TypeError: `plan` isn't a mapping.
+          TypeError: `plan` isn't a mapping.
 
         Examples:
-            >>> Plan.of({"head/kernel": 0})["head/kernel"]
-            (0,)
+          >>> Plan.of({"head/kernel": 0})["head/kernel"]
+          (0,)
         """
         if isinstance(plan, cls):
             return plan
@@ -112,14 +112,14 @@ class Plan(Mapping[str, Axes]):
         """Leaves some leaves out.
 
         Args:
-            *patterns: path patterns or predicates that take the path.
+          *patterns: path patterns or predicates that take the path.
 
         Returns:
-            A plan in which the leaves that match any of them are skipped.
+          A plan in which the leaves that match any of them are skipped.
 
         Examples:
-            >>> sorted(Plan({"a/kernel": (0,), "b/kernel": (0,)}).without("b"))
-            ['a/kernel']
+          >>> sorted(Plan({"a/kernel": (0,), "b/kernel": (0,)}).without("b"))
+          ['a/kernel']
         """
         out = [path for path in self if any(matches(path, pattern) for pattern in patterns)]
         return replace(
@@ -133,18 +133,18 @@ class Plan(Mapping[str, Axes]):
         """Adds leaves, or corrects their contracted axes.
 
         Args:
-            contracted: contracted axes by path, or by path pattern; negative ones count from the end.
+          contracted: contracted axes by path, or by path pattern; negative ones count from the end.
 
         Returns:
-            A plan in which all leaves that match are contracted over these axes.
+          A plan in which all leaves that match are contracted over these axes.
 
         Raises:
-            ValueError: if a pattern matches no leaf, or if a leaf doesn't have the axes or has no others.
+          ValueError: if a pattern matches no leaf, or if a leaf doesn't have the axes or has no others.
 
         Examples:
-            >>> found = Plan({}, skipped={"embedding": "embedding lookup"}, shapes={"embedding": (100, 64)})
-            >>> dict(found.with_({"embedding": (-1,)}))
-            {'embedding': (1,)}
+          >>> found = Plan({}, skipped={"embedding": "embedding lookup"}, shapes={"embedding": (100, 64)})
+          >>> dict(found.with_({"embedding": (-1,)}))
+          {'embedding': (1,)}
         """
         new: dict[str, Axes] = {}
         for pattern, axes in contracted.items():

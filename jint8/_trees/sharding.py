@@ -22,30 +22,30 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
     has are sharded the same, but on axes that they don't have in full (the contracted ones), where they are whole.
 
     Args:
-        params: a tree with `QTensor`s (arrays or `jax.ShapeDtypeStruct`s).
-        specs: the same tree, or a prefix of it, for the float parameters: `PartitionSpec`s (as
-            `flax.linen.get_partition_spec` gives them, and for an nnx model's state `nnx.get_partition_spec`),
-            `NamedSharding`s, or None for what isn't sharded. Paths must agree, boxes and variables needn't.
-        mesh: for specs that aren't `NamedSharding`s.
+      params: a tree with `QTensor`s (arrays or `jax.ShapeDtypeStruct`s).
+      specs: the same tree, or a prefix of it, for the float parameters: `PartitionSpec`s (as
+        `flax.linen.get_partition_spec` gives them, and for an nnx model's state `nnx.get_partition_spec`),
+        `NamedSharding`s, or None for what isn't sharded. Paths must agree, boxes and variables needn't.
+      mesh: for specs that aren't `NamedSharding`s.
 
     Returns:
-        A tree of `params`' structure: `NamedSharding`s, in `QTensor`s where `params` has them.
+      A tree of `params`' structure: `NamedSharding`s, in `QTensor`s where `params` has them.
 
     Raises:
-        TypeError: a leaf of `specs` that is something else.
-        ValueError: no mesh, a tree of another structure, more axes than the weight has, or a size that the devices
-            of its axis don't divide. The leaf is named.
+      TypeError: a leaf of `specs` that is something else.
+      ValueError: no mesh, a tree of another structure, more axes than the weight has, or a size that the devices
+        of its axis don't divide. The leaf is named.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> from jax.sharding import PartitionSpec
-        >>> mesh = jax.make_mesh((1,), ("model",))
-        >>> params = jint8.quantize_params({"up": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}})
-        >>> specs = {"up": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}}
-        >>> placed = jint8.shardings(params, specs, mesh=mesh)
-        >>> tuple(placed["up"]["kernel"].scale.spec)  # stored with the contracted axis last
-        ('model', None)
-        >>> params = jax.device_put(params, placed)
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> from jax.sharding import PartitionSpec
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> params = jint8.quantize_params({"up": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}})
+      >>> specs = {"up": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}}
+      >>> placed = jint8.shardings(params, specs, mesh=mesh)
+      >>> tuple(placed["up"]["kernel"].scale.spec)  # stored with the contracted axis last
+      ('model', None)
+      >>> params = jax.device_put(params, placed)
     """
 
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec)
@@ -69,7 +69,10 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
 
 
 def _whole_path(key_path: Any) -> str:
-    """`path_string` below a root, so that it doesn't drop the collection's name."""
+    """The leaf's name with a leading ``params`` kept, so that paths of `params` and `specs` are compared in full.
+
+    `path_string` drops that name from the front only, and here the front is a root without a name.
+    """
     return path_string((DictKey(""), *key_path))
 
 

@@ -1,4 +1,10 @@
-"""Outlier features, as in section 4 of the paper: statistics, plots, and planting them."""
+"""Outlier features, as in section 4 of the paper: statistics, plots, and planting them.
+
+Start with `_calibrate` (`jint8.calibrate`), which runs a model on weights that watch their activations, and
+`_criteria`, which judges what they saw. `_statistics`, `_plots` and `_report` show it; `_inject` plants outliers.
+
+Imports `linen` (where a model runs, and then only), `_tracing`, `_trees`, `_ops` and `_core`.
+"""
 
 from jint8.analysis._inject import inject_outliers as inject_outliers
 from jint8.analysis._plots import plot_features as plot_features

@@ -24,25 +24,25 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
     `nn.vmap`, `nn.jit`. A layer's custom `dot_general` and `precision` don't apply to int8 products.
 
     Args:
-        apply_fn: `module.apply`, or any function that calls linen modules.
-        config: None means the one stored in each weight; else it replaces those, so that a function that was jitted
-            before with another one is traced again.
+      apply_fn: `module.apply`, or any function that calls linen modules.
+      config: None means the one stored in each weight; else it replaces those, so that a function that was jitted
+        before with another one is traced again.
 
     Returns:
-        A function with the arguments and results of `apply_fn`.
+      A function with the arguments and results of `apply_fn`.
 
     Raises:
-        TypeError: `apply_fn` isn't a function (a module itself isn't: give its `apply`), or `config` no `Config`. The
-            returned function raises it for a layer that needs the float values of an int8 weight, naming the layer's
-            path.
+      TypeError: `apply_fn` isn't a function (a module itself isn't: give its `apply`), or `config` no `Config`. The
+        returned function raises it for a layer that needs the float values of an int8 weight, naming the layer's
+        path.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> from flax import linen as nn
-        >>> model, x = nn.Dense(4), jnp.ones((2, 8))
-        >>> params = jint8.quantize_params(model.init(jax.random.key(0), x))
-        >>> jax.jit(jint8.apply(model.apply))(params, x).shape
-        (2, 4)
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> from flax import linen as nn
+      >>> model, x = nn.Dense(4), jnp.ones((2, 8))
+      >>> params = jint8.quantize_params(model.init(jax.random.key(0), x))
+      >>> jax.jit(jint8.apply(model.apply))(params, x).shape
+      (2, 4)
     """
     if not callable(apply_fn) or isinstance(apply_fn, nn.Module):
         raise TypeError(f"Expected a function such as module.apply, got {type(apply_fn).__name__}.")

@@ -26,24 +26,24 @@ class Int8TransformerBlock(nn.Module):
     are.
 
     Attributes:
-        block: the module to run; None for a standard block.
-        num_heads: of the standard block.
-        mlp_dim: width of its MLP; None: four times that of the input.
-        norm: `"pre"` or `"post"`.
-        activation: of its MLP.
-        epsilon: of its layer norms.
-        dtype: of its computation; None: what inputs and parameters promote to.
-        config: how kernels in floating point are quantized; a `QTensor` brings its own.
+      block: the module to run; None for a standard block.
+      num_heads: of the standard block.
+      mlp_dim: width of its MLP; None: four times that of the input.
+      norm: `"pre"` or `"post"`.
+      activation: of its MLP.
+      epsilon: of its layer norms.
+      dtype: of its computation; None: what inputs and parameters promote to.
+      config: how kernels in floating point are quantized; a `QTensor` brings its own.
 
     Raises:
-        ValueError: neither `block` nor `num_heads`, or an unknown `norm`; from the call.
+      ValueError: neither `block` nor `num_heads`, or an unknown `norm`; from the call.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> block, x = jint8.linen.Int8TransformerBlock(num_heads=2), jnp.ones((1, 3, 8))
-        >>> params = block.init(jax.random.key(0), x)
-        >>> block.apply(jint8.quantize_params(params), x).shape
-        (1, 3, 8)
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> block, x = jint8.linen.Int8TransformerBlock(num_heads=2), jnp.ones((1, 3, 8))
+      >>> params = block.init(jax.random.key(0), x)
+      >>> block.apply(jint8.quantize_params(params), x).shape
+      (1, 3, 8)
     """
 
     block: nn.Module | None = None
@@ -60,9 +60,9 @@ class Int8TransformerBlock(nn.Module):
         """The block's result.
 
         Args:
-            x: `[batch, length, features]` for the standard block.
-            *args: the mask for the standard block, if any; for a block of yours, its own arguments.
-            **kwargs: likewise.
+          x: `[batch, length, features]` for the standard block.
+          *args: the mask for the standard block, if any; for a block of yours, its own arguments.
+          **kwargs: likewise.
         """
         check_config(self.config)
         with int8_layers(self.config):

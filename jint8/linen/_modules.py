@@ -18,14 +18,14 @@ class Int8Dense(nn.Dense):
     into a `QTensor` once and for all, with the same results.
 
     Attributes:
-        config: how a kernel in floating point is quantized; a `QTensor` brings its own.
+      config: how a kernel in floating point is quantized; a `QTensor` brings its own.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> layer, x = jint8.linen.Int8Dense(4), jnp.ones((2, 8))
-        >>> params = layer.init(jax.random.key(0), x)
-        >>> bool(jnp.array_equal(layer.apply(params, x), layer.apply(jint8.quantize_params(params), x)))
-        True
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> layer, x = jint8.linen.Int8Dense(4), jnp.ones((2, 8))
+      >>> params = layer.init(jax.random.key(0), x)
+      >>> bool(jnp.array_equal(layer.apply(params, x), layer.apply(jint8.quantize_params(params), x)))
+      True
     """
 
     config: Config = Config()
@@ -45,15 +45,15 @@ class Int8DenseGeneral(nn.DenseGeneral):
     `jint8.quantize_params` needs a plan for kernels that aren't two-dimensional.
 
     Attributes:
-        config: how a kernel in floating point is quantized; a `QTensor` brings its own.
+      config: how a kernel in floating point is quantized; a `QTensor` brings its own.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> layer, x = jint8.linen.Int8DenseGeneral((2, 4)), jnp.ones((2, 8))
-        >>> params = layer.init(jax.random.key(0), x)
-        >>> int8 = jint8.quantize_params(params, plan=jint8.plan(layer.apply, params, x))
-        >>> layer.apply(int8, x).shape
-        (2, 2, 4)
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> layer, x = jint8.linen.Int8DenseGeneral((2, 4)), jnp.ones((2, 8))
+      >>> params = layer.init(jax.random.key(0), x)
+      >>> int8 = jint8.quantize_params(params, plan=jint8.plan(layer.apply, params, x))
+      >>> layer.apply(int8, x).shape
+      (2, 2, 4)
     """
 
     config: Config = Config()

@@ -32,30 +32,30 @@ def register(layer_type: type[nn.Module], handler: Handler | None = None, *, met
     one that calls `super()` still reaches it.
 
     Args:
-        layer_type: a linen module class.
-        handler: the function; None returns a decorator.
-        method: the method that it replaces.
+      layer_type: a linen module class.
+      handler: the function; None returns a decorator.
+      method: the method that it replaces.
 
     Returns:
-        The handler, or a decorator for it.
+      The handler, or a decorator for it.
 
     Raises:
-        TypeError: `layer_type` isn't a linen module class or `handler` isn't callable.
+      TypeError: `layer_type` isn't a linen module class or `handler` isn't callable.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, jint8
-        >>> from flax import linen as nn
-        >>> class Mine(nn.Module):
-        ...     @nn.compact
-        ...     def __call__(self, x):
-        ...         return x @ self.param("weight", nn.initializers.normal(), (3, 4)).T
-        >>> @jint8.linen.register(Mine)
-        ... def mine(module, x):
-        ...     return jint8.matmul(x, jint8.linen.param(module, "weight"), implementation="dequantize")
-        >>> x = jnp.ones((1, 4))
-        >>> params = jint8.quantize_params(Mine().init(jax.random.key(0), x))
-        >>> jint8.apply(Mine().apply)(params, x).shape
-        (1, 3)
+      >>> import jax, jax.numpy as jnp, jint8
+      >>> from flax import linen as nn
+      >>> class Mine(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         return x @ self.param("weight", nn.initializers.normal(), (3, 4)).T
+      >>> @jint8.linen.register(Mine)
+      ... def mine(module, x):
+      ...     return jint8.matmul(x, jint8.linen.param(module, "weight"), implementation="dequantize")
+      >>> x = jnp.ones((1, 4))
+      >>> params = jint8.quantize_params(Mine().init(jax.random.key(0), x))
+      >>> jint8.apply(Mine().apply)(params, x).shape
+      (1, 3)
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise TypeError(f"Expected layer_type to be a linen module class, got {layer_type!r}.")
@@ -71,17 +71,17 @@ def param(module: nn.Module, name: str) -> Any:
     """A parameter of a bound module, out of its box (`nn.Partitioned`) if it is in one; None if there is none.
 
     Args:
-        module: what a handler is called with.
-        name: the parameter's.
+      module: what a handler is called with.
+      name: the parameter's.
 
     Returns:
-        An array, a `QTensor` or None.
+      An array, a `QTensor` or None.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> from flax import linen as nn
-        >>> jint8.linen.param(nn.Dense(2).bind({"params": {"kernel": jnp.ones((3, 2))}}), "kernel").shape
-        (3, 2)
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import linen as nn
+      >>> jint8.linen.param(nn.Dense(2).bind({"params": {"kernel": jnp.ones((3, 2))}}), "kernel").shape
+      (3, 2)
     """
     return unbox(module.get_variable("params", name))
 
@@ -105,7 +105,8 @@ def int8_layers(config: Config | None = None) -> Iterator[None]:
 
 def _intercept(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
-    if method.startswith("__") and method != "__call__":  # a module's own __getattr__ is called by what follows
+    # A module's own `__getattr__` is intercepted too, and what follows looks attributes up: it would never end.
+    if method.startswith("__") and method != "__call__":
         return next_fun(*args, **kwargs)
     if method == "setup":
         return run_setup(module, functools.partial(next_fun, *args, **kwargs))

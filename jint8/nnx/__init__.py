@@ -1,4 +1,10 @@
-"""Flax nnx: int8 copies of models, and modules with int8 weights."""
+"""Flax nnx: int8 copies of models, and modules with int8 weights.
+
+Start with `quantize`, which replaces a model's layers by those of `_modules`: `_registry` says which by which. A layer
+that it doesn't know keeps its own code, with its products in int8 (`_own_code`).
+
+Imports `analysis` (for `calibrate`), `_tracing`, `_trees`, `_ops` and `_core`, and no linen.
+"""
 
 from jint8._trees import flax_state as _flax_state  # noqa: F401 (tells flax.serialization of QTensor)
 from jint8.nnx._calibrate import calibrate as calibrate

@@ -19,14 +19,14 @@ class Quantized(nnx.Variable):
     """A Variable that holds a `QTensor`. Not an `nnx.Param`: optimizers and `nnx.grad` leave it alone.
 
     Args:
-        value: the `QTensor`; `get_value()` gives it back.
+      value: the `QTensor`; `get_value()` gives it back.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> from flax import nnx
-        >>> model = jint8.nnx.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
-        >>> nnx.state(model, jint8.nnx.Quantized)["kernel"].get_value().shape
-        (8, 4)
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> model = jint8.nnx.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+      >>> nnx.state(model, jint8.nnx.Quantized)["kernel"].get_value().shape
+      (8, 4)
     """
 
 
@@ -56,18 +56,18 @@ class Int8LinearGeneral(nnx.Module):
     """`nnx.LinearGeneral` with an int8 kernel.
 
     Args:
-        kernel: a `QTensor` `[*batch, *contracted, *features]`, quantized over the contracted axes.
-        bias: None, an array `[*batch, *features]` or a Variable with one.
-        axis: the axes of the input that are contracted.
-        batch_dims: the axes of the input that are batch axes of the kernel.
-        dtype: of the computation; None: what input and parameters promote to.
-        preferred_element_type: dtype of the result, where it isn't that of the computation.
+      kernel: a `QTensor` `[*batch, *contracted, *features]`, quantized over the contracted axes.
+      bias: None, an array `[*batch, *features]` or a Variable with one.
+      axis: the axes of the input that are contracted.
+      batch_dims: the axes of the input that are batch axes of the kernel.
+      dtype: of the computation; None: what input and parameters promote to.
+      preferred_element_type: dtype of the result, where it isn't that of the computation.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> layer = jint8.nnx.Int8LinearGeneral(jint8.quantize(jnp.ones((8, 2, 4))))
-        >>> layer(jnp.ones((3, 8))).shape
-        (3, 2, 4)
+      >>> import jax.numpy as jnp, jint8
+      >>> layer = jint8.nnx.Int8LinearGeneral(jint8.quantize(jnp.ones((8, 2, 4))))
+      >>> layer(jnp.ones((3, 8))).shape
+      (3, 2, 4)
     """
 
     def __init__(
@@ -105,26 +105,26 @@ class Int8Linear(Int8LinearGeneral):
     """`nnx.Linear` with an int8 kernel: `y = x @ kernel + bias`.
 
     Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the result.
-        kernel: a `QTensor` or a float array `[in_features, out_features]` to start from, quantized here. None: random.
-        bias: an array `[out_features]` or a Variable with one; None: zeros.
-        use_bias: False for none.
-        dtype: of the computation; None: what input and parameters promote to.
-        param_dtype: of random kernels, and of biases of zeros.
-        preferred_element_type: dtype of the result, where it isn't that of the computation.
-        kernel_init: how random kernels are made; default: `lecun_normal`.
-        config: how to quantize `kernel`, if it isn't a `QTensor`.
-        rngs: needed for a random kernel only.
+      in_features: size of the last axis of the input.
+      out_features: size of the last axis of the result.
+      kernel: a `QTensor` or a float array `[in_features, out_features]` to start from, quantized here. None: random.
+      bias: an array `[out_features]` or a Variable with one; None: zeros.
+      use_bias: False for none.
+      dtype: of the computation; None: what input and parameters promote to.
+      param_dtype: of random kernels, and of biases of zeros.
+      preferred_element_type: dtype of the result, where it isn't that of the computation.
+      kernel_init: how random kernels are made; default: `lecun_normal`.
+      config: how to quantize `kernel`, if it isn't a `QTensor`.
+      rngs: needed for a random kernel only.
 
     Raises:
-        ValueError: a kernel of another shape, or neither kernel nor rngs.
+      ValueError: a kernel of another shape, or neither kernel nor rngs.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> layer = jint8.nnx.Int8Linear(8, 4, kernel=jnp.ones((8, 4)))
-        >>> layer(jnp.ones((3, 8))).shape, layer.kernel.get_value().q.dtype
-        ((3, 4), dtype('int8'))
+      >>> import jax.numpy as jnp, jint8
+      >>> layer = jint8.nnx.Int8Linear(8, 4, kernel=jnp.ones((8, 4)))
+      >>> layer(jnp.ones((3, 8))).shape, layer.kernel.get_value().q.dtype
+      ((3, 4), dtype('int8'))
     """
 
     def __init__(
@@ -164,16 +164,16 @@ class Int8LoRALinear(Int8Linear):
     """`nnx.LoRALinear` with an int8 kernel: `y = x @ kernel + bias + lora(x)`; the LoRA parameters stay trainable.
 
     Args:
-        *args: as for `Int8Linear`.
-        lora: the `nnx.LoRA` layer.
-        **kwargs: as for `Int8Linear`.
+      *args: as for `Int8Linear`.
+      lora: the `nnx.LoRA` layer.
+      **kwargs: as for `Int8Linear`.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> from flax import nnx
-        >>> lora = nnx.LoRA(8, 2, 4, rngs=nnx.Rngs(0))
-        >>> jint8.nnx.Int8LoRALinear(8, 4, kernel=jnp.ones((8, 4)), lora=lora)(jnp.ones((3, 8))).shape
-        (3, 4)
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> lora = nnx.LoRA(8, 2, 4, rngs=nnx.Rngs(0))
+      >>> jint8.nnx.Int8LoRALinear(8, 4, kernel=jnp.ones((8, 4)), lora=lora)(jnp.ones((3, 8))).shape
+      (3, 4)
     """
 
     def __init__(self, *args, lora: nnx.Module, **kwargs):
@@ -189,17 +189,17 @@ class Int8Einsum(nnx.Module):
     """`nnx.Einsum` with an int8 kernel.
 
     Args:
-        einsum_str: such as `"btd,dnh->btnh"`, the kernel second; None where each call gives it.
-        kernel: a `QTensor`, quantized over the contracted axes.
-        bias: None, or an array (or a Variable with one) over those axes of the result that come from the kernel.
-        dtype: of the computation; None: what input and parameters promote to.
-        preferred_element_type: dtype of the result, where it isn't that of the computation.
+      einsum_str: such as `"btd,dnh->btnh"`, the kernel second; None where each call gives it.
+      kernel: a `QTensor`, quantized over the contracted axes.
+      bias: None, or an array (or a Variable with one) over those axes of the result that come from the kernel.
+      dtype: of the computation; None: what input and parameters promote to.
+      preferred_element_type: dtype of the result, where it isn't that of the computation.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> layer = jint8.nnx.Int8Einsum("btd,dnh->btnh", jint8.quantize(jnp.ones((8, 2, 4))))
-        >>> layer(jnp.ones((1, 3, 8))).shape
-        (1, 3, 2, 4)
+      >>> import jax.numpy as jnp, jint8
+      >>> layer = jint8.nnx.Int8Einsum("btd,dnh->btnh", jint8.quantize(jnp.ones((8, 2, 4))))
+      >>> layer(jnp.ones((1, 3, 8))).shape
+      (1, 3, 2, 4)
     """
 
     def __init__(
@@ -237,14 +237,14 @@ class Int8Embed(nnx.Module):
     """`nnx.Embed` with an int8 embedding, for the lookup and as an output head.
 
     Args:
-        embedding: a `QTensor` `[vocabulary, features]`, quantized over its last axis.
-        dtype: of the result.
+      embedding: a `QTensor` `[vocabulary, features]`, quantized over its last axis.
+      dtype: of the result.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> layer = jint8.nnx.Int8Embed(jint8.quantize(jnp.ones((10, 4)), contract_axes=(1,)))
-        >>> layer.attend(layer(jnp.array([3, 1]))).shape
-        (2, 10)
+      >>> import jax.numpy as jnp, jint8
+      >>> layer = jint8.nnx.Int8Embed(jint8.quantize(jnp.ones((10, 4)), contract_axes=(1,)))
+      >>> layer.attend(layer(jnp.array([3, 1]))).shape
+      (2, 10)
     """
 
     def __init__(self, embedding: QTensor | Quantized, *, dtype: Any = None):

@@ -38,28 +38,28 @@ def quantize(
     Kernels of stacked layers (made with `nnx.vmap`) may have the stacked axes in front; for others give a plan.
 
     Args:
-        model: any nnx module.
-        config: how to quantize.
-        plan: from path (such as `"layers/0/up/kernel"`) to contracted axes, as `jint8.plan` returns for the model's
-            state. Only these weights become int8, and no `nnx.LoRAParam`.
-        skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
-        include: patterns or a predicate that win over `skip` and over the default.
-        outliers: from path to outlier feature dimensions, as `jint8.nnx.calibrate` returns.
+      model: any nnx module.
+      config: how to quantize.
+      plan: from path (such as `"layers/0/up/kernel"`) to contracted axes, as `jint8.plan` returns for the model's
+        state. Only these weights become int8, and no `nnx.LoRAParam`.
+      skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
+      include: patterns or a predicate that win over `skip` and over the default.
+      outliers: from path to outlier feature dimensions, as `jint8.nnx.calibrate` returns.
 
     Returns:
-        A model of the same structure.
+      A model of the same structure.
 
     Raises:
-        TypeError: `model` isn't an nnx module.
-        ValueError: a path in `plan` or `outliers` that isn't an attribute of a module, or NaN or infinity in a weight.
+      TypeError: `model` isn't an nnx module.
+      ValueError: a path in `plan` or `outliers` that isn't an attribute of a module, or NaN or infinity in a weight.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu)
-        >>> int8 = jint8.nnx.quantize(model)
-        >>> type(int8.layers[0]).__name__, int8(jnp.ones((2, 8))).shape
-        ('Int8Linear', (2, 16))
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> int8 = jint8.nnx.quantize(model)
+      >>> type(int8.layers[0]).__name__, int8(jnp.ones((2, 8))).shape
+      ('Int8Linear', (2, 16))
     """
 
     check_calibrated(outliers)
@@ -179,10 +179,10 @@ def _replace(node: Any, path: str, convert: Callable[[Any, str], Any], done: dic
             if (new := _replace(value, at(key), convert, done)) is not value:
                 node[key] = new
     elif isinstance(node, nnx.Module):
-        done[id(node)] = node, node  # cycles
+        done[id(node)] = node, node  # before its attributes, which may lead back to it
         for name, value in list(vars(node).items()):
             if (new := _replace(value, at(name), convert, done)) is not value:
                 setattr(node, name, new)
         result = convert(node, path)
-    done[id(node)] = node, result  # the node is kept so that its id isn't reused
+    done[id(node)] = node, result  # with the node, which thereby lives on and keeps its id to itself
     return result

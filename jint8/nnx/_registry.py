@@ -37,29 +37,29 @@ def register(layer_type: type[nnx.Module], converter: Converter | None = None) -
     that override `__call__` aren't converted.
 
     Args:
-        layer_type: an nnx module class.
-        converter: the function; None returns a decorator.
+      layer_type: an nnx module class.
+      converter: the function; None returns a decorator.
 
     Returns:
-        The converter, or a decorator for it.
+      The converter, or a decorator for it.
 
     Raises:
-        TypeError: `layer_type` isn't an nnx module class or `converter` isn't callable.
+      TypeError: `layer_type` isn't an nnx module class or `converter` isn't callable.
 
     Examples:
-        >>> import jax.numpy as jnp, jint8
-        >>> from flax import nnx
-        >>> class Mine(nnx.Module):
-        ...     def __init__(self):
-        ...         self.w = nnx.Param(jnp.ones((4, 2, 3)))
-        ...     def __call__(self, x):
-        ...         return jnp.einsum("td,dnh->tnh", x, self.w[...])
-        >>> @jint8.nnx.register(Mine)
-        ... def mine(layer, quantize):
-        ...     w = quantize("w", contract_axes=(0,))
-        ...     return layer if w is None else jint8.nnx.Int8Einsum("td,dnh->tnh", w)
-        >>> jint8.nnx.quantize(Mine())(jnp.ones((5, 4))).shape
-        (5, 2, 3)
+      >>> import jax.numpy as jnp, jint8
+      >>> from flax import nnx
+      >>> class Mine(nnx.Module):
+      ...     def __init__(self):
+      ...         self.w = nnx.Param(jnp.ones((4, 2, 3)))
+      ...     def __call__(self, x):
+      ...         return jnp.einsum("td,dnh->tnh", x, self.w[...])
+      >>> @jint8.nnx.register(Mine)
+      ... def mine(layer, quantize):
+      ...     w = quantize("w", contract_axes=(0,))
+      ...     return layer if w is None else jint8.nnx.Int8Einsum("td,dnh->tnh", w)
+      >>> jint8.nnx.quantize(Mine())(jnp.ones((5, 4))).shape
+      (5, 2, 3)
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nnx.Module)):
         raise TypeError(f"Expected layer_type to be an nnx module class, got {layer_type!r}.")
