@@ -7,11 +7,13 @@ import jax
 
 @dataclass(frozen=True)
 class Chip:
-    """What limits a tile on a GPU.
+    """What limits a tile on a GPU, and which GPUs take its tiles.
 
     Attributes:
       name: of the architecture, such as "sm_90".
       device_kind: a GPU of that architecture, as JAX names it.
+      products: marketing names of GPUs that take its tiles, the one that `device_kind` names first.
+      capabilities: compute capabilities of such GPUs; a minor version of None stands for all.
       shared_bytes: shared memory that one block may use.
       cores: multiprocessors.
       registers: 32-bit registers of a multiprocessor.
@@ -20,6 +22,8 @@ class Chip:
 
     name: str
     device_kind: str
+    products: tuple[str, ...]
+    capabilities: tuple[tuple[int, int | None], ...]
     shared_bytes: int
     cores: int
     registers: int = 65536
@@ -29,25 +33,45 @@ class Chip:
 # Source: CUDA C++ Programming Guide, technical specifications per compute capability. `cores` is that of the
 # named GPU; others of the architecture have other numbers (H100 PCIe 114, H20 78), which costs time but no correctness.
 CHIPS = {
-    "sm_80": Chip("sm_80", "NVIDIA A100-SXM4-80GB", 166912, 108),
-    "sm_89": Chip("sm_89", "NVIDIA GeForce RTX 4090", 101376, 128),
-    "sm_90": Chip("sm_90", "NVIDIA H100 80GB HBM3", 232448, 132, mosaic=True),
+    chip.name: chip
+    for chip in (
+        # GPUs of 10.x and 11.x let a block use at least as much shared memory.
+        Chip(
+            name="sm_80",
+            device_kind="NVIDIA A100-SXM4-80GB",
+            products=("A100", "A30", "A800"),
+            capabilities=((8, 0), (8, 7), (10, None), (11, None)),
+            shared_bytes=166912,
+            cores=108,
+        ),
+        Chip(
+            name="sm_89",
+            device_kind="NVIDIA GeForce RTX 4090",
+            products=("RTX 4090",),
+            capabilities=((8, 6), (8, 9), (12, None)),
+            shared_bytes=101376,
+            cores=128,
+        ),
+        # Of 9.x only 9.0: the code of wgmma runs on exactly this architecture.
+        Chip(
+            name="sm_90",
+            device_kind="NVIDIA H100 80GB HBM3",
+            products=("H100", "H200", "H800", "H20", "GH200"),
+            capabilities=((9, 0),),
+            shared_bytes=232448,
+            cores=132,
+            mosaic=True,
+        ),
+    )
 }
 
 # The chip with the least shared memory: its tiles fit all of them.
-SAFE_CHIP = CHIPS["sm_89"]
+SAFE_CHIP = min(CHIPS.values(), key=lambda chip: chip.shared_bytes)
 
-# Product names, for devices of which only the name is known (`jax.export` for a machine that isn't here).
-_CHIP_OF_PRODUCT = {
-    "A100": "sm_80",
-    "A30": "sm_80",
-    "A800": "sm_80",
-    "H100": "sm_90",
-    "H200": "sm_90",
-    "H800": "sm_90",
-    "H20": "sm_90",
-    "GH200": "sm_90",
-}
+
+def products() -> dict[str, Chip]:
+    """The chip of each GPU that is known by its marketing name, such as "H200"."""
+    return {product: chip for chip in CHIPS.values() for product in chip.products}
 
 
 def chip_for(*, capability: tuple[int, int] | None = None, device_kind: str = "") -> Chip:
@@ -58,21 +82,19 @@ def chip_for(*, capability: tuple[int, int] | None = None, device_kind: str = ""
       device_kind: the device's name otherwise, such as "NVIDIA H200".
 
     Returns:
-      A `Chip`; `SAFE_CHIP` for GPUs with about 100 KB of shared memory (8.6, 8.9, 12.x), for unknown names, and for
-      GPUs before 8.0, on which Triton kernels don't compile at all. Only 9.0 gets one with `mosaic`.
+      A `Chip`; `SAFE_CHIP` for GPUs that none names, and for those before 8.0, on which Triton kernels don't compile at
+      all.
 
     Examples:
       >>> chip_for(capability=(8, 6)).name, chip_for(device_kind="NVIDIA H100 80GB HBM3").name
       ('sm_89', 'sm_90')
     """
-    if capability == (9, 0):  # and not 9.x: wgmma's code runs on exactly this architecture
-        return CHIPS["sm_90"]
     if capability is not None:
-        # 8.0, 8.7, 10.x and 11.x let a block use at least as much shared memory as sm_80; others have about 100 KB.
-        return CHIPS["sm_80"] if capability in ((8, 0), (8, 7)) or capability[0] in (10, 11) else SAFE_CHIP
+        known = (capability, (capability[0], None))
+        return next((chip for chip in CHIPS.values() if set(known) & set(chip.capabilities)), SAFE_CHIP)
     # Whole words, because "H20" is the beginning of "H200".
-    words = device_kind.replace("-", " ").split()
-    return next((CHIPS[chip] for product, chip in _CHIP_OF_PRODUCT.items() if product in words), SAFE_CHIP)
+    words = f" {device_kind.replace('-', ' ')} "
+    return next((chip for product, chip in products().items() if f" {product} " in words), SAFE_CHIP)
 
 
 def current_chip() -> Chip:

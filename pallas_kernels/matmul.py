@@ -16,6 +16,7 @@ from pallas_kernels.configs import (
     MosaicConfig,
     TileConfig,
     TritonConfig,
+    check_config,
     default_configs,
     mosaic_supports,
     shape_class,
@@ -209,7 +210,7 @@ def llm_int8_matmul(
       backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as
         no measurement says that the other is faster. Only many rows have a choice.
       config: a tile instead of the table's. Its type decides the kernel: `FewRowsConfig` that for few rows, the others
-        Triton's or Mosaic's for many. `backend` then decides nothing.
+        Triton's or Mosaic's for many; a `backend` that contradicts it is refused.
       interpret: run in Pallas's interpret mode.
 
     Returns:
@@ -217,7 +218,8 @@ def llm_int8_matmul(
 
     Raises:
       TypeError: for dtypes.
-      ValueError: for shapes, a negative threshold, an unknown mode or backend.
+      ValueError: for shapes, a negative threshold, an unknown mode or backend, a config of another backend, or one that
+        `check_config` refuses.
       NotImplementedError: arrays of 2**31 elements or more; "mosaic" on a GPU other than Hopper.
 
     Examples:
@@ -244,6 +246,11 @@ def llm_int8_matmul(
         x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
     if config is None:
         config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=dtype)
+    else:
+        own = "mosaic" if isinstance(config, MosaicConfig) else "triton"
+        if backend not in (None, own):
+            raise ValueError(f"Expected a config of backend {backend!r}, got {config}")
+        check_config(config, _chip_for(own))
 
     # Few rows: quantize, multiply.
     if isinstance(config, FewRowsConfig):

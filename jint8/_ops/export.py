@@ -10,7 +10,6 @@ from jax import export as jax_export
 from jax.sharding import AbstractDevice, AbstractMesh
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-CHIPS = {"A100": "sm_80", "RTX 4090": "sm_89", "H100": "sm_90", "H200": "sm_90"}
 
 
 def export(
@@ -24,8 +23,9 @@ def export(
     Args:
       fun: a function, or one that was jitted.
       platforms: of `"cpu"`, `"cuda"`, `"rocm"`, `"tpu"`.
-      gpu: what the kernels' tiles are chosen for: `"A100"`, `"RTX 4090"`, `"H100"` or `"H200"`. The program runs on
-        other NVIDIA GPUs too if they have as much shared memory per block (an RTX 4090 has the least).
+      gpu: what the kernels' tiles are chosen for, by a name in `pallas_kernels.chips`: `"A100"`, `"RTX 4090"`,
+        `"H100"`, `"H200"`, ... The program runs on other NVIDIA GPUs too if they have as much shared memory per block
+        (an RTX 4090 has the least).
 
     Returns:
       A function of `fun`'s arguments (arrays or `jax.ShapeDtypeStruct`s) that returns a `jax.export.Exported`.
@@ -42,22 +42,24 @@ def export(
     """
     if not platforms or isinstance(platforms, str) or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"Expected platforms to be some of {', '.join(PLATFORMS)}, got {platforms!r}.")
-    if gpu not in CHIPS:
-        raise ValueError(f"Expected gpu to be one of {', '.join(CHIPS)}, got {gpu!r}.")
+    device = _device(gpu)
     checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")]
     exporter = jax_export.export(jax.jit(fun), platforms=list(platforms), disabled_checks=checks)
 
     def exported(*args: Any, **kwargs: Any) -> jax_export.Exported:
         if "cuda" not in platforms:
             return exporter(*args, **kwargs)
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=_device(gpu))):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             return exporter(*args, **kwargs)
 
     return exported
 
 
 def _device(gpu: str) -> AbstractDevice:
-    from pallas_kernels import chips
+    """What JAX knows of a GPU that isn't here. Raises ValueError for one that isn't known."""
+    from pallas_kernels import chips  # imports Pallas, which takes long
 
-    chip = chips.CHIPS[CHIPS[gpu]]
-    return AbstractDevice(device_kind=chip.device_kind, num_cores=chip.cores, platform="gpu")
+    known = chips.products()
+    if gpu not in known:
+        raise ValueError(f"Expected gpu to be one of {', '.join(known)}, got {gpu!r}.")
+    return AbstractDevice(device_kind=known[gpu].device_kind, num_cores=known[gpu].cores, platform="gpu")

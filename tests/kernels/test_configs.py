@@ -1,5 +1,6 @@
 """Configs and the chips they are checked against."""
 
+import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
@@ -82,3 +83,25 @@ def test_apply_takes_the_fastest():
     timed = [{"config": fast, "seconds": 1.0}, {"config": slow, "seconds": 2.0}]
     result = {"chip": "sm_90", "device": "a GPU", "jax": "0.11.2", "classes": {"few": {"timed": timed}}}
     assert tune.apply(result)["configs"]["sm_90"]["few"] == fast
+
+
+def test_a_product_is_of_one_chip():
+    names = [product for chip in CHIPS.values() for product in chip.products]
+    assert len(names) == len(set(names))
+    for chip in CHIPS.values():
+        assert pk.chip_for(device_kind=chip.device_kind) is chip
+        assert all(pk.chip_for(device_kind=f"NVIDIA {product} PCIe") is chip for product in chip.products)
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "message"),
+    [
+        ("mosaic", pk.TritonConfig(bm=128, bn=128), "Expected a config of backend 'mosaic', got TritonConfig"),
+        ("triton", pk.MosaicConfig(bm=128, bn=128), "Expected a config of backend 'triton', got MosaicConfig"),
+        (None, pk.TritonConfig(bm=100), "Expected block dimensions that are powers of two"),
+    ],
+)
+def test_a_config_of_the_callers_is_checked(backend, config, message):
+    x, w, scale = jnp.ones((4, 32)), jnp.ones((16, 32), jnp.int8), jnp.ones(16)
+    with pytest.raises(ValueError, match=message):
+        pk.llm_int8_matmul(x, w, scale, backend=backend, config=config, interpret=True)

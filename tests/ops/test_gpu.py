@@ -98,7 +98,7 @@ def test_interpreted_triton_agrees_with_xla_within_a_rounding():
         ({"platforms": ()}, "Expected platforms to be some of cpu, cuda, rocm, tpu"),
         ({"platforms": "cuda"}, "Expected platforms to be some of"),
         ({"platforms": ("gpu",)}, "Expected platforms to be some of"),
-        ({"gpu": "V100"}, "Expected gpu to be one of A100, RTX 4090, H100, H200, got 'V100'"),
+        ({"gpu": "V100"}, "Expected gpu to be one of A100, A30, .*H200.*, got 'V100'"),
     ],
 )
 def test_bad_arguments_of_export(arguments, message):
