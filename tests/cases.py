@@ -51,7 +51,7 @@ def count_int8_products(function, *args):
     return sum(
         eqn.primitive.name in ("dot_general", "ragged_dot_general")
         and all(v.aval.dtype == jnp.int8 for v in eqn.invars[:2])
-        for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr)
+        for eqn in equations(jax.make_jaxpr(function)(*args).jaxpr)
     )
 
 
@@ -59,16 +59,17 @@ def count_float_products(function, *args):
     """dot_general equations with a floating-point operand."""
     return sum(
         eqn.primitive.name == "dot_general" and eqn.invars[0].aval.dtype != jnp.int8
-        for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr)
+        for eqn in equations(jax.make_jaxpr(function)(*args).jaxpr)
     )
 
 
-def _equations(jaxpr):
+def equations(jaxpr):
+    """Every equation of a program, and of those inside it."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                yield from _equations(getattr(inner, "jaxpr", inner))
+                yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def _is_jaxpr(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax import lax
 from jint8._core.config import Config, check_config
 from jint8._core.qtensor import QTensor, dequantize, is_qtensor, storage_axes
 from jint8._ops.activations import split_with_digits
-from jint8._ops.checks import check_activations, check_bias
+from jint8._ops.checks import check_activations, check_bias, check_precision
 from jint8._ops.digits import OUTLIER_DIGITS, join_digits
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import IMPLEMENTATIONS, Implementation, on_explicit_axes
@@ -26,6 +27,7 @@ def ragged_dot(
     bias: jax.Array | None = None,
     config: Config | None = None,
     implementation: Implementation | None = None,
+    precision: Any = None,
 ) -> jax.Array:
     """`jax.lax.ragged_dot` with quantized experts: LLM.int8() products of groups of rows, each with its own weight.
 
@@ -41,6 +43,7 @@ def ragged_dot(
       config: None means the one stored in `rhs`.
       implementation: None, `"xla"` and `"xla_digits"` are the one path that computes it in int8; `"dequantize"` keeps
         activations in floating point. The other paths of `jint8.matmul` have no ragged product.
+      precision: as in `jint8.dot_general`: of what is computed in floating point.
 
     Returns:
       `[m, n]` in `lhs.dtype`; differentiable in `lhs` and `bias`, as if `rhs` were its dequantized value.
@@ -81,6 +84,7 @@ def ragged_dot(
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if implementation not in (None, "xla", "xla_digits", "dequantize"):
         raise NotImplementedError(f"Expected an implementation with a ragged product, got {implementation!r}.")
+    check_precision(precision)
     config = rhs.config if config is None else config
     check_config(config)
     if isinstance(rhs, Observed):
@@ -90,26 +94,35 @@ def ragged_dot(
         lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
         rhs = rhs.unobserved()
     in_float = implementation == "dequantize" or config.table_row.activations is None
-    product = on_explicit_axes(functools.partial(_product, config, in_float), lhs, rhs.q, at[2])
+    product = on_explicit_axes(functools.partial(_product, _Static(config, in_float, precision)), lhs, rhs.q, at[2])
     return product(lhs, rhs, group_sizes, bias).astype(lhs.dtype)
 
 
-def _product(config: Config, in_float: bool, x, w: QTensor, group_sizes, bias):
-    y = _ragged(config, in_float, x, w, group_sizes)
+class _Static(NamedTuple):
+    """What is static about a ragged product."""
+
+    config: Config
+    in_float: bool  # activations stay in floating point
+    precision: Any  # of products in floating point
+
+
+def _product(static: _Static, x, w: QTensor, group_sizes, bias):
+    y = _ragged(static, x, w, group_sizes)
     if bias is None:
         return y
     expert = _experts(group_sizes, x.shape[0])
     return y + jnp.asarray(bias, jnp.float32).at[expert].get(mode="fill", fill_value=0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _ragged(config: Config, in_float: bool, x, w: QTensor, group_sizes):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _ragged(static: _Static, x, w: QTensor, group_sizes):
     """float32 `[m, n]`, without bias."""
+    config, in_float, precision = static
     rows = jnp.arange(x.shape[0])
     in_group = (rows < jnp.sum(group_sizes))[:, None]
     x = jnp.where(in_group, x, 0)
     if in_float:
-        return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes)
+        return lax.ragged_dot(x.astype(jnp.float32), dequantize(w, jnp.float32), group_sizes, precision=precision)
 
     at = storage_axes(w)
     expert = jnp.minimum(_experts(group_sizes, x.shape[0]), w.shape[0] - 1)
@@ -123,7 +136,8 @@ def _ragged(config: Config, in_float: bool, x, w: QTensor, group_sizes):
         index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
         columns = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
         kept_rows = jnp.transpose(w.outlier_rows, at).astype(jnp.float32)
-        y = lax.ragged_dot(columns, kept_rows, group_sizes, precision=lax.Precision.HIGHEST)
+        for_columns = lax.Precision.HIGHEST if precision is None else precision
+        y = lax.ragged_dot(columns, kept_rows, group_sizes, precision=for_columns)
         x = jnp.put_along_axis(x, index, jnp.zeros((), x.dtype), axis=1, inplace=False, mode="drop")
 
     numbers = lax.RaggedDotDimensionNumbers(
@@ -151,11 +165,11 @@ def _ragged(config: Config, in_float: bool, x, w: QTensor, group_sizes):
 
 
 @_ragged.defjvp
-def _ragged_jvp(config, in_float, primals, tangents):
+def _ragged_jvp(static, primals, tangents):
     x, w, group_sizes = primals
     x_dot = tangents[0]
-    y_dot = lax.ragged_dot(x_dot, dequantize(w, x_dot.dtype), group_sizes)
-    return _ragged(config, in_float, x, w, group_sizes), y_dot.astype(jnp.float32)
+    y_dot = lax.ragged_dot(x_dot, dequantize(w, x_dot.dtype), group_sizes, precision=static.precision)
+    return _ragged(static, x, w, group_sizes), y_dot.astype(jnp.float32)
 
 
 def _experts(group_sizes, m: int):

@@ -112,7 +112,7 @@ def _with_weight(eqn: Any, operands: list[Any]) -> list[Any]:
 def _dot_general(eqn: Any, operands: list[Any]) -> jax.Array:
     lhs, rhs = operands
     numbers, dtype = eqn.params["dimension_numbers"], eqn.outvars[0].aval.dtype
-    return dot_general(lhs, rhs, numbers, preferred_element_type=dtype)
+    return dot_general(lhs, rhs, numbers, eqn.params["precision"], dtype, eqn.params["out_sharding"])
 
 
 def _ragged_dot(eqn: Any, operands: list[Any]) -> jax.Array:
@@ -123,7 +123,7 @@ def _ragged_dot(eqn: Any, operands: list[Any]) -> jax.Array:
     )
     if [tuple(map(tuple, pair)) for pair in (contract, batch, groups)] != [((1,), (1,)), ((), ()), ((0,), (0,))]:
         raise UnsupportedUse(f"Expected a ragged product of [m, k] with [experts, k, n], got {numbers}.")
-    return ragged_dot(*operands).astype(eqn.outvars[0].aval.dtype)
+    return ragged_dot(*operands, precision=eqn.params["precision"]).astype(eqn.outvars[0].aval.dtype)
 
 
 _PRODUCTS = {"dot_general": _dot_general, "ragged_dot": _ragged_dot, "ragged_dot_general": _ragged_dot}

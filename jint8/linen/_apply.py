@@ -21,7 +21,8 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
     long as it only multiplies by the weight, rearranges it or looks rows up (`jint8.linen.register` is for others).
     Everything else runs as it is, and nothing but looked-up rows is dequantized. Under `jit`, `vmap`, `grad` (with
     respect to anything in floating point) and `jax.checkpoint`, and inside the module under `nn.scan`, `nn.remat`,
-    `nn.vmap`, `nn.jit`. A layer's custom `dot_general` and `precision` don't apply to int8 products.
+    `nn.vmap`, `nn.jit`. A layer's `precision` is that of what its product computes in floating point (see
+    `jint8.dot_general`); a custom `dot_general` doesn't apply to int8 products.
 
     Args:
       apply_fn: `module.apply`, or any function that calls linen modules.

@@ -27,7 +27,9 @@ def dense(module, inputs):
     if (kernel := _kernel(module)) is None:
         return NotImplemented
     bias = param(module, "bias") if module.use_bias else None
-    return _layers.dense_general(inputs, kernel, bias, dtype=module.dtype, config=float_config(module))
+    return _layers.dense_general(
+        inputs, kernel, bias, dtype=module.dtype, config=float_config(module), precision=module.precision
+    )
 
 
 @register(nn.DenseGeneral)
@@ -43,6 +45,7 @@ def dense_general(module, inputs):
         batch_dims=_axes(module.batch_dims),
         dtype=module.dtype,
         config=float_config(module),
+        precision=module.precision,
     )
 
 
@@ -59,6 +62,7 @@ def einsum(module, inputs, einsum_str=None):
         dtype=module.dtype,
         out_dtype=module.preferred_element_type,
         config=float_config(module),
+        precision=module.precision,
     )
 
 

@@ -62,6 +62,7 @@ class Int8LinearGeneral(nnx.Module):
       batch_dims: the axes of the input that are batch axes of the kernel.
       dtype: of the computation; None: what input and parameters promote to.
       preferred_element_type: dtype of the result, where it isn't that of the computation.
+      precision: as in `jint8.dot_general`: of what is computed in floating point.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -79,6 +80,7 @@ class Int8LinearGeneral(nnx.Module):
         batch_dims: Sequence[int] = (),
         dtype: Any = None,
         preferred_element_type: Any = None,
+        precision: Any = None,
     ):
         self.kernel = _variable(kernel)
         self.bias = _bias(bias)
@@ -86,6 +88,7 @@ class Int8LinearGeneral(nnx.Module):
         self.batch_dims = tuple(batch_dims)
         self.dtype = dtype
         self.preferred_element_type = preferred_element_type
+        self.precision = precision
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """The LLM.int8() product over `axis`, plus the bias."""
@@ -98,6 +101,7 @@ class Int8LinearGeneral(nnx.Module):
             batch_dims=self.batch_dims,
             dtype=self.dtype,
             out_dtype=self.preferred_element_type,
+            precision=self.precision,
         )
 
 
@@ -113,6 +117,7 @@ class Int8Linear(Int8LinearGeneral):
       dtype: of the computation; None: what input and parameters promote to.
       param_dtype: of random kernels, and of biases of zeros.
       preferred_element_type: dtype of the result, where it isn't that of the computation.
+      precision: as in `jint8.dot_general`: of what is computed in floating point.
       kernel_init: how random kernels are made; default: `lecun_normal`.
       config: how to quantize `kernel`, if it isn't a `QTensor`.
       rngs: needed for a random kernel only.
@@ -138,6 +143,7 @@ class Int8Linear(Int8LinearGeneral):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         preferred_element_type: Any = None,
+        precision: Any = None,
         kernel_init: Any = None,
         config: Config = Config(),
         rngs: nnx.Rngs | None = None,
@@ -154,7 +160,13 @@ class Int8Linear(Int8LinearGeneral):
             raise ValueError(f"Expected a kernel of shape {(in_features, out_features)}, got {value.shape}.")
         if bias is None and use_bias:
             bias = jnp.zeros(out_features, param_dtype)
-        super().__init__(kernel, bias if use_bias else None, dtype=dtype, preferred_element_type=preferred_element_type)
+        super().__init__(
+            kernel,
+            bias if use_bias else None,
+            dtype=dtype,
+            preferred_element_type=preferred_element_type,
+            precision=precision,
+        )
         self.in_features = in_features
         self.out_features = out_features
         self.use_bias = use_bias
@@ -194,6 +206,7 @@ class Int8Einsum(nnx.Module):
       bias: None, or an array (or a Variable with one) over those axes of the result that come from the kernel.
       dtype: of the computation; None: what input and parameters promote to.
       preferred_element_type: dtype of the result, where it isn't that of the computation.
+      precision: as in `jint8.dot_general`: of what is computed in floating point.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -210,12 +223,14 @@ class Int8Einsum(nnx.Module):
         *,
         dtype: Any = None,
         preferred_element_type: Any = None,
+        precision: Any = None,
     ):
         self.einsum_str = einsum_str
         self.kernel = _variable(kernel)
         self.bias = _bias(bias)
         self.dtype = dtype
         self.preferred_element_type = preferred_element_type
+        self.precision = precision
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         """The LLM.int8() product that the subscripts name, plus the bias."""
@@ -230,6 +245,7 @@ class Int8Einsum(nnx.Module):
             _value(self.bias),
             dtype=self.dtype,
             out_dtype=self.preferred_element_type,
+            precision=self.precision,
         )
 
 

@@ -85,6 +85,7 @@ def _linear_arguments(layer: Any) -> dict[str, Any]:
         "use_bias": layer.bias is not None,
         "dtype": layer.dtype,
         "preferred_element_type": layer.preferred_element_type,
+        "precision": layer.precision,
     }
 
 
@@ -118,6 +119,7 @@ def _linear_general(layer, quantize):
         batch_dims=tuple(layer.batch_axis),
         dtype=layer.dtype,
         preferred_element_type=layer.preferred_element_type,
+        precision=layer.precision,
     )
 
 
@@ -137,6 +139,7 @@ def _einsum(layer, quantize):
         layer.bias,
         dtype=layer.dtype,
         preferred_element_type=layer.preferred_element_type,
+        precision=layer.precision,
     )
 
 
