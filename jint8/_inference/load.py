@@ -62,7 +62,7 @@ def load(
         float32 on CPUs and bfloat16 on GPUs.
       mesh: the devices that the model is sharded over, by `jint8.models.partition_specs`. Each process reads the shards
         of its own devices; no device ever holds the whole. None is one device.
-      quantize: False keeps every weight in `dtype`.
+      quantize: False keeps every weight in `dtype`, whatever `config`, `skip` and `include` say.
       skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
         experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
         (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`, `"lm_head"`). Where
@@ -128,7 +128,7 @@ def load_encoder(
       path: a Hugging Face directory, or one that `jint8.save` or bitsandbytes wrote.
       config: how to quantize, and how to multiply; this and the others as in `jint8.load`.
       dtype: of activations and of the parameters that aren't quantized.
-      quantize: False keeps every weight in `dtype`.
+      quantize: False keeps every weight in `dtype`, whatever `config`, `skip` and `include` say.
       skip: patterns or a predicate of weights that stay in floating point.
       include: patterns or a predicate that win over `skip` and over the default.
       adapter: a directory in which PEFT saved a LoRA adapter.
