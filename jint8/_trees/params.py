@@ -49,7 +49,7 @@ def quantize_params(
       plan: what `jint8.plan` returns, or any mapping from leaf path to contracted axes. Only a `jint8.Plan` says
         which axes are stacked (scanned layers, experts). Without that, a leaf of more than two dimensions is stored
         in the order given, for any of its other axes may be scanned: right, if slower. Schemes with one scale per
-        tensor, which would be one for all layers, refuse it.
+        tensor, which would be one for all layers, refuse it, and scanned layers with `outliers` fail when they run.
       skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
         (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`,
         `"*/gate"`.

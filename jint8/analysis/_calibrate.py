@@ -56,7 +56,8 @@ def calibrate(
       layer_share: share of layers; 0 asks for one layer at least.
       position_share: share of positions, over the layers in which there are any.
       budget: None, or how many columns per layer (a share of them if below 1), whatever the threshold and the shares.
-      plan: which leaves are projections, and which of their axes are stacked; None finds out by `jint8.plan`.
+      plan: which leaves are projections, and which of their axes are stacked. What it doesn't say is found by
+        `jint8.plan`, on the first batch.
       skip: patterns or a predicate of leaves that aren't looked at, besides the output head.
       include: patterns or a predicate that win over `skip`.
 

@@ -12,6 +12,7 @@ import numpy as np
 from jint8._core.qtensor import is_qtensor
 from jint8._trees.params import standard_axes
 from jint8._trees.paths import leaf_paths, matches, path_string
+from jint8._trees.plan import Plan
 
 # From a norm of our decoders to the projections that read its result.
 NORMS = {"attention_norm": ("attention/qkv",), "mlp_norm": ("mlp/gate_up",)}
@@ -53,6 +54,7 @@ def inject_outliers(
       >>> planted["norm"]["scale"].tolist(), planted["up"]["kernel"][1].tolist()
       ([1.0, 8.0, 1.0], [0.125, 0.125])
     """
+    plan = None if plan is None else Plan.of(plan)
     factors: dict[str, tuple[int, float]] = {}  # axis and factor by path
     leaves = leaf_paths(params, is_leaf=is_qtensor)
     for norm, projections in norms.items():

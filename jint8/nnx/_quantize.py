@@ -41,7 +41,8 @@ def quantize(
       model: any nnx module.
       config: how to quantize.
       plan: from path (such as `"layers/0/up/kernel"`) to contracted axes, as `jint8.plan` returns for the model's
-        state. Only these weights become int8, and no `nnx.LoRAParam`.
+        state. Only these weights become int8, and no `nnx.LoRAParam`. A mapping that isn't a `jint8.Plan` doesn't say
+        which axes are stacked; see `jint8.quantize_params`.
       skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head.
       include: patterns or a predicate that win over `skip` and over the default.
       outliers: from path to outlier feature dimensions, as `jint8.nnx.calibrate` returns.

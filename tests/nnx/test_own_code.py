@@ -204,6 +204,22 @@ def test_state_goes_through_pickle():
     assert jnp.array_equal(restored(X), int8(X))
 
 
+def test_a_plain_mapping_as_plan():
+    """It doesn't say which axes are stacked. A layer of nnx's own knows the shape of its kernel; others don't."""
+    heads, x = nnx.LinearGeneral(32, (4, 8), rngs=nnx.Rngs(0)), X
+    int8 = jint8.nnx.quantize(heads, plan={"kernel": (0,)}, config=jint8.Config(scheme="absmax"))
+    assert int8.kernel.get_value().q.shape == (4, 8, 32)
+    assert cases.relative_error(int8(x), heads(x)) < 0.05
+    model = Scanned(0, nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    plan = jint8.plan(call(graphdef), state, X)
+    want = cases.jit(lambda model, x: model(x))(jint8.nnx.quantize(model, plan=plan, config=EXACT), X)
+    got = cases.jit(lambda model, x: model(x))(jint8.nnx.quantize(model, plan=dict(plan), config=EXACT), X)
+    assert cases.relative_error(got, want) < 1e-5
+    with pytest.raises(ValueError, match=r"layers/.*: Expected a plan .* got a plain mapping"):
+        jint8.nnx.quantize(model, plan=dict(plan), config=jint8.Config(scheme="absmax"))
+
+
 def test_use_of_the_values_names_the_layer():
     class Masked(nnx.Module):
         def __init__(self, rngs):
