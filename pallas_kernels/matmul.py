@@ -247,7 +247,7 @@ def llm_int8_matmul(
     if config is None:
         config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=dtype)
     else:
-        own = "mosaic" if isinstance(config, MosaicConfig) else "triton"
+        own: Backend = "mosaic" if isinstance(config, MosaicConfig) else "triton"
         if backend not in (None, own):
             raise ValueError(f"Expected a config of backend {backend!r}, got {config}")
         check_config(config, _chip_for(own))

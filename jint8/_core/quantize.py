@@ -15,9 +15,9 @@ from jint8._core.outlier_rows import check_outliers, keep_rows
 from jint8._core.qtensor import QTensor
 from jint8._core.rounding import affine, symmetric
 
-# What JAX calls `_quantize` in the program of a model that quantizes float weights itself, such as one with `Int8Dense`.
-# `jint8.plan` looks for it, because the product that follows is of int8 values and no longer shows the weight. No `def`
-# makes a name with a dot, so no function of a user's is taken for it.
+# What JAX calls `_quantize` in the program of a model that quantizes float weights itself, such as one with
+# `Int8Dense`. `jint8.plan` looks for it, because the product that follows is of int8 values and no longer shows the
+# weight. No `def` makes a name with a dot, so no function of a user's is taken for it.
 PROGRAM_NAME = "jint8.quantize"
 
 
