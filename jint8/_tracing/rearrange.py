@@ -86,7 +86,7 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     """`reshape(w, shape)`, where every new axis is either contracted or not.
 
     Raises:
-      ValueError: an axis of the result mixes contracted ones with others.
+      ValueError: an axis of the result mixes contracted ones with others, or no contracted axis is left.
     """
     order = axis_order(w)
     contracted = {order[stored] for stored in contracted_axes(w)}
@@ -94,6 +94,8 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     if any(0 < len(contracted & set(axes)) < len(set(axes)) for axes in view.axes):
         raise ValueError(f"Expected a reshape of {w.shape} that keeps contracted axes apart, got {tuple(shape)}.")
     is_contracted = [bool(contracted & set(axes)) for axes in view.axes]
+    if not any(is_contracted):  # a single column, whose axis of size 1 the reshape drops
+        raise ValueError(f"Expected a reshape of {w.shape} that keeps a contracted axis, got {tuple(shape)}.")
     # Both before and after, contracted axes come last, and otherwise axes are in the order of the float weight.
     grouped = sorted(range(w.ndim), key=lambda axis: (axis in contracted, axis))
     new_order = sorted(range(len(shape)), key=lambda axis: (is_contracted[axis], axis))

@@ -190,6 +190,7 @@ def test_refuses_what_needs_the_values(function, message):
     [
         pytest.param(lambda w: X @ w.T, "quantized over the contracted axes", id="other axes"),
         pytest.param(lambda w: w.reshape(16, 4), "keeps contracted axes apart", id="mixed reshape"),
+        pytest.param(lambda w: w[:1].reshape(4, 2), "keeps a contracted axis", id="reshape of a single column"),
         pytest.param(lambda w: w[TOKENS], "lookup of whole rows", id="lookup of parts"),
     ],
 )
