@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def message(error: Exception) -> str:
-    """What to tell the user: what was wrong with the input, or that it is a bug."""
+    """What to tell the user: what was wrong with the input, that memory is short, or that it is a bug."""
     if isinstance(error, (OSError, ImportError)) or "Expected " in str(error):
         return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # the latter is XLA's
+        return f"out of memory: {error}"
     return f"internal error: {type(error).__name__}: {error}; {DEBUG}"
 
 

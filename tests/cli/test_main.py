@@ -137,6 +137,14 @@ def test_debugging_shows_the_traceback(error, monkeypatch, run):
     assert raised.value is error
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")], ids=["host", "xla"]
+)
+def test_too_little_memory_is_no_bug(error, monkeypatch, run_error):
+    fail(monkeypatch, error)
+    assert run_error("eval", "x", "--text", "y").startswith("jint8: out of memory:")
+
+
 @pytest.mark.parametrize("value", ["", "0"])
 def test_no_debugging(value, monkeypatch, run_error):
     fail(monkeypatch, INPUT["value"])
