@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-OUTLIER_MODES = ("batch", "token", "static")
+OutlierMode = Literal["batch", "token", "static"]
+OUTLIER_MODES: tuple[OutlierMode, ...] = get_args(OutlierMode)
+Preset = Literal["paper", "static", "best", "fast"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Scheme:
       decomposition: whether outlier feature dimensions are multiplied in 16 bits.
     """
 
-    activations: str | None
-    weights: str | None
+    activations: Literal["token", "tensor"] | None
+    weights: Literal["channel", "tensor"] | None
     affine: bool = False
     decomposition: bool = False
 
@@ -73,9 +75,9 @@ class Config:
 
     scheme: str = "llm.int8"
     threshold: float = 6.0
-    outliers: str = "batch"
+    outliers: OutlierMode = "batch"
     relative: bool = False
-    digits: int = 1
+    digits: Literal[1, 2] = 1
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -94,7 +96,7 @@ class Config:
         object.__setattr__(self, "digits", int(self.digits))
 
     @classmethod
-    def preset(cls, name: str) -> Config:
+    def preset(cls, name: Preset) -> Config:
         """A choice that was measured; docs/quality.md has the numbers.
 
         Args:
@@ -150,7 +152,7 @@ class Config:
         return dataclasses.replace(self, outliers="token") if self.outliers == "batch" else self
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
     "static": {"scheme": "llm.int8-zp", "outliers": "static"},
     "best": {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2},

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jint8._core.config import Config, check_config
 from jint8.linen._registry import int8_layers
@@ -52,7 +53,7 @@ class Int8TransformerBlock(nn.Module):
     norm: str = "pre"
     activation: Callable[[jax.Array], jax.Array] = nn.gelu
     epsilon: float = 1e-6
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     config: Config = Config()
 
     @nn.compact

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, contract_last, is_qtensor
@@ -78,7 +79,7 @@ class Int8LinearGeneral(nnx.Module):
         *,
         axis: Sequence[int] = (-1,),
         batch_dims: Sequence[int] = (),
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         preferred_element_type: Any = None,
         precision: Any = None,
     ):
@@ -140,8 +141,8 @@ class Int8Linear(Int8LinearGeneral):
         kernel: Any = None,
         bias: Any = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         preferred_element_type: Any = None,
         precision: Any = None,
         kernel_init: Any = None,
@@ -221,7 +222,7 @@ class Int8Einsum(nnx.Module):
         kernel: QTensor | Quantized,
         bias: Any = None,
         *,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         preferred_element_type: Any = None,
         precision: Any = None,
     ):
@@ -263,7 +264,7 @@ class Int8Embed(nnx.Module):
       (2, 10)
     """
 
-    def __init__(self, embedding: QTensor | Quantized, *, dtype: Any = None):
+    def __init__(self, embedding: QTensor | Quantized, *, dtype: DTypeLike | None = None):
         self.embedding = _variable(embedding)
         self.dtype = dtype
 
