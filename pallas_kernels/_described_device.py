@@ -9,13 +9,6 @@ from jax.experimental import topologies
 
 from pallas_kernels.chips import Chip
 
-# Compute capability and threads per multiprocessor, as XLA's text format for devices wants them. ACCELERATED_FEATURES
-# is the "a" of sm_90a, without which there is no wgmma.
-_CAPABILITY = {
-    "sm_80": ("major: 8", 2048),
-    "sm_89": ("major: 8 minor: 9", 1536),
-    "sm_90": ("major: 9 feature_extension: ACCELERATED_FEATURES", 2048),
-}
 # A GpuTargetConfig of XLA in protobuf's text format. Bandwidth, clock rate and cache sizes are plausible values for a
 # cost model that this check doesn't look at.
 _DEVICE = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -30,11 +23,14 @@ _DEVICE = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 
 
 def device_for(chip: Chip) -> jax.Device:
     """A JAX device to lower and compile for, made from its description."""
-    capability, threads = _CAPABILITY[chip.name]
+    major, minor = chip.architecture
+    capability = f"major: {major}" + (f" minor: {minor}" if minor else "")
+    if chip.mosaic:  # the "a" of sm_90a, without which there is no wgmma
+        capability += " feature_extension: ACCELERATED_FEATURES"
     target = _DEVICE.format(
         per_core=chip.shared_bytes + 1024,
         optin=chip.shared_bytes,
-        threads=threads,
+        threads=chip.threads,
         cores=chip.cores,
         registers=chip.registers,
         capability=capability,

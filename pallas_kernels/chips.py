@@ -16,6 +16,7 @@ class Chip:
       capabilities: compute capabilities of such GPUs; a minor version of None stands for all.
       shared_bytes: shared memory that one block may use.
       cores: multiprocessors.
+      threads: that a multiprocessor holds at once.
       registers: 32-bit registers of a multiprocessor.
       mosaic: whether `int8_matmul_mixed` has a Mosaic kernel for it.
     """
@@ -26,8 +27,15 @@ class Chip:
     capabilities: tuple[tuple[int, int | None], ...]
     shared_bytes: int
     cores: int
+    threads: int = 2048
     registers: int = 65536
     mosaic: bool = False
+
+    @property
+    def architecture(self) -> tuple[int, int]:
+        """The compute capability that its kernels are compiled for when no GPU is there: (8, 9) of "sm_89"."""
+        digits = self.name.removeprefix("sm_")
+        return int(digits[:-1]), int(digits[-1])
 
 
 # Source: CUDA C++ Programming Guide, technical specifications per compute capability. `cores` is that of the
@@ -51,6 +59,7 @@ CHIPS = {
             capabilities=((8, 6), (8, 9), (12, None)),
             shared_bytes=101376,
             cores=128,
+            threads=1536,
         ),
         # Of 9.x only 9.0: the code of wgmma runs on exactly this architecture.
         Chip(

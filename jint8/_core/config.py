@@ -15,7 +15,7 @@ Preset = Literal["paper", "static", "best", "fast"]
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """One row of Table 1 of the paper (arXiv 2208.07339, section 3).
+    """What is quantized, and how finely: a row of Table 1 of the paper (arXiv 2208.07339, section 3), or one like it.
 
     Attributes:
       activations: one scale per `"token"`, one per `"tensor"`, or None for float activations.
@@ -28,6 +28,14 @@ class Scheme:
     weights: Literal["channel", "tensor"] | None
     affine: bool = False
     decomposition: bool = False
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("activations", self.activations, ("token", "tensor", None)),
+            ("weights", self.weights, ("channel", "tensor", None)),
+        ):
+            if value not in known:
+                raise ValueError(f"Expected {name} to be one of {', '.join(map(str, known))}, got {value!r}.")
 
 
 SCHEMES = {

@@ -8,6 +8,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jint8
@@ -19,6 +20,18 @@ def normal(*shape):
 
 
 AFFINE = jint8.Config(scheme="llm.int8-zp")
+
+
+def test_the_oracle_knows_every_scheme():
+    """It shares no code with the library, so a new scheme is written down twice."""
+    rows = {name: dataclasses.astuple(scheme) for name, scheme in jint8.SCHEMES.items()}
+    assert rows == oracle.SCHEMES
+
+
+@pytest.mark.parametrize(("arguments", "name"), [(("tokn", "channel"), "activations"), (("token", "row"), "weights")])
+def test_a_scheme_of_unknown_scales(arguments, name):
+    with pytest.raises(ValueError, match=f"Expected {name} to be one of"):
+        jint8.Scheme(*arguments)
 
 
 def test_config_defaults_are_the_paper():

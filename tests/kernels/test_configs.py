@@ -6,7 +6,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import tune
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.configs import from_json, to_json
+from pallas_kernels.configs import from_json, shape_class, to_json
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,22 @@ def test_apply_takes_the_fastest():
     timed = [{"config": fast, "seconds": 1.0}, {"config": slow, "seconds": 2.0}]
     result = {"chip": "sm_90", "device": "a GPU", "jax": "0.11.2", "classes": {"few": {"timed": timed}}}
     assert tune.apply(result)["configs"]["sm_90"]["few"] == fast
+
+
+def test_every_tile_of_the_table_is_reachable():
+    """A key that `shape_class` never returns would be a tile that nobody gets."""
+    for chip in CHIPS.values():
+        backends = ("triton", "mosaic") if chip.mosaic else ("triton",)
+        sizes = [(1, 64), (64, 64), (65, 64), (2**20, 2**20)]
+        names = {shape_class(*size, chip=chip, backend=b, few_rows=16) for size in sizes for b in backends}
+        assert {name for of, name in pk.default_configs() if of == chip.name} == names
+
+
+def test_a_capability_is_of_one_chip():
+    capabilities = [capability for chip in CHIPS.values() for capability in chip.capabilities]
+    assert len(capabilities) == len(set(capabilities))
+    for chip in CHIPS.values():
+        assert pk.chip_for(capability=chip.architecture) is chip
 
 
 def test_a_product_is_of_one_chip():

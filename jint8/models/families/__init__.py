@@ -3,7 +3,7 @@
 To add a family, write one file here whose `FAMILIES` maps its `model_type` to a `Family` (start from `_neox.py`; the
 registry finds the file), and, for GGUF files, one entry in `jint8/checkpoints/_gguf/architectures.py`. An option of the
 configuration that would change the result and isn't supported must be refused. Then make a fixture with
-`tests/fixtures/make_families.py`, which the tests of all families pick up.
+`tests/fixtures/make_families.py`, which the tests of all families pick up (CONTRIBUTING.md names the other tests).
 
 - `_family.py`: what a `Family` is. `_fields.py`: fields of a config.json, checked.
 - `_registry.py`: from a `model_type` to its family, from parameters to the tensors that they are made of.
