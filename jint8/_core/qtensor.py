@@ -101,7 +101,8 @@ def storage_axes(w: QTensor) -> tuple[int, ...]:
     """For each axis of the float weight, the axis of `w.q` that holds it.
 
     `order` names the weight's own axes. What `q` has beyond those are stacked axes: of those that `stack` places, some
-    may be gone (a scan over layers takes one), and others may have come in front (as by `jnp.stack`).
+    may be gone (a scan over layers takes one), and others may have come in front (as by `jnp.stack`). Both at once
+    can't be told from neither: slices of a weight whose stacked axes aren't in front mustn't be stacked again.
 
     Raises:
       ValueError: the weight has lost an axis that it needs, or it can't be told which stacked axis it has lost.

@@ -77,8 +77,6 @@ class LanguageModel:
           ValueError: not two-dimensional, ids outside of the vocabulary, or more tokens than a table of positions has.
         """
         tokens = np.asarray(tokens)
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise TypeError(f"Expected integer tokens, got {tokens.dtype}.")
         if tokens.ndim != 2:
             raise ValueError(f"Expected tokens of shape (b, s), got {tokens.shape}.")
         self._check_ids(tokens)
@@ -167,6 +165,8 @@ class LanguageModel:
     def generate(
         self, prompts: Sequence[str], *, stream: Literal[True], **request: Unpack[Request]
     ) -> Iterator[list[str]]: ...
+    @overload
+    def generate(self, prompts: str | Sequence[str], *, stream: bool, **request: Unpack[Request]) -> Any: ...
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -254,7 +254,7 @@ class LanguageModel:
         if every < 1:
             raise ValueError(f"Expected every to be at least 1, got {every}.")
         for ids in prompts:
-            self._check_ids(np.asarray(ids, np.int64))
+            self._check_ids(np.asarray(ids))
             self._check_length(len(ids) + max_tokens)
         several = len(prompts) > 1 or is_long(prompts)
         if config is None and several and self.quant.decomposes and self.quant.depends_on_batch:
@@ -270,6 +270,8 @@ class LanguageModel:
 
     def _check_ids(self, ids: np.ndarray) -> None:
         """A lookup in the embedding clamps ids that it has no row for, which would give a wrong answer silently."""
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"Expected integer tokens, got {ids.dtype}.")
         if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(
                 f"Expected token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}."

@@ -21,7 +21,7 @@ from jint8._convert.read_params import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype
 from jint8._convert.settings import resolve_settings
 from jint8._convert.targets import abstract_float_params
-from jint8._core.config import Config
+from jint8._core.config import Config, check_config
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
 from jint8._trees.paths import Patterns, Selection
@@ -179,6 +179,8 @@ def _load_fields(
     `find_outliers` finds the columns for static outliers, with the fields of a model and a text; it is None for a kind
     of model that can't.
     """
+    if config is not None:
+        check_config(config)
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise TypeError(f"Expected dtype to be a float type, got {jnp.dtype(dtype)}.")
     if verify:

@@ -27,6 +27,12 @@ def check_bias(bias: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"Expected bias of shape {shape}, got {bias.shape}.")
 
 
+def check_result_type(dtype: Any) -> None:
+    """Raises TypeError unless results can have this dtype; None is that of the activations."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(f"Expected preferred_element_type to be a float dtype beside a QTensor, got {dtype}.")
+
+
 def check_precision(precision: Any) -> None:
     """Raises what `jax.lax.dot_general` raises for a precision that isn't one, also where no product needs it."""
     if precision is not None:

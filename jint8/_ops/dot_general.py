@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, is_qtensor, storage_axes
-from jint8._ops.checks import check_activations, check_bias
+from jint8._ops.checks import check_activations, check_bias, check_result_type
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
 from jint8._ops.weight import Weight
@@ -70,6 +70,8 @@ def dot_general(
         x, w, numbers = lhs, rhs, ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
     elif is_qtensor(lhs):
         x, w, numbers = rhs, lhs, ((rhs_contract, lhs_contract), (rhs_batch, lhs_batch))
+        if isinstance(precision, tuple):  # one for each side
+            precision = precision[::-1]
     else:
         if bias is not None or config is not None or implementation is not None:
             raise TypeError("Expected a QTensor beside bias, config or implementation, got none.")
@@ -77,6 +79,7 @@ def dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
     check_activations(x, "activations")
+    check_result_type(preferred_element_type)
     y = activations_first(
         x,
         w,
@@ -134,8 +137,9 @@ def activations_first(
     channels = lambda leaf: jnp.transpose(leaf, order).reshape(*batch_shape, n)
     outlier_rows = outlier_index = None
     if w.outlier_index is not None and w.outlier_rows is not None:
-        outlier_rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *((n, -1) if k_last else (-1, n)))
         outlier_index = _column_lists(w.outlier_index, order, stored_batch, stored_free, batch_shape)
+        c = outlier_index.shape[-1]
+        outlier_rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *((n, c) if k_last else (c, n)))
     flat = Weight(
         q=jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n))),
         scale=channels(w.scale),
@@ -164,7 +168,7 @@ def _column_lists(leaf, order, stored_batch, stored_free, batch_shape) -> jax.Ar
             f"isn't a batch axis: {leaf.shape}."
         )
     stacked = [leaf.shape[axis] for axis in stored_batch]
-    columns = leaf.size // math.prod(stacked)
+    columns = math.prod(leaf.shape[axis] for axis in order if axis not in stored_batch)
     return jnp.broadcast_to(jnp.transpose(leaf, order).reshape(*stacked, columns), (*batch_shape, columns))
 
 

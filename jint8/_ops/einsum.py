@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
-from jint8._ops.checks import check_activations
+from jint8._ops.checks import check_activations, check_result_type
 from jint8._ops.dot_general import DimensionNumbers, activations_first
 from jint8._ops.product import Implementation
 
@@ -70,7 +70,10 @@ def einsum(
         raise TypeError("Expected at most one QTensor, got two.")
     w_index = 1 if is_qtensor(operands[1]) else 0
     x, w = operands[1 - w_index], operands[w_index]
+    if w_index == 0 and isinstance(precision, tuple):  # one for each side
+        precision = precision[::-1]
     check_activations(x, "activations")
+    check_result_type(preferred_element_type)
     labels = parse_subscripts(subscripts, x, w, w_index)
     y = activations_first(
         labels.sum_alone(x),

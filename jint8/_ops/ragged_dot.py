@@ -93,6 +93,8 @@ def ragged_dot(
         taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
         lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
         rhs = rhs.unobserved()
+    if 0 in (lhs.shape[0], *rhs.shape):
+        return jnp.zeros((lhs.shape[0], n), lhs.dtype)
     in_float = implementation == "dequantize" or config.table_row.activations is None
     product = on_explicit_axes(functools.partial(_product, _Static(config, in_float, precision)), lhs, rhs.q, at[2])
     return product(lhs, rhs, group_sizes, bias).astype(lhs.dtype)

@@ -79,8 +79,6 @@ def quantize_params(
     """
     check_config(config)
     check_calibrated(outliers)
-    if not config.quantizes_weights:
-        return params
     _tell_flax()
     plan = None if plan is None else Plan.of(plan)
     paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
@@ -88,6 +86,8 @@ def quantize_params(
         if unknown := sorted(set(named or ()) - paths):
             raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
     found = projections(params, plan, Selection(skip, include))
+    if not config.quantizes_weights:
+        return params
 
     def convert(key_path, leaf):
         path = path_string(key_path)

@@ -107,8 +107,7 @@ def matches(path: str, patterns: Patterns) -> bool:
     """
     if callable(patterns):
         return bool(patterns(path))
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"Expected a path pattern, an iterable of them or a predicate, got {patterns!r}.")
+    _check_patterns(patterns)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -167,4 +166,10 @@ def _predicate_or_tuple(patterns: Patterns) -> Patterns:
         return (patterns,)
     if callable(patterns):
         return patterns
-    return tuple(patterns) if isinstance(patterns, Iterable) else patterns  # `matches` raises TypeError for others
+    _check_patterns(patterns)
+    return tuple(patterns)
+
+
+def _check_patterns(patterns: Any) -> None:
+    if isinstance(patterns, Mapping) or not isinstance(patterns, Iterable):
+        raise TypeError(f"Expected a path pattern, an iterable of them or a predicate, got {patterns!r}.")

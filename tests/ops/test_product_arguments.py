@@ -205,3 +205,30 @@ def test_ragged_dot_with_activations_in_floating_point():
     got = jint8.ragged_dot(X, EXPERTS, SIZES, implementation="dequantize")
     want = np.einsum("bk,bkn->bn", X, np.asarray(EXPERTS.dequantize())[[0, 1, 1]])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_of_precisions_is_in_the_order_of_the_operands():
+    x, w = normal(3, 5), jint8.quantize(normal(5, 4))
+    pair = ("highest", "default")
+    run = lambda x: jint8.dot_general(w, x, (((0,), (1,)), ((), ())), pair, implementation="dequantize")
+    assert float_precisions(run, x) == [(lax.Precision.DEFAULT, lax.Precision.HIGHEST)]  # activations first
+    run = lambda x: jint8.einsum("kn,bk->bn", w, x, precision=pair, implementation="dequantize")
+    assert float_precisions(run, x) == [(lax.Precision.DEFAULT, lax.Precision.HIGHEST)]
+    run = lambda x: jint8.einsum("bk,kn->bn", x, w, precision=pair, implementation="dequantize")
+    assert float_precisions(run, x) == [(lax.Precision.HIGHEST, lax.Precision.DEFAULT)]
+
+
+def test_results_in_integers_are_refused():
+    for call in (
+        lambda: jint8.dot_general(X, W, PLAIN, preferred_element_type=jnp.int32),
+        lambda: jint8.einsum("bk,kn->bn", X, W, preferred_element_type=jnp.int8),
+    ):
+        with pytest.raises(TypeError, match="Expected preferred_element_type to be a float dtype"):
+            call()
+
+
+def test_no_rows():
+    assert jint8.ragged_dot(X[:0], EXPERTS, jnp.array([0, 0])).shape == (0, 4)
+    experts = jint8.quantize(normal(3, 5, 4), contract_axes=(1,), stack_axes=(0,), outliers=[1])
+    none = jax.tree.map(lambda leaf: leaf[:0], experts)
+    assert jint8.einsum("gmk,gkn->gmn", jnp.ones((0, 2, 5)), none).shape == (0, 2, 4)
