@@ -23,12 +23,13 @@ class Use:
     Attributes:
       what: the use in words, such as ``"convolution"`` or ``"elementwise (mul)"``.
       contracted: the contracted axes of the parameter where this is a projection; None otherwise.
-      stacked: for a projection, the axes of which each product takes one entry, such as layers and experts.
+      stacked: for a projection, the axes of which each product takes one entry, such as layers and experts; None where
+        the product wasn't seen, and they aren't known.
     """
 
     what: str
     contracted: frozenset[int] | None = None
-    stacked: frozenset[int] = frozenset()
+    stacked: frozenset[int] | None = frozenset()
 
 
 @dataclass
@@ -48,9 +49,12 @@ class Interpreter:
     def note(self, view: View | None, use: str | Use) -> None:
         """Notes a use of the parameter that a view shows.
 
-        A use in words of looked-up entries counts as the lookup, whatever is done with them afterwards.
+        A use in words of looked-up entries counts as the lookup, whatever is done with them afterwards. Of int8 values
+        only the product that their scales were made for counts: the rest is how `jint8` computes it.
         """
         if view is None:
+            return
+        if view.quantized is not None and (isinstance(use, str) or use.contracted != view.quantized):
             return
         if isinstance(use, str):
             use = Use(LOOKUP if view.looked_up else use)

@@ -84,7 +84,9 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
             skipped[path] = reason
         if products and all(use in products or use.what == LOOKUP for use in uses):
             (contracted if reason is None else tied)[path] = tuple(sorted(products[0].contracted or ()))
-            stacked[path] = tuple(sorted(frozenset.intersection(*(use.stacked for use in products))))
+            # A product inside a kernel isn't seen: which axes are stacked then stays unknown.
+            if known := [use.stacked for use in products if use.stacked is not None]:
+                stacked[path] = tuple(sorted(frozenset.intersection(*known)))
     return Plan(contracted, stacked, skipped, tied, shapes)
 
 

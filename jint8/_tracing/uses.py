@@ -156,12 +156,28 @@ def _convolution(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
 
 
 def _quantized(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
-    """`jint8.quantize` in the model's own code: scales have size 1 on the axes that will be contracted."""
-    shapes = zip(shape_of(eqn.invars[0]), shape_of(eqn.outvars[1]), strict=True)
+    """`jint8.quantize` in the model's own code: scales have size 1 on the axes that will be contracted.
+
+    Which of the other axes are stacked is for the product to say. Under `jax.vmap` the results have the mapped axis in
+    front, wherever the parameter has it, so that the parameter is followed through the body to the int8 values.
+    """
+    nothing: Views = [None] * len(eqn.outvars)
+    view = operands[0]
+    if view is None:
+        return nothing
+    body = replace(view, quantized=frozenset())
+    (int8, *_) = interpreter.run(eqn.params["jaxpr"], [body, *[None] * (len(operands) - 1)])
+    if int8 is None:
+        interpreter.note(view, "jint8.quantize can't be followed")
+        return nothing
+    shapes = zip(shape_of(eqn.outvars[0]), shape_of(eqn.outvars[1]), strict=True)
     contracted = [axis for axis, (size, scales) in enumerate(shapes) if scales == 1 and size > 1]
-    if operands[0] is not None:
-        interpreter.note(operands[0], _contraction(operands[0], contracted, ()))
-    return [None] * len(eqn.outvars)
+    use = _contraction(replace(int8, quantized=None), contracted, ())
+    rest = set(range(len(view.leaf_shape))) - (use.contracted or frozenset()) - int8.stacked
+    if use.contracted is not None and len(rest) > 1:
+        use = replace(use, stacked=None)
+    interpreter.note(view, use)
+    return [replace(int8, quantized=use.contracted or frozenset()), *nothing[1:]]
 
 
 # All others
@@ -174,10 +190,15 @@ def _other(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     bodies = [inner_jaxpr(param) for param in eqn.params.values() if hasattr(param, "eqns")]
     if len(bodies) == 1 and _ranks_agree(eqn, bodies[0]):
         return interpreter.run(bodies[0], operands)
-    what = f"elementwise ({eqn.primitive.name})" if _is_elementwise(eqn) else f"used by {eqn.primitive.name}"
+    elementwise = _is_elementwise(eqn)
+    what = f"elementwise ({eqn.primitive.name})" if elementwise else f"used by {eqn.primitive.name}"
     for view in operands:
         interpreter.note(view, what)
-    return [None] * len(eqn.outvars)
+    # Elementwise arithmetic on the way to int8 values, and from them to a product (such as times the scales). A kernel,
+    # which has a body, may be a product even if the shapes are those of elementwise arithmetic.
+    int8 = {view for view in operands if view is not None and view.quantized is not None}
+    kept = int8.pop() if elementwise and not bodies and len(int8) == 1 else None
+    return [kept if kept is not None and len(kept.axes) == rank_of(out) else None for out in eqn.outvars]
 
 
 def _ranks_agree(eqn: Any, body: Any) -> bool:

@@ -26,6 +26,8 @@ class View:
         reshape that splits an axis, several axes of the view name the same one.
       stacked: axes of the parameter of which the view holds one entry.
       looked_up: whether these entries were picked by an array of indices.
+      quantized: of a parameter that the function itself turned to int8, the axes that its scales say are contracted;
+        None of one that is still in floating point.
     """
 
     leaf: int
@@ -33,6 +35,7 @@ class View:
     axes: tuple[Axes, ...]
     stacked: frozenset[int] = frozenset()
     looked_up: bool = False
+    quantized: frozenset[int] | None = None
 
     @classmethod
     def of_leaf(cls, leaf: int, shape: Axes) -> "View":

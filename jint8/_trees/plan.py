@@ -132,6 +132,8 @@ class Plan(Mapping[str, Axes]):
     def with_(self, contracted: Mapping[str, Sequence[int]]) -> Plan:
         """Adds leaves, or corrects their contracted axes.
 
+        Of a leaf whose contracted axes change, the stacked ones aren't known any more, unless only one axis is left.
+
         Args:
           contracted: contracted axes by path, or by path pattern; negative ones count from the end.
 
@@ -152,12 +154,15 @@ class Plan(Mapping[str, Axes]):
             if not paths:
                 raise ValueError(f"Expected a pattern that matches a leaf of the plan, got {pattern!r}.")
             new |= {path: _checked_axes(path, self.shapes[path], axes) for path in paths}
-        known = {path: axes for path, axes in new.items() if path in self.stacked}
-        stacked = {path: tuple(a for a in self.stacked[path] if a not in axes) for path, axes in known.items()}
+        before = {**self.tied, **self.contracted}
+        changed = {
+            path for path, axes in new.items() if path in self.stacked and set(axes) != set(before.get(path, ()))
+        }
+        alone = {path: () for path in changed if len(self.shapes[path]) - len(new[path]) == 1}
         return replace(
             self,
             contracted={**self.contracted, **new},
-            stacked={**self.stacked, **stacked},
+            stacked={**{path: axes for path, axes in self.stacked.items() if path not in changed}, **alone},
             skipped={path: reason for path, reason in self.skipped.items() if path not in new},
             tied={path: axes for path, axes in self.tied.items() if path not in new},
         )

@@ -414,6 +414,34 @@ def test_a_weight_that_the_model_quantizes():
     assert plan_one(lambda w, x: product(w[1], x), (5, 8, 4), X) == ((2,), (0,))
 
 
+def test_an_axis_that_vmap_or_the_product_stacks():
+    """Whichever axis is mapped, the plan is that of the float product, though vmap moves it to the front."""
+    x, weights = jnp.ones((3, 6, 4)), {0: (3, 4, 8), 1: (4, 3, 8), 2: (4, 8, 3)}
+    for axis, shape in weights.items():
+        entry = lambda w, x: jint8.matmul(x, jint8.quantize(w))
+        found = plan_one(jax.vmap(entry, in_axes=(axis, 0)), shape, x)
+        assert found == plan_one(jax.vmap(lambda w, x: x @ w, in_axes=(axis, 0)), shape, x)
+        assert found == ((1 if axis == 0 else 0,), (axis,))
+    twice = jax.vmap(jax.vmap(entry, in_axes=(2, 0)), in_axes=(1, 0))
+    assert plan_one(twice, (4, 5, 8, 3), jnp.ones((5, 3, 6, 4))) == ((0,), (1, 3))
+    sizes = jnp.array([2, 2, 2])
+    ragged = lambda w, x: jint8.ragged_dot(x[0], jint8.quantize(w, contract_axes=(1,)), sizes)
+    assert plan_one(ragged, (3, 4, 8), x) == ((1,), (0,))
+    outputs = lambda w, x: jint8.einsum("bmk,gkn->bgmn", x, jint8.quantize(w, contract_axes=(1,)))
+    assert plan_one(outputs, (3, 4, 8), x) == ((1,), ())
+
+
+def test_of_int8_values_in_an_unknown_product_the_stacked_axes_stay_unknown():
+    def unseen(p, x):
+        w = jint8.quantize(p["w"], contract_axes=(1,))
+        return jnp.sort(w.q) * w.scale
+
+    plan = jint8.plan(unseen, {"w": jnp.ones((3, 4, 8))}, X)
+    assert (dict(plan), plan.stack_axes("w", 3)) == ({"w": (1,)}, None)
+    plan = jint8.plan(lambda p, x: unseen({"w": p["w"][None, 0]}, x), {"w": jnp.ones((3, 4, 8))}, X)
+    assert (dict(plan), plan.stacked) == ({"w": (1,)}, {"w": (0,)})
+
+
 def test_functions_of_a_users_with_the_name_of_ours():
     @jax.jit
     def _quantize(w):
@@ -455,6 +483,16 @@ def test_with_takes_an_axis_out_of_the_stacked_ones():
     plan = jint8.plan(lambda p, x: x @ p["w"][0], {"w": jnp.ones((5, 4, 8))}, X)
     assert plan.stacked == {"w": (0,)}
     assert plan.with_({"w": (0, 1)}).stacked == {"w": ()}
+
+
+def test_with_other_axes_forgets_the_stacked_ones():
+    plan = jint8.plan(lambda p, x: x @ p["w"][0], {"w": jnp.ones((5, 4, 8))}, X)
+    assert plan.with_({"w": (1,)}).stacked == {"w": (0,)}
+    changed = plan.with_({"w": (2,)})
+    assert changed.stack_axes("w", 3) is None
+    params = {"w": jnp.ones((5, 4, 8))}
+    with pytest.raises(ValueError, match="Expected a plan that says which axes are stacked"):
+        jint8.quantize_params(params, plan=changed, config=jint8.Config(scheme="absmax"))
 
 
 def test_with_claims_nothing_about_stacked_axes():

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 import jint8
+from jint8.linen import Int8Dense, Int8DenseGeneral
 
 X = jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 3), jnp.int32)
@@ -239,3 +241,35 @@ def test_nnx_scan_axis_is_stacked():
 
 def test_nnx_tied_embedding():
     assert plan_nnx(NnxTied, TOKENS).tied == {"embed/embedding": (1,)}
+
+
+@pytest.mark.parametrize("scheme", ["llm.int8", "absmax", "zeropoint", "vector-zp"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_vmapped_int8_dense_is_planned_like_a_float_one(axis, scheme):
+    x = jax.random.normal(jax.random.key(1), (3, 5, 8)) * jnp.array([1.0, 10.0, 1e3])[:, None, None]
+
+    def mapped(layer, **kwargs):
+        mapped = nn.vmap(layer, variable_axes={"params": axis}, split_rngs={"params": True})
+        return mapped(8, use_bias=False, **kwargs)
+
+    config = jint8.Config(scheme=scheme)
+    model, floats = mapped(Int8Dense, config=config), mapped(nn.Dense)
+    params = floats.init(jax.random.key(0), x)
+    scales = jnp.array([1.0, 100.0, 1e-3]).reshape([-1 if a == axis else 1 for a in range(3)])
+    params = jax.tree.map(lambda w: w * scales, params)
+    plan = jint8.plan(model.apply, params, x)
+    assert plan == jint8.plan(floats.apply, params, x)
+    int8 = jint8.quantize_params(params, plan=plan, config=config)
+    kernel = np.moveaxis(np.asarray(params["params"]["kernel"], np.float64), axis, 0)
+    expected = np.asarray(x, np.float64) @ kernel
+    error = np.linalg.norm(np.asarray(model.apply(int8, x)) - expected, axis=(1, 2))
+    assert (error < 0.05 * np.linalg.norm(expected, axis=(1, 2))).all()
+
+
+def test_int8_dense_general_with_batch_dims_is_planned_like_a_float_one():
+    x = jnp.ones((3, 5, 8))
+    int8, floats = (layer(4, batch_dims=(0,), use_bias=False) for layer in (Int8DenseGeneral, nn.DenseGeneral))
+    params = floats.init(jax.random.key(0), x)
+    plan = jint8.plan(int8.apply, params, x)
+    assert plan == jint8.plan(floats.apply, params, x)
+    assert (dict(plan), plan.stacked) == ({"kernel": (1,)}, {"kernel": (0,)})
