@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from jint8._core.config import Config
+from jint8._core.config import Config, check_config
 from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.params import OUTPUT_HEADS, quantize_params
@@ -63,6 +63,7 @@ def quantize(
       ('Int8Linear', (2, 16))
     """
 
+    check_config(config)
     check_calibrated(outliers)
 
     def make(path: str, value: Any, contracted: Axes, stacked: Axes | None) -> QTensor | None:
@@ -106,15 +107,15 @@ def replace_layers(
         if converter is None:
             return layer if plan is None else convert_unknown(layer, path, plan)
 
-        def weight(name: str, contract_axes: tuple[int, ...], shape: tuple[int, ...] | None = None) -> QTensor | None:
+        def weight(name: str, contract_axes: Axes, shape: Axes | None = None, stacked: Axes = ()) -> QTensor | None:
             leaf_path = _join(path, name)
             seen.add(leaf_path)
             value = getattr(layer, name).get_value()
-            contracted, stacked = _axes(leaf_path, value.shape, contract_axes, shape, plan)
+            contracted, stack = _axes(leaf_path, value.shape, contract_axes, stacked, shape, plan)
             included = chosen.includes(leaf_path) or (plan is not None and leaf_path in plan)
             if contracted is None or (isinstance(layer, nnx.Embed) and not included):
                 return None
-            return made(leaf_path, value, contracted, stacked)
+            return made(leaf_path, value, contracted, stack)
 
         return converter(layer, weight)
 
@@ -149,20 +150,30 @@ def _join(path: str, key: Any) -> str:
 
 
 def _axes(
-    path: str, full_shape: Axes, contract_axes: Axes, shape: Axes | None, plan: Plan | None
+    path: str, full_shape: Axes, contract_axes: Axes, stacked: Axes, shape: Axes | None, plan: Plan | None
 ) -> tuple[Axes | None, Axes | None]:
-    """Contracted axes of a weight, None where a plan leaves it out, and stacked ones, None where nothing says which."""
+    """Contracted axes of a weight, None where a plan leaves it out, and stacked ones, None where nothing says which.
+
+    `contract_axes` and `stacked` are those of one layer, whose weight has `shape` (None: nothing says).
+    """
     if plan is not None:
-        is_one_layer = shape is not None and tuple(full_shape) == tuple(shape)
-        stacked = plan.stack_axes(path, len(full_shape))
-        return plan.get(path), () if stacked is None and is_one_layer else stacked
+        contracted, known = plan.get(path), plan.stacked.get(path)
+        if contracted is None or known is not None:
+            return contracted, known
+        # A plan without stacked axes leaves them to the layer, if both mean the same product of one layer's weight.
+        ndim = len(full_shape)
+        agree = {axis % ndim for axis in contracted} == {axis % ndim for axis in contract_axes}
+        if agree and shape is not None and tuple(full_shape) == tuple(shape):
+            return contracted, tuple(axis % ndim for axis in stacked)
+        return contracted, plan.stack_axes(path, ndim)
     extra = 0 if shape is None else len(full_shape) - len(shape)
     if shape is not None and tuple(full_shape[extra:]) != tuple(shape):
         raise ValueError(
             f"{path}: Expected shape {shape}, with stacked axes in front at most, got {full_shape}: give a plan that "
             "says which axes are contracted."
         )
-    return tuple(axis % (len(full_shape) - extra) + extra for axis in contract_axes), tuple(range(extra))
+    in_front = lambda axes: tuple(axis % (len(full_shape) - extra) + extra for axis in axes)
+    return in_front(contract_axes), (*range(extra), *in_front(stacked))
 
 
 def _replace(node: Any, path: str, convert: Callable[[Any, str], Any], done: dict[int, Any]) -> Any:

@@ -15,11 +15,16 @@ class QuantizeWeight(Protocol):
     """What a converter gets weights from."""
 
     def __call__(
-        self, name: str, contract_axes: tuple[int, ...], shape: tuple[int, ...] | None = None
+        self,
+        name: str,
+        contract_axes: tuple[int, ...],
+        shape: tuple[int, ...] | None = None,
+        stacked: tuple[int, ...] = (),
     ) -> QTensor | None:
         """The layer's weight `name` as a `QTensor`, or None where it is to stay in floating point.
 
-        A plan overrules `contract_axes`. `shape` is the weight's in one layer: further axes in front are stacked.
+        A plan overrules `contract_axes` and `stacked`, which are axes of one layer's weight: `stacked` are those that
+        the product batches, such as experts. `shape` is that weight's: further axes in front are stacked too.
         """
 
 
@@ -32,9 +37,11 @@ def register(layer_type: type[nnx.Module], converter: Converter | None = None) -
     """Teaches `jint8.nnx.quantize` a layer.
 
     The converter is called as `converter(layer, quantize)`, gets the weight from
-    `quantize(name, contract_axes=...)` (a `QTensor`, or None where it is to stay in floating point), and returns the
-    module that replaces the layer: one of `jint8.nnx`, or one of your own that computes with `jint8.einsum`. Subclasses
-    that override `__call__` aren't converted.
+    `quantize(name, contract_axes=..., stacked=())` (a `QTensor`, or None where it is to stay in floating point), and
+    returns the module that replaces the layer: one of `jint8.nnx`, or one of your own that computes with
+    `jint8.einsum`. `stacked` names the axes of independent matrices (experts), if there are any: schemes with one scale
+    per tensor give each its own, and each may have its own outliers. Subclasses that override `__call__` aren't
+    converted.
 
     Args:
       layer_type: an nnx module class.
@@ -109,7 +116,7 @@ def _lora_linear(layer, quantize):
 def _linear_general(layer, quantize):
     batch, contracted = len(layer.batch_axis), len(layer.in_features)
     shape = (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
-    kernel = quantize("kernel", tuple(range(batch, batch + contracted)), shape)
+    kernel = quantize("kernel", tuple(range(batch, batch + contracted)), shape, stacked=tuple(range(batch)))
     if kernel is None:
         return layer
     return Int8LinearGeneral(
@@ -128,9 +135,10 @@ def _einsum(layer, quantize):
     if layer.einsum_str is None:
         return layer  # each call brings its own: nothing says which axes are contracted
     inputs, _, result = layer.einsum_str.replace(" ", "").partition("->")
-    labels = inputs.split(",")[1]
+    of_input, labels = inputs.split(",")
     contracted = tuple(i for i, label in enumerate(labels) if label not in result)
-    kernel = quantize("kernel", contracted, tuple(layer.kernel_shape))
+    batch = tuple(i for i, label in enumerate(labels) if label in of_input and label in result)
+    kernel = quantize("kernel", contracted, tuple(layer.kernel_shape), stacked=batch)
     if kernel is None:
         return layer
     return Int8Einsum(

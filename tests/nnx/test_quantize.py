@@ -5,6 +5,7 @@ import functools
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from marks import slow_but
@@ -323,3 +324,76 @@ def test_bad_arguments():
     bad.layers[0].kernel[...] = jnp.full((2, 2), jnp.nan)
     with pytest.raises(ValueError, match="layers/0/kernel: Expected finite weights"):
         jint8.nnx.quantize(bad)
+
+
+# Layers whose kernels hold two matrices, and the axis that does: make, shape of the input, subscripts, stacked axis.
+BATCHED = {
+    "Einsum": (lambda r: nnx.Einsum("gmk,gkn->gmn", (2, 4, 3), rngs=r), (2, 5, 4), "gmk,gkn->gmn", 0),
+    "Einsum, axis in the middle": (lambda r: nnx.Einsum("mgk,kgn->gmn", (4, 2, 3), rngs=r), (5, 2, 4), None, 1),
+    "Einsum of vectors": (lambda r: nnx.Einsum("gmk,gk->gm", (2, 4), rngs=r), (2, 5, 4), None, 0),
+    "LinearGeneral": (lambda r: nnx.LinearGeneral(4, 3, batch_axis={0: 2}, rngs=r), (2, 5, 4), "gmk,gkn->gmn", 0),
+}
+
+
+def batched(name):
+    """A layer with matrices of very different size, an input with an outlier column of its own for each, and both."""
+    make, shape, subscripts, stacked = BATCHED[name]
+    layer = make(nnx.Rngs(0))
+    sizes = np.array([1e-3, 10.0]).reshape([-1 if axis == stacked else 1 for axis in range(layer.kernel.ndim)])
+    layer.kernel[...] = layer.kernel[...] * sizes
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    entries = x if shape[0] == 2 else np.moveaxis(x, 1, 0)
+    entries[0, :, 1] *= 50
+    entries[1, :, 3] *= 50
+    expected = np.einsum(
+        subscripts or layer.einsum_str, x.astype(np.float64), np.asarray(layer.kernel[...], np.float64)
+    )
+    return layer, jnp.asarray(x), expected
+
+
+def entry_errors(got, expected):
+    axes = tuple(range(1, expected.ndim))
+    return np.linalg.norm(np.asarray(got) - expected, axis=axes) / np.linalg.norm(expected, axis=axes)
+
+
+@pytest.mark.parametrize("scheme", ["absmax", "zeropoint", "llm.int8"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_batch_axis_of_the_kernel_is_stacked(name, scheme):
+    layer, x, expected = batched(name)
+    config = jint8.Config(scheme=scheme)
+    contracted = next(axis for axis, size in enumerate(layer.kernel.shape) if size == 4)
+    for plan in (None, {"kernel": (contracted,)}, {"kernel": (contracted - layer.kernel.ndim,)}):
+        int8 = jint8.nnx.quantize(layer, config=config, plan=plan)
+        assert (entry_errors(int8(x), expected) < 0.06).all()
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_each_entry_of_a_batch_axis_has_its_own_outliers(name):
+    layer, x, expected = batched(name)
+    found = jint8.nnx.calibrate(layer, [x], budget=1)
+    assert found["kernel"].tolist() == [[1], [3]]
+    int8 = jint8.nnx.quantize(layer, outliers={"kernel": [[1], [3]]})
+    assert (entry_errors(int8(x), expected) < 0.01).all()
+
+
+def test_a_plan_that_means_another_product_says_nothing_of_stacked_axes():
+    layer, _, _ = batched("Einsum")
+    with pytest.raises(ValueError, match="kernel: Expected a plan that says which axes are stacked"):
+        jint8.nnx.quantize(layer, plan={"kernel": (2,)}, config=jint8.Config(scheme="absmax"))
+
+
+def test_a_converter_says_which_axes_are_stacked():
+    class Experts(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((2, 4, 3)) * jnp.array([1e-3, 1.0])[:, None, None])
+
+        def __call__(self, x):
+            return jnp.einsum("gmk,gkn->gmn", x, self.w[...])
+
+    @jint8.nnx.register(Experts)
+    def convert(layer, quantize):
+        w = quantize("w", contract_axes=(-2,), stacked=(-3,))
+        return layer if w is None else jint8.nnx.Int8Einsum("gmk,gkn->gmn", w)
+
+    got = jint8.nnx.quantize(Experts(), config=jint8.Config(scheme="absmax"))(jnp.ones((2, 5, 4)))
+    assert (entry_errors(got, np.array([4e-3, 4.0])[:, None, None] * np.ones((2, 5, 3))) < 1e-5).all()
