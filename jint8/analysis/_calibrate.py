@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._core.config import Config
-from jint8._core.qtensor import is_qtensor
+from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor, storage_axes
+from jint8._core.quantize import quantize
 from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
 from jint8._tracing.plan import plan as find_plan
 from jint8._trees.params import dequantize_params, projections
@@ -131,8 +132,38 @@ def _complete(plan: Plan | None, apply_fn: Callable[..., Any], params: Any, args
     watched = [(path, leaf) for path, leaf in leaves if is_qtensor(leaf) or path in known]
     if (plan is not None or has_int8) and all(known.stack_axes(path, leaf.ndim) is not None for path, leaf in watched):
         return known
-    found = find_plan(apply_fn, jax.eval_shape(dequantize_params, params) if has_int8 else params, *args)
+    found = _plan_of_int8(apply_fn, params, args) if has_int8 else find_plan(apply_fn, params, *args)
     return found if plan is None else dataclasses.replace(plan, stacked={**found.stacked, **plan.stacked})
+
+
+def _plan_of_int8(apply_fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Plan:
+    """The plan of a function of parameters some of which are int8, found with floats in their place."""
+    from jint8.linen import apply  # imports flax
+
+    floats = jax.eval_shape(dequantize_params, params)
+    try:
+        return find_plan(apply_fn, floats, *args)
+    except Exception:  # whatever the function's code raises: it may need its weights to be `QTensor`s
+        pass
+
+    def again(leaf: Any, w: Any) -> Any:
+        return quantize(w, contract_axes=_contracted(leaf), config=Config(scheme="vector")) if is_qtensor(leaf) else w
+
+    # So the floats are quantized inside what is traced, where the plan knows how to follow them to their product.
+    def run(floats: Any, *args: Any) -> Any:
+        return apply(apply_fn)(jax.tree.map(again, params, floats, is_leaf=is_qtensor), *args)
+
+    try:
+        return find_plan(run, floats, *args)
+    except Exception as error:
+        error.add_note("This was raised while tracing for stacked axes: a jint8.Plan that has them makes it needless.")
+        raise
+
+
+def _contracted(w: QTensor) -> Axes:
+    """The contracted axes of an int8 weight, in the float weight's order."""
+    stored = contracted_axes(w)
+    return tuple(axis for axis, at in enumerate(storage_axes(w)) if at in stored)
 
 
 def int8_axes(params: Any, plan: Plan, chosen: Selection) -> dict[str, tuple[Axes, Axes]]:

@@ -3,6 +3,7 @@
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -89,6 +90,57 @@ def test_skip_holds_for_int8_weights():
     assert set(jint8.calibrate(apply, params, [X])) == {"a/kernel", "b/kernel"}
     assert set(jint8.calibrate(apply, params, [X], skip="b")) == {"a/kernel"}
     assert set(jint8.calibrate(apply, params, [X], skip=["a", "b"], include="b")) == {"b/kernel"}
+
+
+def ragged(params, x, sizes):
+    return jint8.ragged_dot(x, params["experts"], sizes)
+
+
+def einsum(params, x, sizes):
+    return jint8.einsum("gmk,gkn->gmn", x.reshape(3, 4, 8), params["experts"])
+
+
+def mapped(params, x, sizes):
+    return jax.vmap(jint8.matmul)(x.reshape(3, 4, 8), params["experts"])
+
+
+def scanned(params, x, sizes):
+    return jax.lax.scan(lambda _, each: (None, jint8.matmul(*each)), None, (x.reshape(3, 4, 8), params["experts"]))[1]
+
+
+def mixed(params, x, sizes):
+    """Needs int8 weights, as `ragged_dot` does, beside a layer that doesn't."""
+    return ragged(params, x @ params["up"], sizes)
+
+
+@pytest.mark.parametrize("stored_last", [False, True], ids=["as given", "contracted axes last"])
+@pytest.mark.parametrize("apply_fn", [ragged, einsum, mapped, scanned, mixed])
+def test_int8_experts_in_products_of_jint8_need_no_plan(apply_fn, stored_last):
+    rng = np.random.default_rng(0)
+    x, sizes = rng.normal(size=(12, 8)).astype(np.float32), jnp.array([4, 4, 4])
+    for expert, column in enumerate([5, 0, 2]):
+        x[4 * expert : 4 * expert + 4, column] *= 50
+    floats = {"experts": jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)}
+    plan = jint8.Plan({"experts": (1,)}, {"experts": (0,)} if stored_last else {})
+    params = {**jint8.quantize_params(floats, plan=plan), "up": jnp.eye(8)}
+    means = np.mean(x.astype(np.float64).reshape(3, 4, 8) ** 2, axis=1)
+    found = jint8.calibrate(apply_fn, params, [(x, sizes)], budget=2)["experts"]
+    want = np.sort(np.argsort(means)[:, -2:]).tolist()
+    assert found.tolist() == want
+    plain = jint8.calibrate(apply_fn, params, [(x, sizes)], budget=2, plan={"experts": (1,)})
+    assert plain["experts"].tolist() == want
+    statistics = jint8.analysis.outlier_statistics(apply_fn, params, [(x, sizes)])
+    assert statistics.projections["experts"].positions.shape[0] == 3
+
+
+def test_what_to_pass_where_int8_weights_cannot_be_planned():
+    def fails(params, x):
+        raise RuntimeError("not traceable")
+
+    params = {"w": jint8.quantize(jnp.ones((3, 8, 4)), contract_axes=(1,))}
+    with pytest.raises(RuntimeError, match="not traceable") as caught:
+        jint8.calibrate(fails, params, [X])
+    assert "a jint8.Plan that has them" in "".join(caught.value.__notes__)
 
 
 class Heads(nnx.Module):
