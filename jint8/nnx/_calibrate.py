@@ -50,7 +50,8 @@ def calibrate(
       call: how to run the model, `call(model, *arguments)`; None calls it.
 
     Returns:
-      From path, such as `"layers/0/kernel"`, to int32 `[c]`.
+      From path, such as `"layers/0/kernel"`, to int32 `[c]`; with `budget`, `[*stack, c]` for stacked weights, which
+      batch axes of `nnx.Einsum` and `nnx.LinearGeneral` make too.
 
     Raises:
       TypeError: `model` isn't an nnx module.
