@@ -89,8 +89,6 @@ def quantize(
         raise ValueError(f"Expected a scheme that quantizes weights, got {config.scheme!r}.")
     contract_axes = canonical_axes(contract_axes, w.ndim)
     stack_axes = canonical_axes(stack_axes, w.ndim, "stack_axes")
-    if not contract_axes:
-        raise ValueError("Expected at least one contracted axis, got none.")
     if both := set(contract_axes) & set(stack_axes):
         raise ValueError(f"Expected contracted and stacked axes to differ, got {sorted(both)} in both.")
     channel_axes = tuple(a for a in range(w.ndim) if a not in contract_axes and a not in stack_axes)

@@ -96,6 +96,8 @@ def quantize_params(
         axes, stack = found[path]
         try:
             axes = canonical_axes(axes, leaf.ndim)
+            if not axes:
+                raise ValueError("Expected at least one contracted axis, got none.")
             columns = None if outliers is None else outliers.get(path)
             if stack is None and config.table_row.weights == "tensor":
                 raise ValueError(
