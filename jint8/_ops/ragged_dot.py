@@ -93,8 +93,6 @@ def ragged_dot(
         taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
         lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
         rhs = rhs.unobserved()
-    if 0 in (lhs.shape[0], *rhs.shape):
-        return jnp.zeros((lhs.shape[0], n), lhs.dtype)
     in_float = implementation == "dequantize" or config.table_row.activations is None
     product = on_explicit_axes(functools.partial(_product, _Static(config, in_float, precision)), lhs, rhs.q, at[2])
     return product(lhs, rhs, group_sizes, bias).astype(lhs.dtype)
@@ -109,8 +107,9 @@ class _Static(NamedTuple):
 
 
 def _product(static: _Static, x, w: QTensor, group_sizes, bias):
-    y = _ragged(static, x, w, group_sizes)
-    if bias is None:
+    empty = 0 in (*x.shape, *w.shape)
+    y = jnp.zeros((x.shape[0], w.shape[2]), jnp.float32) if empty else _ragged(static, x, w, group_sizes)
+    if bias is None or 0 in bias.shape:
         return y
     expert = _experts(group_sizes, x.shape[0])
     return y + jnp.asarray(bias, jnp.float32).at[expert].get(mode="fill", fill_value=0)

@@ -227,8 +227,17 @@ def test_results_in_integers_are_refused():
             call()
 
 
+def test_no_features():
+    """Sums of nothing, and the bias."""
+    bias, nothing = normal(2, 4), jint8.QTensor(jnp.zeros((2, 0, 4), jnp.int8), jnp.ones((2, 1, 4)))
+    np.testing.assert_array_equal(jint8.ragged_dot(X[:, :0], nothing, SIZES, bias=bias), bias[[0, 1, 1]])
+    w = jint8.QTensor(jnp.zeros((0, 4), jnp.int8), jnp.ones((1, 4)))
+    np.testing.assert_array_equal(jint8.matmul(X[:, :0], w, bias=bias[0]), [bias[0]] * 3)
+
+
 def test_no_rows():
     assert jint8.ragged_dot(X[:0], EXPERTS, jnp.array([0, 0])).shape == (0, 4)
+    assert jint8.ragged_dot(X, jax.tree.map(lambda leaf: leaf[:0], EXPERTS), SIZES[:0]).tolist() == [[0] * 4] * 3
     experts = jint8.quantize(normal(3, 5, 4), contract_axes=(1,), stack_axes=(0,), outliers=[1])
     none = jax.tree.map(lambda leaf: leaf[:0], experts)
     assert jint8.einsum("gmk,gkn->gmn", jnp.ones((0, 2, 5)), none).shape == (0, 2, 4)
