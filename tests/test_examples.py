@@ -26,4 +26,5 @@ def test_lora_loss_falls():
 def test_every_example_is_run():
     tested = {"wrap_linen", "wrap_nnx", "scanned", "own_layer", "lora"}
     tested |= {"launch", "many_processes"}  # by tests/inference/test_processes.py
+    tested |= {"mamba"}  # by tests/test_mamba_example.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
