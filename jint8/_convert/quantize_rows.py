@@ -34,8 +34,10 @@ def check_finite(value: np.ndarray) -> None:
             raise ValueError(NOT_FINITE)
 
 
-def quantized_rows(value: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Quantizes float `value[n, k]` with one scale per row.
+def quantized_rows(
+    value: np.ndarray, least: np.ndarray | None = None
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Quantizes float `value[n, k]` with one scale per row, which is at least `least[n, 1]`.
 
     Yields:
       For a few rows at a time: which they are, their int8 values, and their float32 scales `[rows, 1]`. The values are
@@ -51,6 +53,7 @@ def quantized_rows(value: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.nd
         at = slice(start, min(start + rows, n))
         x, out = quotients[: at.stop - start], q[: at.stop - start]
         scale = _row_absmax(value[at], x) / np.float32(127)
+        scale = scale if least is None else np.maximum(scale, least[at])
         if not np.isfinite(scale).all():
             raise ValueError(NOT_FINITE)
         to_float32(value[at], x)

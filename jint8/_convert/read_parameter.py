@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,17 +18,18 @@ from jax.typing import ArrayLike, DTypeLike
 from jint8._convert import bitsandbytes as bitsandbytes
 from jint8._convert.assemble import Assembly, place
 from jint8._convert.quantize_rows import cast, check_finite, quantized_rows
+from jint8._convert.rotate_rows import MeanSquares, Rotation
 from jint8._convert.targets import Target
 from jint8._core.config import Config
 from jint8._core.outlier_rows import check_outliers
 from jint8._core.qtensor import QTensor
-from jint8._core.quantize import quantize
-from jint8._core.rounding import SMALLEST_NORMAL
+from jint8._core.rotation import check_rms, rotation_block
+from jint8._core.rounding import SMALLEST_NORMAL, affine, symmetric
 from jint8.checkpoints import Checkpoint
 
-# From a tensor's name and a range of its rows to blocks of these rows, from top to bottom. Of each block, the values in
-# the checkpoint, and the rows of the parameter's arrays, by field.
-_ReadBlocks = Callable[[str, slice], Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
+# From a tensor's name, a range of its rows, and which rows of the parameter those become, to blocks of these rows, from
+# top to bottom. Of each block, the values in the checkpoint, and the rows of the parameter's arrays, by field.
+_ReadBlocks = Callable[[str, slice, np.ndarray], Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
 
 
 @dataclasses.dataclass
@@ -48,16 +52,19 @@ class ParameterReader:
     dtype: DTypeLike
     count: Callable[[int], None]
 
-    def read(self, *, outliers: ArrayLike | None = None, sharding: Any = None) -> jax.Array | QTensor:
+    def read(
+        self, *, outliers: ArrayLike | None = None, rms: ArrayLike | None = None, sharding: Any = None
+    ) -> jax.Array | QTensor:
         """The parameter.
 
         Args:
           outliers: calibrated outlier columns, whose values a `QTensor` keeps in 16 bits as well.
+          rms: of the activations' features, where the config rotates.
           sharding: a `NamedSharding`; for a `QTensor` a `QTensor` of them. None is one device.
 
         Raises:
           ValueError: values that a weight can't have; the message names file and tensor.
-          TypeError, ValueError: outliers that don't fit; the message names the parameter.
+          TypeError, ValueError: outliers or rms that don't fit; the message names the parameter.
         """
         shape = self.target.float_leaf.shape
         if self.target.contract_axes is None:
@@ -70,44 +77,73 @@ class ParameterReader:
             arrays["zero"] = Assembly((*shape[:-1], 1), np.float32, of_scale)
         config, columns, more = self.config, None, dict[str, Any]()
         if outliers is not None:
-            config, index = self._check_outliers(outliers, shape)
+            config, index = self._checked(check_outliers, outliers, config=config)
             if slots := index.shape[-1]:
                 arrays["outlier_rows"] = Assembly((*shape[:-1], slots), np.float16, of_scale)
-                columns = np.repeat(index.reshape(-1, slots), shape[-2], axis=0)  # of each row
+                columns = np.asarray(index).reshape(-1, slots)  # of each of the stacked weights
                 replicated = None if of_scale is None else NamedSharding(of_scale.mesh, PartitionSpec())
-                more["outlier_index"] = place(index.reshape(*shape[:-2], 1, slots), replicated)
-        self._fill(arrays, self._int8_blocks, columns)
+                more["outlier_index"] = place(columns.reshape(*shape[:-2], 1, slots), replicated)
+        rotation = None
+        if config.rotate:
+            features = jax.ShapeDtypeStruct(shape, np.int8, sharding=of_q)
+            config = dataclasses.replace(config, rotate=rotation_block(features, (len(shape) - 1,), config.rotate))
+            of_x = None if rms is None else np.asarray(self._checked(check_rms, rms)).reshape(-1, shape[-1])
+            rotation = Rotation(self._smooth(of_x, columns), columns, config.rotate)
+            smooth = rotation.smooth.reshape(*shape[:-2], 1, shape[-1])
+            more["smooth"] = place(smooth, None if sharding is None else sharding.smooth)
+        self._fill(arrays, functools.partial(self._int8_blocks, rotation), columns)
         more |= {field: assembly.array() for field, assembly in arrays.items()}
         return QTensor(**more, dtype=self.dtype, config=config)
 
-    def _check_outliers(self, outliers: ArrayLike, shape: tuple[int, ...]) -> tuple[Config, np.ndarray]:
-        """The config of a weight with these outlier columns, and the columns as int32 `[*stack, c]`."""
+    def _checked(self, check: Callable[..., Any], value: ArrayLike, **options: Any) -> Any:
+        """`check(value, shape, contract_axes, stack_axes)`, with the parameter's name in its errors."""
+        shape = self.target.float_leaf.shape
         axes = tuple(range(len(shape)))
         try:
-            config, index = check_outliers(outliers, shape, axes[-1:], axes[:-2], self.config)
+            return check(value, shape, axes[-1:], axes[:-2], **options)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.path}: {error}") from None
-        return config, np.asarray(index)
 
-    def _fill(self, arrays: dict[str, Assembly], blocks: _ReadBlocks, columns: np.ndarray | None = None) -> None:
-        """Reads all tensors into `arrays`, with each tensor's rows where `Source.order` has them."""
+    def _smooth(self, rms: np.ndarray | None, columns: np.ndarray | None) -> np.ndarray:
+        """The smoothing factors, `[stacked, k]`. They are those of all rows, which every process has to read."""
+        shape = self.target.float_leaf.shape
+        squares = MeanSquares(math.prod(shape[:-2]), shape[-2], shape[-1], columns, rms)
+        for name, at in self._rows_of_tensors():
+            with self._naming(name):
+                squares.add(at, self._read(name, slice(0, len(at))))
+        return squares.smooth()
+
+    def _rows_of_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The names of the tensors, and which rows of the parameter the rows of each are."""
         order, start = self.target.source.order, 0
         destinations = None if order is None else np.argsort(order)
         for name in self.target.source.tensors:
-            info = self.checkpoint.tensors[name]
-            rows = info.shape[-1 if self._transposed(name) else 0]
-            at = np.arange(start, start + rows) if destinations is None else destinations[start : start + rows]
-            try:
-                self._fill_rows(arrays, blocks, columns, name, at)
-            except ValueError as error:
-                raise ValueError(f"{info.file}: tensor {name!r}: {error}") from None
-            self.count(info.nbytes)
+            rows = self.checkpoint.tensors[name].shape[-1 if self._transposed(name) else 0]
+            yield name, np.arange(start, start + rows) if destinations is None else destinations[start : start + rows]
             start += rows
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Names a tensor and its file in a ValueError."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.tensors[name].file}: tensor {name!r}: {error}") from None
+
+    def _fill(self, arrays: dict[str, Assembly], blocks: _ReadBlocks, columns: np.ndarray | None = None) -> None:
+        """Reads all tensors into `arrays`, with each tensor's rows where `Source.order` has them."""
+        for name, at in self._rows_of_tensors():
+            with self._naming(name):
+                self._fill_rows(arrays, blocks, columns, name, at)
+            self.count(self.checkpoint.tensors[name].nbytes)
 
     def _fill_rows(
         self, arrays: dict[str, Assembly], blocks: _ReadBlocks, columns: np.ndarray | None, name: str, at: np.ndarray
     ) -> None:
-        """Reads a tensor's rows, which become rows `at` of the parameter; only those that devices of ours hold."""
+        """Reads a tensor's rows, which become rows `at` of the parameter; only those that devices of ours hold.
+
+        `columns` are the calibrated ones of each of the stacked weights.
+        """
         held = np.flatnonzero(next(iter(arrays.values())).holds(at))
         if not len(held):
             return
@@ -115,33 +151,44 @@ class ParameterReader:
         if self.config.table_row.weights == "tensor":  # the one scale is that of all rows, so all have to be read
             rows = slice(0, len(at))
         start = rows.start
-        for values, pieces in blocks(name, rows):
+        for values, pieces in blocks(name, rows, at[rows]):
             those = at[start : start + len(values)]
             if columns is not None:
-                pieces["outlier_rows"] = _outlier_rows(values, columns[those], pieces["scale"])
+                of_rows = columns[those // self.target.float_leaf.shape[-2]]
+                pieces["outlier_rows"] = _outlier_rows(values, of_rows, pieces["scale"])
             for field, piece in pieces.items():
                 arrays[field].put(those, piece)
             start += len(values)
 
-    def _int8_blocks(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    def _int8_blocks(
+        self, rotation: Rotation | None, name: str, rows: slice, at: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows of a tensor as those of a `QTensor`'s arrays."""
         scheme = self.config.table_row
         if bitsandbytes.is_int8_weight(self.checkpoint, name):
             q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
             yield q, {"q": q, "scale": scale}
             return
-        value = self._read(name, rows)
+        original = value = self._read(name, rows)
+        least = None
+        if rotation is not None:
+            value, least = rotation.rotated(original, at // self.target.float_leaf.shape[-2])
         if scheme.weights == "channel" and not scheme.affine:
-            for some, q, scale in quantized_rows(value):
-                yield value[some], {"q": q, "scale": scale}
+            for some, q, scale in quantized_rows(value, least):
+                yield original[some], {"q": q, "scale": scale}
             return
         check_finite(value)
-        w = quantize(jnp.array(value), contract_axes=(value.ndim - 1,), config=self.config)
-        fields = {"q": w.q, "scale": w.scale} | ({} if w.zero is None else {"zero": w.zero})
-        yield value, {field: np.asarray(array) for field, array in fields.items()}
+        by_row = scheme.weights == "channel"
+        least = least if by_row or least is None else least.max(keepdims=True, initial=0)
+        q, *scales = _rounding(scheme.affine)(jnp.array(value), 1 if by_row else (0, 1), least)
+        columns = (np.broadcast_to(np.asarray(leaf), (len(value), 1)) for leaf in scales)
+        yield original, {"q": np.asarray(q), **dict(zip(("scale", "zero"), columns, strict=False))}
 
-    def _float_blocks(self, name: str, rows: slice) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    def _float_blocks(
+        self, name: str, rows: slice, at: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows of a tensor in floating point."""
+        del at
         # int8 nevertheless, where bitsandbytes skipped another tensor of the same fused projection
         if bitsandbytes.is_int8_weight(self.checkpoint, name):
             q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
@@ -164,6 +211,11 @@ class ParameterReader:
     def _transposed(self, name: str) -> bool:
         """Whether a tensor is stored as `[k, n]`; int8 of bitsandbytes never is."""
         return self.target.source.transposed and not bitsandbytes.is_int8_weight(self.checkpoint, name)
+
+
+@functools.cache
+def _rounding(is_affine: bool) -> Callable[..., tuple[jax.Array, ...]]:
+    return jax.jit(affine if is_affine else symmetric, static_argnums=1)
 
 
 def _outlier_rows(values: np.ndarray, columns: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -14,8 +15,8 @@ from jax.sharding import Mesh
 from jint8._convert.assemble import decoder_shardings
 from jint8._convert.read_parameter import ParameterReader
 from jint8._convert.targets import abstract_leaves, find_targets
+from jint8._core.calibration import calibrated_paths, check_calibrated, of_weight
 from jint8._core.config import Config
-from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor
 from jint8._trees.paths import Selection, nested
 from jint8.checkpoints import Checkpoint
@@ -60,9 +61,11 @@ def read_params(
     """
     check_calibrated(outliers)
     targets = find_targets(checkpoint, model, config=config, selection=selection)
-    if unknown := sorted(set(outliers or ()) - set(targets)):
+    if unknown := sorted(calibrated_paths(outliers) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
-    shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config), mesh)
+    # How many features are rotated together is for the shards to decide, once they are known.
+    any_block = dataclasses.replace(config, rotate=min(config.rotate, 1))
+    shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, any_block), mesh)
     total = sum(checkpoint.tensors[name].nbytes for target in targets.values() for name in target.source.tensors)
     done, lock = 0, threading.Lock()
 
@@ -79,7 +82,7 @@ def read_params(
     def read_one(path: str) -> jax.Array | QTensor:
         with jax.default_device(device):
             reader = ParameterReader(checkpoint, path, targets[path], config, model.dtype, count)
-            return reader.read(outliers=(outliers or {}).get(path), sharding=shardings.get(path))
+            return reader.read(**of_weight(outliers, path, config), sharding=shardings.get(path))
 
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as workers:
         try:

@@ -33,6 +33,11 @@ def resolve_settings(
         config = Config() if asked.threshold is None else Config(threshold=asked.threshold)
     if bitsandbytes.is_int8(checkpoint):
         scheme = config.table_row
+        if config.rotate:
+            raise ValueError(
+                f"{checkpoint.path}: Expected a config without rotate for weights that are in int8 already, got "
+                f"rotate={config.rotate}."
+            )
         if not quantize or selection != Selection():
             raise ValueError(f"{checkpoint.path}: Expected a checkpoint in floating point, got int8 of bitsandbytes.")
         if scheme.affine or scheme.weights != "channel":

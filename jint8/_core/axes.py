@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -22,3 +25,18 @@ def canonical_axes(axes: int | Sequence[int], ndim: int, name: str = "contract_a
     if len(set(positive)) != len(positive):
         raise ValueError(f"Expected {name} to name each axis once, got {axes}.")
     return positive
+
+
+def columns_last(array: jax.Array, contract_axes: Sequence[int]) -> jax.Array:
+    """`array` with the contracted axes last, flattened to one: `[*own axes, k]`."""
+    own = [a for a in range(array.ndim) if a not in contract_axes]
+    moved = jnp.transpose(array, (*own, *sorted(contract_axes)))
+    return moved.reshape(*(array.shape[a] for a in own), math.prod(array.shape[a] for a in contract_axes))
+
+
+def columns_back(flat: jax.Array, sizes: Sequence[int], contract_axes: Sequence[int]) -> jax.Array:
+    """The inverse of `columns_last`: `flat[*own axes, k]` with axes of these `sizes` where they were contracted."""
+    axes = sorted(contract_axes)
+    own = [a for a in range(flat.ndim - 1 + len(axes)) if a not in axes]
+    moved = flat.reshape(*flat.shape[:-1], *sizes)
+    return jnp.transpose(moved, [[*own, *axes].index(a) for a in range(moved.ndim)])

@@ -10,7 +10,8 @@ import numpy as np
 
 OutlierMode = Literal["batch", "token", "static"]
 OUTLIER_MODES: tuple[OutlierMode, ...] = get_args(OutlierMode)
-Preset = Literal["paper", "static", "best", "fast"]
+Preset = Literal["paper", "static", "rotated", "best", "fast"]
+LARGEST_BLOCK = 512  # of a rotation: larger matrices cost more than they gain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,16 @@ class Config:
         activations are large throughout, where an absolute one would send most columns to 16 bits.
       digits: int8 digits per activation. 2 writes each as two, 32512 steps to either side instead of 127, for twice the
         rows of the same int8 product; activations then have no zero point.
+      rotate: 0, or how many features a Hadamard matrix mixes at most, a power of two: features are smoothed (scaled so
+        that weights and activations share the error) and rotated, after which neither has outliers. A `QTensor` has
+        here what it was rotated by, the largest power of two up to this that divides the number of its features; 1
+        smooths alone. Goes with calibrated outlier columns, which are taken out before, or with none.
 
     Raises:
-      TypeError: `threshold` isn't a real number, or `relative` isn't a bool.
-      ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, or `digits` other than 1 and 2.
+      TypeError: `threshold` isn't a real number, `relative` isn't a bool, or `rotate` isn't an integer.
+      ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, `digits` other than 1 and 2,
+        `rotate` that isn't 0 or a power of two up to 512, or `rotate` with the scheme `"none"` or with outliers that
+        the activations of a call decide.
 
     Examples:
       >>> import jint8
@@ -86,6 +93,7 @@ class Config:
     outliers: OutlierMode = "batch"
     relative: bool = False
     digits: Literal[1, 2] = 1
+    rotate: int = 0
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -102,6 +110,22 @@ class Config:
             raise ValueError(f"Expected digits to be 1 or 2, got {self.digits!r}.")
         object.__setattr__(self, "threshold", float(self.threshold))
         object.__setattr__(self, "digits", int(self.digits))
+        self._check_rotate()
+
+    def _check_rotate(self) -> None:
+        if isinstance(self.rotate, bool) or not isinstance(self.rotate, (int, np.integer)):
+            raise TypeError(f"Expected rotate to be an integer, got {self.rotate!r}.")
+        if not 0 <= self.rotate <= LARGEST_BLOCK or self.rotate & (self.rotate - 1):
+            raise ValueError(f"Expected rotate to be 0 or a power of two up to {LARGEST_BLOCK}, got {self.rotate}.")
+        object.__setattr__(self, "rotate", int(self.rotate))
+        if self.rotate and not self.quantizes_weights:
+            raise ValueError("Expected a scheme that quantizes weights with rotate, got 'none'.")
+        if self.rotate and self.decomposes and self.outliers != "static":
+            # The columns of a call would need their rows of the weight as they were before the rotation.
+            raise ValueError(
+                "Expected rotate with calibrated outlier columns (outliers='static') or without decomposition "
+                f"(scheme='vector', as in the preset 'rotated'; or threshold=0), got outliers={self.outliers!r}."
+            )
 
     @classmethod
     def preset(cls, name: Preset) -> Config:
@@ -109,6 +133,7 @@ class Config:
 
         Args:
           name: `"paper"`: LLM.int8() as published, `Config()`. `"static"`: calibrated outlier columns and zero points.
+            `"rotated"`: features smoothed and rotated, then one int8 product without decomposition.
             `"best"`: those, and two digits per activation: the quality of int8 weights with float activations.
             `"fast"`: zero points and no decomposition.
 
@@ -163,6 +188,7 @@ class Config:
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
     "static": {"scheme": "llm.int8-zp", "outliers": "static"},
+    "rotated": {"scheme": "vector", "rotate": 64},
     "best": {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2},
     "fast": {"scheme": "vector-zp"},
 }

@@ -12,18 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.axes import column_axis
+from jint8._core.axes import column_axis, columns_back, columns_last
 from jint8._core.config import Config
 from jint8._core.rounding import SMALLEST_NORMAL
 
-
-def check_calibrated(outliers: Any) -> None:
-    """Raises TypeError unless `outliers` maps paths to columns, as what `jint8.calibrate` returns; None is none."""
-    if outliers is not None and not isinstance(outliers, Mapping):
-        raise TypeError(
-            "Expected outliers to map paths to columns, as jint8.calibrate returns them (who decides what an outlier "
-            f"is, is said by jint8.Config(outliers=...)), got {outliers!r}."
-        )
+MOST_STEPS = 32_768.0  # of a scale, in a calibrated column of a weight that was rotated without it
 
 
 def check_outliers(outliers, shape, contract_axes, stack_axes, config: Config) -> tuple[Config, Any]:
@@ -63,10 +56,10 @@ def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Arr
         return None, None
     own = [a for a in range(w.ndim) if a not in contract_axes]
     index = jnp.expand_dims(outliers, [i for i, a in enumerate(own) if a not in stack_axes])
-    values = _flatten(w, contract_axes)
+    values = columns_last(w, contract_axes)
     everywhere = jnp.broadcast_to(index, (*values.shape[:-1], index.shape[-1]))
     rows = jnp.take_along_axis(values, everywhere, axis=-1, mode="fill", fill_value=0).astype(jnp.float32)
-    rows = scaled(rows, _flatten(scale, contract_axes))
+    rows = scaled(rows, columns_last(scale, contract_axes))
 
     at = column_axis(w.shape, contract_axes)
     others = [a for a in contract_axes if a != at]
@@ -74,7 +67,7 @@ def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Arr
 
 
 def scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    """float32 rows in units of `scale`, in float16: up to 255, whatever the weight's magnitude."""
+    """float32 rows in units of `scale`, in float16: up to 255, or `MOST_STEPS` if rotated, for any weight."""
     return jnp.where(scale < SMALLEST_NORMAL, 0.0, rows / scale).astype(jnp.float16)
 
 
@@ -85,21 +78,11 @@ def _unflatten(array: jax.Array, at: int, others: Sequence[int]) -> jax.Array:
     return jnp.expand_dims(jnp.moveaxis(array, own, before), sorted(others))
 
 
-def _flatten(array: jax.Array, contract_axes: Sequence[int]) -> jax.Array:
-    """`array` with the contracted axes last, as one."""
-    own = [a for a in range(array.ndim) if a not in contract_axes]
-    moved = jnp.transpose(array, (*own, *sorted(contract_axes)))
-    return moved.reshape(*(array.shape[a] for a in own), math.prod(array.shape[a] for a in contract_axes))
-
-
 @functools.partial(jax.jit, static_argnames=("contract_axes",))
 def put_rows(values, scale, outlier_rows, outlier_index, *, contract_axes: tuple[int, ...]) -> jax.Array:
     """A weight's `values`, with the calibrated outlier columns out of their 16-bit rows. All arrays are as stored."""
-    axes = contract_axes
-    own = [a for a in range(values.ndim) if a not in axes]
-    flat = _flatten(values, axes)
-    rows = _flatten(outlier_rows, axes).astype(jnp.float32) * _flatten(scale, axes)
-    index = jnp.broadcast_to(_flatten(outlier_index, axes), rows.shape)
+    flat = columns_last(values, contract_axes)
+    rows = columns_last(outlier_rows, contract_axes).astype(jnp.float32) * columns_last(scale, contract_axes)
+    index = jnp.broadcast_to(columns_last(outlier_index, contract_axes), rows.shape)
     flat = jnp.put_along_axis(flat, index, rows, axis=-1, inplace=False, mode="drop")
-    moved = flat.reshape(*flat.shape[:-1], *(values.shape[a] for a in axes))
-    return jnp.transpose(moved, [[*own, *axes].index(a) for a in range(values.ndim)])
+    return columns_back(flat, [values.shape[a] for a in sorted(contract_axes)], contract_axes)

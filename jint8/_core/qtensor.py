@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jint8._core.axes import canonical_axes
+from jint8._core.axes import canonical_axes, columns_back, columns_last
 from jint8._core.config import Config
 from jint8._core.outlier_rows import put_rows
+from jint8._core.rotation import out_of_coordinates
 
-ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index")
+ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index", "smooth")
 STATIC_FIELDS = ("dtype", "config", "order", "stack")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=list(ARRAY_FIELDS), meta_fields=list(STATIC_FIELDS))
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
     """An int8 weight: a pytree that stands for the float array `scale * (q - zero)`.
+
+    Where it was smoothed and rotated (`config.rotate`), that is the weight in other coordinates: the float array is
+    `smooth * rotated(scale * (q - zero))`.
 
     Made by `jint8.quantize` and `jint8.quantize_params`; not meant to be built by hand.
 
@@ -36,6 +38,8 @@ class QTensor:
         shape, but that the last contracted axis has size c, the number of columns, and the other contracted ones 1.
       outlier_index: None, or int32 of `outlier_rows`' rank, with size 1 on the axes of output channels: which columns
         (over all contracted axes, flattened). The number of columns in all marks a slot that isn't used.
+      smooth: None, or float32, of `q`'s rank, with size 1 on the axes of output channels: what each feature of the
+        weight was divided by, and each of the activations is multiplied by.
       dtype: the dtype of the float weight.
       config: the `Config` that `jint8.matmul` uses unless it is given another.
       order: None, or a permutation of the weight's own axes, `q = transpose(w, order)`: `q` is stored with the
@@ -52,6 +56,7 @@ class QTensor:
     zero: jax.Array | None = None
     outlier_rows: jax.Array | None = None
     outlier_index: jax.Array | None = None
+    smooth: jax.Array | None = None
     dtype: Any = np.dtype("float32")  # noqa: RUF009
     config: Config = Config()
     order: tuple[int, ...] | None = None
@@ -95,6 +100,27 @@ class QTensor:
             if v is not None
         )
         return f"QTensor({shown}, dtype={self.dtype}, scheme={self.config.scheme!r})"
+
+
+def _children(w: QTensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays and the static fields, as JAX takes a pytree apart.
+
+    `smooth` is a child only where there is one, so that a tree without is the one that jint8 0.1.0 wrote to disk.
+    """
+    arrays = tuple(getattr(w, name) for name in ARRAY_FIELDS)
+    return arrays if w.smooth is not None else arrays[:-1], tuple(getattr(w, name) for name in STATIC_FIELDS)
+
+
+def _children_with_keys(w: QTensor):
+    arrays, static = _children(w)
+    return tuple((jax.tree_util.GetAttrKey(n), a) for n, a in zip(ARRAY_FIELDS, arrays, strict=False)), static
+
+
+def _of_children(static: tuple[Any, ...], arrays: Iterable[Any]) -> QTensor:
+    return QTensor(*arrays, **dict(zip(STATIC_FIELDS, static, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(QTensor, _children_with_keys, _of_children, _children)
 
 
 def storage_axes(w: QTensor) -> tuple[int, ...]:
@@ -162,6 +188,24 @@ def permuted(w: QTensor, permutation: Sequence[int]) -> QTensor:
     return dataclasses.replace(w, order=tuple(list(permutation).index(axis) for axis in axis_order(w)))
 
 
+def config_for(w: QTensor, config: Config | None) -> Config:
+    """The config to multiply `w` by: its own, or another one, which can't undo that it was rotated.
+
+    Raises:
+      ValueError: `config` rotates and the weight wasn't, or the other way round.
+    """
+    if config is None or not isinstance(config, Config):  # which whoever uses it refuses
+        return w.config if config is None else config
+    if not config.quantizes_weights or config.rotate == w.config.rotate:
+        return config
+    if bool(config.rotate) != bool(w.config.rotate):
+        raise ValueError(
+            f"Expected a config with rotate={w.config.rotate}, as the weight was quantized, got rotate="
+            f"{config.rotate}: quantize the float weight with that config instead."
+        )
+    return dataclasses.replace(config, rotate=w.config.rotate)
+
+
 def axis_order(w: QTensor) -> tuple[int, ...]:
     """The `order` of a weight that has one."""
     assert w.order is not None
@@ -176,7 +220,8 @@ def is_qtensor(x: Any) -> TypeGuard[QTensor]:
 def dequantize(w: QTensor, dtype=None) -> jax.Array:
     """The float array that `w` stands for: `scale * (q - zero)`, within half a step of what was quantized.
 
-    The rows of calibrated outlier columns come out of their 16 bits.
+    The rows of calibrated outlier columns come out of their 16 bits. A weight that was smoothed and rotated comes back
+    in its own coordinates; there the half step is of the smoothed and rotated weight.
 
     Args:
       w: the int8 weight.
@@ -198,11 +243,12 @@ def dequantize(w: QTensor, dtype=None) -> jax.Array:
     q = w.q.astype(jnp.float32)
     if w.zero is not None:
         q = q - w.zero
-    values = (
-        q * w.scale
-        if w.outlier_index is None
-        else put_rows(q * w.scale, w.scale, w.outlier_rows, w.outlier_index, contract_axes=contracted_axes(w))
-    )
+    values, axes = q * w.scale, contracted_axes(w)
+    if w.smooth is not None:
+        flat = out_of_coordinates(columns_last(values, axes), columns_last(w.smooth, axes), w.config.rotate)
+        values = columns_back(flat, [w.q.shape[a] for a in axes], axes)
+    if w.outlier_index is not None:
+        values = put_rows(values, w.scale, w.outlier_rows, w.outlier_index, contract_axes=axes)
     return jnp.transpose(values, storage_axes(w)).astype(w.dtype if dtype is None else dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jint8._core.axes import canonical_axes
+from jint8._core.axes import canonical_axes, columns_back
 from jint8._core.config import Config, check_config
-from jint8._core.outlier_rows import check_outliers, keep_rows
+from jint8._core.outlier_rows import MOST_STEPS, check_outliers, keep_rows
 from jint8._core.qtensor import QTensor
-from jint8._core.rounding import affine, symmetric
+from jint8._core.rotation import check_rms, into_coordinates, rotation_block
+from jint8._core.rounding import absmax, affine, symmetric
 
 # What JAX calls `_quantize` in the program of a model that quantizes float weights itself, such as one with
 # `Int8Dense`. `jint8.plan` looks for it, because the product that follows is of int8 values and no longer shows the
@@ -26,17 +28,30 @@ def _named(function):
     return function
 
 
-@functools.partial(jax.jit, static_argnames=("contract_axes", "config", "channel_axes"))
+@functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
 @_named
-def _quantize(w, *, contract_axes, config, channel_axes):
+def _quantize(w, columns, rms, *, contract_axes, stack_axes, config):
+    """`q`, `scale`, `zero`, `outlier_rows`, `outlier_index` and `smooth` of a `QTensor`."""
     scheme = config.table_row
     per_channel = scheme.weights == "channel"
-    axis = contract_axes if per_channel else tuple(sorted(contract_axes + channel_axes))
-    q, scale, *rest = (affine if scheme.affine else symmetric)(w, axis)
+    axis = contract_axes if per_channel else tuple(a for a in range(w.ndim) if a not in stack_axes)
+    values, smooth, least = w, None, None
+    if config.rotate:
+        inside = into_coordinates(
+            w, rms, columns, contract_axes=contract_axes, stack_axes=stack_axes, block=config.rotate
+        )
+        back = functools.partial(columns_back, sizes=[w.shape[a] for a in contract_axes], contract_axes=contract_axes)
+        values, smooth = back(inside.values), back(inside.smooth)
+        if inside.taken is not None:
+            # Calibrated columns are kept in units of the scale, of which float16 holds 65,504. They aren't among the
+            # values that decide it here, which may be much smaller.
+            least = absmax(back(inside.taken), axis) / MOST_STEPS
+    q, scale, *rest = (affine if scheme.affine else symmetric)(values, axis, least)
     shape = tuple(1 if a in contract_axes else size for a, size in enumerate(w.shape))
     # A scale of the whole tensor is repeated for each channel, so that in every scheme size 1 marks contracted axes.
     scale, *rest = (jnp.broadcast_to(leaf, shape) for leaf in (scale, *rest))
-    return q, scale, rest[0] if rest else None
+    rows, index = keep_rows(w, scale, columns, contract_axes=contract_axes, stack_axes=stack_axes)
+    return q, scale, rest[0] if rest else None, rows, index, smooth
 
 
 def quantize(
@@ -46,31 +61,36 @@ def quantize(
     config: Config = Config(),
     stack_axes: Sequence[int] = (),
     outliers: Any = None,
+    rms: Any = None,
 ) -> QTensor:
     """Quantizes a weight to int8, by default with one scale per output channel ("vector-wise").
 
     Formula: `scale = max(abs(w), contract_axes) / 127`, `q = clip(round_half_even(w / scale), -127, 127)`. Affine
-    schemes: `scale = (max - min) / 255`, `zero = round(-128 - min / scale)`, `q = round(w / scale) + zero`.
+    schemes: `scale = (max - min) / 255`, `zero = round(-128 - min / scale)`, `q = round(w / scale) + zero`. With
+    `config.rotate`, `w` is first smoothed, `w / s` with `s = sqrt(rms_w / rms_x)` for each feature, and rotated.
 
     Args:
       w: float array of any shape, such as a kernel `[k, n]`.
       contract_axes: the axes that a matrix product with activations sums over.
       config: the scheme, kept in the result.
       stack_axes: axes of independent weights (layers, experts): per-tensor schemes need to know, to keep one scale per
-        entry, and `outliers`.
+        entry; so do `outliers` and smoothing.
       outliers: None, or which columns of the activations are outliers: integers `[c]`, or `[*stack, c]` for each of the
         stacked weights, in the contracted axes flattened; k, their number, fills up a shorter list. Their rows of `w`
         are kept in 16 bits as well, and the result's config has `outliers="static"`.
+      rms: with `config.rotate`, the root mean square of each feature of the activations over tokens: floats `[k]`, or
+        `[*stack, k]`. None smooths by the weight alone.
 
     Returns:
       A `QTensor` of `w`'s shape and dtype (float64 is float32 unless JAX has it enabled), stored in `w`'s order. An
-      all-zero channel gets scale 0.
+      all-zero channel gets scale 0. Its `config.rotate` is what it was rotated by.
 
     Raises:
-      TypeError: `w` isn't a float array, `config` isn't a `Config`, or `outliers` aren't integers.
+      TypeError: `w` isn't a float array, `config` isn't a `Config`, `outliers` aren't integers or `rms` aren't floats.
       ValueError: axes that `w` hasn't, the scheme `"none"`, or NaN or infinity in `w` (not seen under `jit`, where
         the channel's scale is NaN instead); `outliers` of another shape, out of range, named twice (neither is seen
-        under `jit`), or with a scheme that has no decomposition.
+        under `jit`), or with a scheme that has no decomposition; `rms` without `rotate`, of another shape, or with
+        values that aren't finite.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -91,11 +111,16 @@ def quantize(
     stack_axes = canonical_axes(stack_axes, w.ndim, "stack_axes")
     if both := set(contract_axes) & set(stack_axes):
         raise ValueError(f"Expected contracted and stacked axes to differ, got {sorted(both)} in both.")
-    channel_axes = tuple(a for a in range(w.ndim) if a not in contract_axes and a not in stack_axes)
     if outliers is not None:
         config, outliers = check_outliers(outliers, w.shape, contract_axes, stack_axes, config)
-    q, scale, zero = _quantize(w, contract_axes=contract_axes, config=config, channel_axes=channel_axes)
+    if rms is not None:
+        if not config.rotate:
+            raise ValueError("Expected rms of activations with rotate, got it with rotate=0, which smooths nothing.")
+        rms = check_rms(rms, w.shape, contract_axes, stack_axes)
+    # Of a weight that is sharded, each device's features are rotated among themselves.
+    config = dataclasses.replace(config, rotate=rotation_block(w, contract_axes, config.rotate))
+    leaves = _quantize(w, outliers, rms, contract_axes=contract_axes, stack_axes=stack_axes, config=config)
+    scale = leaves[1]
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
-    rows, index = keep_rows(w, scale, outliers, contract_axes=contract_axes, stack_axes=stack_axes)
-    return QTensor(q, scale, zero, rows, index, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
+    return QTensor(*leaves, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)

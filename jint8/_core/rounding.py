@@ -63,20 +63,25 @@ def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 1
     return jnp.where(scale < SMALLEST_NORMAL, 0.0, jnp.clip(steps, -largest, largest))
 
 
-def symmetric(x: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
-    """Symmetric absmax quantization: int8 values and the float32 scale, of size 1 on `axis`."""
+def symmetric(x: jax.Array, axis, least: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Symmetric absmax quantization: int8 values and the float32 scale, of size 1 on `axis` and at least `least`."""
     scale = divide_by(absmax(x, axis), 127.0)
+    scale = scale if least is None else jnp.maximum(scale, least)
     return round_to_int8(x, scale).astype(jnp.int8), scale
 
 
-def affine(x: jax.Array, axis) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Zero-point quantization of the range from `min(x, 0)` to `max(x, 0)`: int8 values, scale, zero point."""
+def affine(x: jax.Array, axis, least: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Zero-point quantization of the range from `min(x, 0)` to `max(x, 0)`: int8 values, scale, zero point.
+
+    The scale is at least `least`.
+    """
     x = x.astype(jnp.float32)
     finite = jnp.isfinite(absmax(x, axis))
     high = jnp.max(x, axis=axis, keepdims=True, initial=0.0)
     low = jnp.min(x, axis=axis, keepdims=True, initial=0.0)
     # Halves, because the range from the lowest to the highest float32 overflows float32.
     scale = jnp.where(finite, divide_by(high / 2 - low / 2, 127.5), jnp.nan)
+    scale = scale if least is None else jnp.maximum(scale, least)
     tiny = scale < SMALLEST_NORMAL
     zero = jnp.where(tiny, 0.0, jnp.round(-128.0 - low / jnp.where(tiny, 1.0, scale)))
     q = jnp.where(tiny, 0.0, jnp.clip(jnp.round(x / scale) + zero, -128.0, 127.0))

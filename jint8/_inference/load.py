@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jint8._convert.read_params import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype
 from jint8._convert.settings import resolve_settings
 from jint8._convert.targets import abstract_float_params
+from jint8._core.calibration import Calibration
 from jint8._core.config import Config, check_config
 from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
@@ -43,7 +44,7 @@ def load(
     include: Patterns = (),
     adapter: str | os.PathLike[str] | None = None,
     outliers: Mapping[str, Any] | None = None,
-    calibrate: str | None = None,
+    calibrate: str | Literal[False] | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -70,8 +71,10 @@ def load(
       include: patterns or a predicate that win over `skip` and over the default.
       adapter: a directory in which PEFT saved a LoRA adapter; its factors are added in floating point.
       outliers: outlier feature dimensions by path, as `jint8.calibrate` returns; the config then has
-        `outliers="static"`. None, with such a config: they are found on a text, which reads the checkpoint twice.
-      calibrate: that text, where they are to be found. None is a short one that comes with the package.
+        `outliers="static"`, unless it rotates without decomposition and only smooths by their `rms`. None, with a
+        config that needs either: they are found on a text, which reads the checkpoint twice.
+      calibrate: that text. None is a short one that comes with the package, or random tokens where there is no
+        tokenizer. False looks at no activations: a config that rotates then smooths by the weights alone.
       verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
@@ -170,8 +173,8 @@ def _load_fields(
     progress: Progress | None,
     mesh: Mesh | None = None,
     outliers: Mapping[str, Any] | None = None,
-    calibrate: str | None = None,
-    find_outliers: Callable[[dict[str, Any], str | None], Mapping[str, Any]] | None = None,
+    calibrate: str | Literal[False] | None = None,
+    find_outliers: Callable[[dict[str, Any], str | None], Calibration] | None = None,
 ) -> dict[str, Any]:
     """The fields of a `LanguageModel` or a `TextEncoder`, read from a checkpoint.
 
@@ -198,21 +201,27 @@ def _load_fields(
             quant, selection = resolve_settings(checkpoint, config=config, quantize=quantize, selection=selection)
             model = build(checkpoint, default_dtype() if dtype is None else dtype)
             read = functools.partial(read_params, checkpoint, model, selection=selection, mesh=mesh, progress=progress)
-            if calibrate is not None and (outliers is not None or not quant.uses_calibrated_columns):
+            calibrated = quant.uses_calibrated_columns or bool(quant.rotate)
+            if calibrate is not None and (outliers is not None or not calibrated):
                 raise ValueError(
-                    f"{path}: Expected calibrate with static outliers that are to be found, got it without."
+                    f"{path}: Expected calibrate with static outliers that are to be found, or with rotate, got it "
+                    "without."
                 )
             if outliers is not None:
                 if not quantize:
                     raise ValueError(f"{path}: Expected outliers for weights in int8, got them with quantize=False.")
-                quant = dataclasses.replace(quant, outliers="static")
-            elif quant.uses_calibrated_columns:
-                if find_outliers is None:
-                    raise ValueError(f"{path}: Expected outliers by batch or by token for an encoder, got static.")
+                if quant.table_row.decomposition or not quant.rotate:
+                    quant = dataclasses.replace(quant, outliers="static")
+            elif quant.uses_calibrated_columns and (find_outliers is None or calibrate is False):
+                got = "calibrate=False" if find_outliers else "an encoder"
+                raise ValueError(f"{path}: Expected outliers by batch or by token without calibration, got {got}.")
+            elif calibrated and find_outliers is not None and calibrate is not False:
                 # Calibrated on a model that finds outliers token by token. Its parameters are dropped before those of
                 # the result are read: both together may not fit.
-                dynamic = read(config=dataclasses.replace(quant, outliers="token"))
-                outliers = find_outliers(_fields(checkpoint, model, dynamic, quant), calibrate)
+                scheme = quant.scheme if quant.table_row.decomposition else Config().scheme
+                by_token = dataclasses.replace(quant, scheme=scheme, outliers="token", rotate=0)
+                dynamic = read(config=by_token)
+                outliers = find_outliers(_fields(checkpoint, model, dynamic, by_token), calibrate)
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:
@@ -220,7 +229,7 @@ def _load_fields(
         return _fields(checkpoint, model, params, quant)
 
 
-def _find_outliers(fields: dict[str, Any], text: str | None) -> Mapping[str, Any]:
+def _find_outliers(fields: dict[str, Any], text: str | None) -> Calibration:
     return LanguageModel(**fields).calibrate(text)
 
 

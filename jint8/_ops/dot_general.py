@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jint8._core.config import Config
-from jint8._core.qtensor import QTensor, is_qtensor, storage_axes
+from jint8._core.qtensor import QTensor, config_for, is_qtensor, storage_axes
 from jint8._ops.checks import check_activations, check_bias, check_result_type
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
@@ -84,7 +84,7 @@ def dot_general(
         x,
         w,
         numbers,
-        config=w.config if config is None else config,
+        config=config_for(w, config),
         implementation=implementation,
         dtype=x.dtype if preferred_element_type is None else preferred_element_type,
         bias=bias,
@@ -146,7 +146,9 @@ def activations_first(
         zero=None if w.zero is None else channels(w.zero),
         outlier_rows=outlier_rows,
         outlier_index=outlier_index,
+        smooth=None if w.smooth is None else _column_lists(w.smooth, order, stored_batch, stored_free, batch_shape),
         k_last=k_last,
+        block=w.config.rotate,
     )
 
     def product(x, weight, bias):
@@ -161,11 +163,11 @@ def activations_first(
 
 
 def _column_lists(leaf, order, stored_batch, stored_free, batch_shape) -> jax.Array:
-    """A leaf with a list of columns for each stacked weight, as a list for each entry of the batch."""
+    """A leaf with a list over columns for each stacked weight, as a list for each entry of the batch."""
     if any(leaf.shape[axis] != 1 for axis in stored_free):
         raise ValueError(
-            "Expected one list of outlier columns for all output channels, got one for each entry of an axis that "
-            f"isn't a batch axis: {leaf.shape}."
+            "Expected one list of outlier columns for all output channels, and one of smoothing factors, got one for "
+            f"each entry of an axis that isn't a batch axis: {leaf.shape}."
         )
     stacked = [leaf.shape[axis] for axis in stored_batch]
     columns = math.prod(leaf.shape[axis] for axis in order if axis not in stored_batch)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jint8._core.config import Config
-from jint8._core.qtensor import is_qtensor
+from jint8._core.qtensor import config_for, is_qtensor
 from jint8._ops.checks import check_activations, check_result_type
 from jint8._ops.dot_general import DimensionNumbers, activations_first
 from jint8._ops.product import Implementation
@@ -79,7 +79,7 @@ def einsum(
         labels.sum_alone(x),
         w,
         labels.numbers,
-        config=w.config if config is None else config,
+        config=config_for(w, config),
         implementation=implementation,
         dtype=x.dtype if preferred_element_type is None else preferred_element_type,
         bias=None if bias is None else labels.arrange_bias(bias),

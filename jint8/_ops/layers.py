@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, storage_axes
 from jint8._core.quantize import quantize
+from jint8._core.rotation import out_of_coordinates
 from jint8._ops.checks import check_activations, check_precision
 from jint8._ops.dot_general import DimensionNumbers, activations_first, dot_general
 from jint8._ops.einsum import parse_subscripts
@@ -153,11 +154,16 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: DTypeLike | None = None) -> 
         return lax.optimization_barrier(jnp.take(leaf, tokens, axis=0)).astype(dtype)
 
     q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
+    scale = rows(w.scale)
+    values = q * scale
+    if w.smooth is not None:
+        values = out_of_coordinates(values, rows(w.smooth), w.config.rotate)
     if w.outlier_index is not None:
         assert w.outlier_rows is not None
         index = rows(w.outlier_index, jnp.int32)  # all rows of an embedding have the same columns
-        q = jnp.put_along_axis(q, index, rows(w.outlier_rows), axis=-1, inplace=False, mode="drop")
-    return (q * rows(w.scale)).astype(w.dtype if dtype is None else dtype)
+        kept = rows(w.outlier_rows) * scale
+        values = jnp.put_along_axis(values, index, kept, axis=-1, inplace=False, mode="drop")
+    return values.astype(w.dtype if dtype is None else dtype)
 
 
 def attend(x: jax.Array, w: QTensor, *, dtype: DTypeLike | None = None, precision: Any = None) -> jax.Array:

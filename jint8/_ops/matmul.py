@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jint8._core.config import Config
-from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor
+from jint8._core.qtensor import QTensor, config_for, contracted_axes, is_qtensor
 from jint8._ops.checks import check_activations, check_bias
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
@@ -36,7 +36,7 @@ def matmul(
       x: bfloat16, float16 or float32 `[..., k]`; any number of leading dimensions, also none or empty ones.
       w: a two-dimensional `QTensor` of which one axis, of size k, is contracted.
       bias: None or float `[n]`.
-      config: None means the one stored in `w`.
+      config: None means the one stored in `w`. Of a weight that was rotated, one that rotates, too.
       implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, XLA elsewhere. `"xla"` picks
         among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
         (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier
@@ -113,13 +113,15 @@ def _matmul(
         zero=None if w.zero is None else w.zero.reshape(-1),
         outlier_rows=w.outlier_rows,
         outlier_index=None if w.outlier_index is None else w.outlier_index.reshape(-1),
+        smooth=None if w.smooth is None else w.smooth.reshape(-1),
         k_last=axis == 1,
+        block=w.config.rotate,
     )
     y = rows_product(
         rows,
         flat,
         bias,
-        config=w.config if config is None else config,
+        config=config_for(w, config),
         implementation=implementation,
         dtype=x.dtype,
         sharding=sharding,

@@ -6,6 +6,7 @@ layers of Flax.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -63,6 +64,8 @@ def rows_product(
     """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, rounded once; differentiable in `x` and `bias`."""
     check_config(config)
     check_precision(precision)
+    if w.block:  # there are no outliers in its coordinates but the columns that were taken out before
+        config = dataclasses.replace(config, rotate=0, threshold=0.0)
     path = choose_path(x.shape[0], w, config, implementation)
     if 0 in x.shape or 0 in w.q.shape:
         y = jnp.zeros((x.shape[0], w.n), jnp.float32)
@@ -97,14 +100,13 @@ class _Static(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(static: _Static, x, w: Weight, bias):
-    if w.outlier_index is None or static.path == "dequantize":
+    if static.path == "dequantize":
         return _compute(static, x, w, bias)
-    int8 = w.without_calibrated_columns()
-    if not static.config.uses_calibrated_columns:
-        return _compute(static, x, int8, bias)
+    if w.outlier_index is None or not (w.block or static.config.uses_calibrated_columns):
+        return _compute(static, w.coordinates(x), w.int8_alone(), bias)
     # The calibrated columns in 16 bits, and the other columns as if those were zeros.
-    rest = without_columns(x, w.outlier_index)
-    y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), rest, int8, bias)
+    rest = w.coordinates(without_columns(x, w.outlier_index))
+    y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), rest, w.int8_alone(), bias)
     return (y + column_product(x, w, static.precision)).astype(static.dtype)
 
 

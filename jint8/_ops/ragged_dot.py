@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jint8._core.config import Config, check_config
-from jint8._core.qtensor import QTensor, dequantize, is_qtensor, storage_axes
+from jint8._core.qtensor import QTensor, config_for, dequantize, is_qtensor, storage_axes
+from jint8._core.rotation import rotate
 from jint8._ops.activations import split_with_digits
 from jint8._ops.checks import check_activations, check_bias, check_precision
 from jint8._ops.digits import OUTLIER_DIGITS, join_digits
@@ -85,8 +87,10 @@ def ragged_dot(
     if implementation not in (None, "xla", "xla_digits", "dequantize"):
         raise NotImplementedError(f"Expected an implementation with a ragged product, got {implementation!r}.")
     check_precision(precision)
-    config = rhs.config if config is None else config
+    config = config_for(rhs, config)
     check_config(config)
+    if rhs.smooth is not None:  # there are no outliers in its coordinates but the columns that were taken out before
+        config = dataclasses.replace(config, rotate=0, threshold=0.0)
     if isinstance(rhs, Observed):
         taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
         taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
@@ -132,7 +136,8 @@ def _ragged(static: _Static, x, w: QTensor, group_sizes):
         return jnp.transpose(leaf, at)[expert, 0]
 
     y = jnp.float32(0)
-    if w.outlier_rows is not None and w.outlier_index is not None and config.uses_calibrated_columns:
+    uses_columns = config.uses_calibrated_columns or w.smooth is not None
+    if w.outlier_rows is not None and w.outlier_index is not None and uses_columns:
         index = jnp.transpose(w.outlier_index, at)[..., 0]  # [experts or 1, c]
         index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
         columns = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
@@ -140,6 +145,11 @@ def _ragged(static: _Static, x, w: QTensor, group_sizes):
         for_columns = lax.Precision.HIGHEST if precision is None else precision
         y = lax.ragged_dot(columns, kept_rows, group_sizes, precision=for_columns)
         x = jnp.put_along_axis(x, index, jnp.zeros((), x.dtype), axis=1, inplace=False, mode="drop")
+
+    if w.smooth is not None:
+        factors = jnp.transpose(w.smooth, at)[..., 0]  # [experts or 1, k]
+        factors = jnp.broadcast_to(factors, (w.shape[0], factors.shape[1]))[expert]
+        x = rotate(x.astype(jnp.float32) * factors, w.config.rotate)
 
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (at[1],)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[at[0]]

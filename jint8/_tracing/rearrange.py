@@ -4,9 +4,9 @@ Every function takes and returns `QTensor`s whose `order` names all axes (`order
 the float weight. Only `reshaped` may move data, and not where the contracted axes are stored last.
 
 All arrays of a weight have `q`'s rank. On an axis of channels each has `q`'s size, or 1 where all channels share it. On
-the contracted axes, taken together, `scale` and `zero` have one entry, and the others a list over columns: calibrated
-outlier columns, or the tap of an `Observed` weight. Whatever changes which columns there are, or their order, also
-changes what is in these lists: `_with_columns`.
+the contracted axes `smooth` has `q`'s sizes; taken together, `scale` and `zero` have one entry there, and the others a
+list over columns: calibrated outlier columns, or the tap of an `Observed` weight. Whatever changes which columns there
+are, or their order, also changes what is in these lists: `_with_columns`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax import lax
 
 from jint8._core.axes import column_axis
 from jint8._core.qtensor import QTensor, axis_order, contracted_axes, ordered, permuted, storage_axes
+from jint8._core.rotation import out_of_coordinates
 from jint8._ops.observe import Observed, take_columns
 from jint8._tracing.views import View
 
@@ -72,7 +73,8 @@ def _each_leaf(
 
     def runs_over(name: str, leaf: jax.Array) -> list[int]:
         axes = range(w.ndim)
-        return [s for s in axes if name == "q" or (s not in contracted and leaf.shape[s] == w.q.shape[s])]
+        over_columns = name in ("q", "smooth")
+        return [s for s in axes if leaf.shape[s] == w.q.shape[s] and (over_columns or s not in contracted)]
 
     leaves: dict[str, Any] = {name: slice_axes(leaf, runs_over(name, leaf)) for name, leaf in _leaves(w).items()}
     result = dataclasses.replace(w, **leaves)
@@ -114,6 +116,9 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
         needed = set().union(*(axes for axes in view.axes if own.intersection(axes))) - contracted
         full = [w.shape[a] if a in needed else size for a, size in zip(grouped, leaf.shape, strict=True)]
         sizes = [shape[axis] if needed.intersection(view.axes[axis]) else 1 for axis in new_order]
+        if name == "smooth":
+            sizes = [shape[axis] if is_contracted[axis] else size for axis, size in zip(new_order, sizes, strict=True)]
+            return jnp.broadcast_to(leaf, full).reshape(sizes)
         sizes[at] = math.prod(size for axis, size in zip(grouped, full, strict=True) if axis in contracted)
         return jnp.broadcast_to(leaf, full).reshape(sizes)
 
@@ -143,6 +148,7 @@ def _with_columns(before: QTensor, w: QTensor, contracted: Sequence[int], column
     count, k = _column_numbers(before).size, columns.size
     if isinstance(columns, np.ndarray) and np.array_equal(columns, np.arange(count)):
         return w
+    _check_blocks(w, columns)
     at = column_axis(w.q.shape, contracted)
 
     def on_column_axis(leaf: jax.Array) -> jax.Array:
@@ -160,6 +166,20 @@ def _with_columns(before: QTensor, w: QTensor, contracted: Sequence[int], column
     if isinstance(w, Observed) and w.tap is not None:
         changed["tap"] = take_columns(on_column_axis(w.tap), at, columns)
     return dataclasses.replace(w, **changed)
+
+
+def _check_blocks(w: QTensor, columns: Any) -> None:
+    """Raises ValueError where a rotated weight is left with a part of a block of columns, or with another order."""
+    block = w.config.rotate
+    if block <= 1:
+        return
+    whole = isinstance(columns, np.ndarray) and columns.size % block == 0
+    if whole and (columns.reshape(-1, block) == columns[::block, None] // block * block + np.arange(block)).all():
+        return
+    raise ValueError(
+        f"Expected the contracted features of a weight whose features are rotated in blocks of {block} to be used in "
+        "their order and by whole blocks, got a slice or another order of them: quantize this weight without rotate."
+    )
 
 
 def looked_up(
@@ -183,4 +203,21 @@ def looked_up(
 
     q = take(w.q, 1).astype(jnp.float32)
     q = q if w.zero is None else q - take(w.zero, 0)
-    return (q * take(w.scale, fill_value)).astype(w.dtype)
+    values = q * take(w.scale, fill_value)
+    if w.smooth is not None:
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [axis for axis in range(w.ndim) if axis not in gone]
+        # Where the contracted axes are in the result, in the order in which their features were rotated.
+        stored = [axis_order(w)[s] for s in contracted_axes(w)]
+        at = [numbers.offset_dims[kept.index(axis)] for axis in stored if axis in kept]
+        values = _back(values, jnp.broadcast_to(take(w.smooth, 1), values.shape), at, w.config.rotate)
+    return values.astype(w.dtype)
+
+
+def _back(values: jax.Array, smooth: jax.Array, axes: Sequence[int], block: int) -> jax.Array:
+    """`out_of_coordinates` of features that are on `axes`, in this order."""
+    last = range(values.ndim - len(axes), values.ndim)
+    moved, factors = (jnp.moveaxis(a, axes, last) for a in (values, smooth))
+    own, sizes = moved.shape[: values.ndim - len(axes)], moved.shape[values.ndim - len(axes) :]
+    flat, factors = (a.reshape(*own, math.prod(sizes)) for a in (moved, factors))
+    return jnp.moveaxis(out_of_coordinates(flat, factors, block).reshape(moved.shape), last, axes)

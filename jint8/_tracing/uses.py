@@ -124,10 +124,26 @@ def _product(interpreter: Interpreter, eqn: Any, operands: Views, contract: Any,
         data = weights.index(False)
         interpreter.note(sides[data], "an input that is multiplied by another parameter")
         sides[data] = None
+    if (rotated := _rotation(eqn, sides, contract, batch)) is not None:
+        return [rotated]
     for view, contracted, batched in zip(sides, contract, batch, strict=True):
         if view is not None:
             interpreter.note(view, _contraction(view, contracted, batched))
     return [None]
+
+
+def _rotation(eqn: Any, sides: Views, contract: Any, batch: Any) -> View | None:
+    """The view after `jint8.quantize` has rotated a weight: the product with a matrix that keeps the axis it contracts.
+
+    None where the product isn't within `jint8.quantize`.
+    """
+    view, other = sides
+    if view is None or other is not None or view.quantized != frozenset() or any(batch):
+        return None
+    ((contracted,), _) = contract
+    free = [position for position in range(len(view.axes)) if position != contracted]
+    assert rank_of(eqn.outvars[0]) == len(view.axes)
+    return replace(view, axes=(*(view.axes[position] for position in free), view.axes[contracted]))
 
 
 def _is_weight(view: View, atom: Any) -> bool:

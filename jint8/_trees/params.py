@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._core.axes import canonical_axes
+from jint8._core.calibration import calibrated_paths, check_calibrated, of_weight
 from jint8._core.config import Config, check_config
-from jint8._core.outlier_rows import check_calibrated
-from jint8._core.qtensor import QTensor, contract_last, dequantize, is_qtensor
+from jint8._core.qtensor import QTensor, config_for, contract_last, dequantize, is_qtensor
 from jint8._core.quantize import quantize
 from jint8._trees.paths import Patterns, Selection, leaf_paths, matches, path_string
 from jint8._trees.plan import Axes, Plan
@@ -49,7 +49,8 @@ def quantize_params(
       plan: what `jint8.plan` returns, or any mapping from leaf path to contracted axes. Only a `jint8.Plan` says
         which axes are stacked (scanned layers, experts). Without that, a leaf of more than two dimensions is stored
         in the order given, for any of its other axes may be scanned: right, if slower. Schemes with one scale per
-        tensor, which would be one for all layers, refuse it, and scanned layers with `outliers` fail when they run.
+        tensor, which would be one for all layers, and `config.rotate` refuse it, and scanned layers with `outliers`
+        fail when they run.
       skip: path patterns, or a predicate on paths, of weights that stay in floating point, besides the output head
         (`jint8.OUTPUT_HEADS`). A pattern matches whole segments of a path: `"lm_head"`, `"layers_0/mlp"`,
         `"*/gate"`.
@@ -58,8 +59,8 @@ def quantize_params(
       keep_order: patterns or a predicate for weights that are stored as they are given instead of with the contracted
         axes last, such as those that are sharded by the names of their axes. Products with them may be slower.
       outliers: from leaf path to the outlier feature dimensions of its activations, as `jint8.calibrate` returns:
-        those rows are kept in 16 bits too (see `jint8.quantize`). Paths of leaves that stay in floating point don't
-        matter.
+        those rows are kept in 16 bits too (see `jint8.quantize`). A config that rotates smooths by its `rms`, and
+        without it by the weights alone. Paths of leaves that stay in floating point don't matter.
 
     Returns:
       A tree of the same structure. Weights are stored with the contracted axes last; `QTensor.shape` stays that of
@@ -68,8 +69,8 @@ def quantize_params(
     Raises:
       TypeError: `config` isn't a `Config`, or `plan` or `outliers` isn't a mapping.
       ValueError: a path in `plan` or `outliers` that isn't in `params`, axes that a leaf hasn't, outliers that don't
-        fit it, one scale per tensor for a leaf whose stacked axes aren't known, or NaN or infinity in a weight; the
-        message names the leaf.
+        fit it, one scale per tensor or a rotation for a leaf whose stacked axes aren't known, or NaN or infinity in a
+        weight; the message names the leaf.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -82,8 +83,8 @@ def quantize_params(
     _tell_flax()
     plan = None if plan is None else Plan.of(plan)
     paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
-    for what, named in (("plan", plan), ("outliers", outliers)):
-        if unknown := sorted(set(named or ()) - paths):
+    for what, named in (("plan", set(plan or ())), ("outliers", calibrated_paths(outliers))):
+        if unknown := sorted(named - paths):
             raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
     found = projections(params, plan, Selection(skip, include))
     if not config.quantizes_weights:
@@ -98,14 +99,15 @@ def quantize_params(
             axes = canonical_axes(axes, leaf.ndim)
             if not axes:
                 raise ValueError("Expected at least one contracted axis, got none.")
-            columns = None if outliers is None else outliers.get(path)
-            if stack is None and config.table_row.weights == "tensor":
+            known = of_weight(outliers, path, config)
+            if stack is None and (config.rotate or config.table_row.weights == "tensor"):
+                each = "smooths" if config.rotate else f"has one scale by {config.scheme!r} for"
                 raise ValueError(
-                    f"Expected a plan that says which axes are stacked, as {config.scheme!r} has one scale for each "
-                    "of the stacked weights, got a plain mapping, which doesn't say which axes are stacked: pass the "
-                    "jint8.Plan itself."
+                    f"Expected a plan that says which axes are stacked, as the config {each} each of the stacked "
+                    "weights, got a plain mapping, which doesn't say which axes are stacked: pass the jint8.Plan "
+                    "itself."
                 )
-            w = quantize(leaf, contract_axes=axes, stack_axes=stack or (), config=config, outliers=columns)
+            w = quantize(leaf, contract_axes=axes, stack_axes=stack or (), config=config, **known)
             if stack is None or matches(path, keep_order):
                 return w
             return contract_last(w, axes, stack)
@@ -193,6 +195,7 @@ def with_config(params: Any, config: Config) -> Any:
 
     Raises:
       TypeError: `config` isn't a `Config`.
+      ValueError: it rotates and a weight wasn't rotated, or the other way round.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -203,6 +206,6 @@ def with_config(params: Any, config: Config) -> Any:
     check_config(config)
 
     def replace(leaf):
-        return dataclasses.replace(leaf, config=config) if isinstance(leaf, QTensor) else leaf
+        return dataclasses.replace(leaf, config=config_for(leaf, config)) if isinstance(leaf, QTensor) else leaf
 
     return jax.tree.map(replace, params, is_leaf=is_qtensor)

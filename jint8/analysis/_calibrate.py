@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jint8._core.calibration import Calibration
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor, storage_axes
 from jint8._core.quantize import quantize
@@ -37,8 +38,10 @@ def calibrate(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
-) -> dict[str, np.ndarray]:
+) -> Calibration:
     """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.quantize_params`.
+
+    The result also has the root mean square of each feature, `.rms`, by which configs that rotate smooth.
 
     By the paper's criteria: a dimension is an outlier where its magnitude reaches `threshold` in at least
     `layer_share` of the layers and, there, in at least `position_share` of the positions. Layers are those whose paths
@@ -63,7 +66,8 @@ def calibrate(
       include: patterns or a predicate that win over `skip`.
 
     Returns:
-      From path to int32 `[c]`, sorted; with `budget`, `[*stack, c]` for stacked weights. c may be 0.
+      From path to int32 `[c]`, sorted; with `budget`, `[*stack, c]` for stacked weights. c may be 0. The attribute
+      `rms` has float32 `[k]` by path, or `[*stack, k]`.
 
     Raises:
       TypeError: `apply_fn` isn't callable.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jint8._core.calibration import Calibration
 from jint8._core.config import Config
 from jint8._ops.observe import Seen
 from jint8._trees.paths import path_group
@@ -68,8 +69,13 @@ def shares(outliers: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.
     return position_share, affected.mean(axis=0)
 
 
-def choose(seen: Mapping[str, Seen], criteria: Criteria = Criteria()) -> dict[str, np.ndarray]:
-    """Outlier dimensions by path, int32 `[c]`, out of statistics; with a budget, `[*stack, c]`."""
+def choose(seen: Mapping[str, Seen], criteria: Criteria = Criteria()) -> Calibration:
+    """Outlier dimensions by path, int32 `[c]` (with a budget `[*stack, c]`), and root mean squares of all."""
+    rms = {path: np.sqrt(s.square_sum / np.maximum(s.positions, 1)).astype(np.float32) for path, s in seen.items()}
+    return Calibration(_columns(seen, criteria), rms)
+
+
+def _columns(seen: Mapping[str, Seen], criteria: Criteria) -> dict[str, np.ndarray]:
     if criteria.budget is not None:
         return {path: _largest(s.square_sum, criteria.budget) for path, s in seen.items()}
     groups: dict[str, list[str]] = {}

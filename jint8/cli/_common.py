@@ -35,10 +35,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded and computes."""
     group = parser.add_argument_group("model")
     group.add_argument("--scheme", metavar="NAME", help="how to quantize: llm.int8 (default), vector, none, ...")
-    group.add_argument("--preset", metavar="NAME", help="a choice that was measured: paper, static, best or fast")
+    group.add_argument(
+        "--preset", metavar="NAME", help="a choice that was measured: paper, static, rotated, best or fast"
+    )
     group.add_argument("--outliers", metavar="WHO", help="who decides what is an outlier: batch, token or static")
     group.add_argument(
-        "--calibrate", metavar="FILE", help="the text on which static outliers are found (default: a short one of ours)"
+        "--calibrate",
+        metavar="FILE",
+        help="the text on which static outliers are found, or by which the preset rotated smooths (default: a short one "
+        "of ours); none: smooth by the weights alone",
     )
     group.add_argument("--threshold", type=float, metavar="T", help="of outliers; default 6, 0 means no decomposition")
     group.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
@@ -96,8 +101,10 @@ def quant_config(args: argparse.Namespace) -> Config | None:
         raise ValueError("Expected --scheme or --preset, got both")
     config = Config() if args.preset is None else Config.preset(args.preset)
     config = dataclasses.replace(config, **given)
-    if args.calibrate is not None and not config.uses_calibrated_columns:
-        raise ValueError("Expected --calibrate with static outliers (--preset static or best, --outliers static)")
+    if args.calibrate is not None and not (config.uses_calibrated_columns or config.rotate):
+        raise ValueError(
+            "Expected --calibrate with what is calibrated (--preset rotated, static or best, --outliers static)"
+        )
     return config if given or args.preset is not None else None
 
 
@@ -122,7 +129,7 @@ def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any)
 
     options["dtype"] = None if args.dtype is None else float_dtype(args.dtype)
     if args.calibrate is not None and options.get("quantize", True):
-        options["calibrate"] = read_text(args.calibrate)
+        options["calibrate"] = False if args.calibrate == "none" else read_text(args.calibrate)
     with progress_bar(args, "loading", unit="B", unit_scale=True) as progress:
         return jint8.load(path, adapter=getattr(args, "adapter", None), progress=progress, **options)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from jint8._core.calibration import Calibration
 from jint8._core.qtensor import QTensor
 from jint8._ops.observe import Seen, observe
 from jint8._trees.paths import Patterns, Selection
@@ -31,7 +31,7 @@ def calibrate(
     skip: Patterns = (),
     include: Patterns = (),
     call: Callable[..., Any] | None = None,
-) -> dict[str, np.ndarray]:
+) -> Calibration:
     """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.nnx.quantize`.
 
     `jint8.calibrate` for nnx; see there for the criteria.

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax import nnx
 
+from jint8._core.calibration import calibrated_paths, check_calibrated, only
 from jint8._core.config import Config, check_config
-from jint8._core.outlier_rows import check_calibrated
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.params import OUTPUT_HEADS, quantize_params
 from jint8._trees.paths import Patterns, Selection
@@ -72,13 +72,13 @@ def quantize(
             config=config,
             plan=Plan({path: contracted}, {} if stacked is None else {path: stacked}),
             include="*",
-            outliers={path: outliers[path]} if outliers and path in outliers else None,
+            outliers=only(outliers, path),
         )[path]
         return result if is_qtensor(result) else None
 
     plan = None if plan is None else Plan.of(plan)
     result, seen = replace_layers(model, make, plan, Selection(skip, include))
-    if unknown := sorted(set(outliers or ()) - seen):
+    if unknown := sorted(calibrated_paths(outliers) - seen):
         raise ValueError(f"Expected outliers for attributes of modules, got {', '.join(unknown)}.")
     return result
 

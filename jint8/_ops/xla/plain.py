@@ -18,6 +18,7 @@ def float_product(x: jax.Array, w: Weight, precision: Any = None) -> jax.Array:
     if w.zero is not None:
         q = q - w.per_channel(w.zero)
     rest = x if w.outlier_index is None else without_columns(x, w.outlier_index)
+    rest = w.coordinates(rest).astype(x.dtype)
     y = dot(rest, (q * w.per_channel(w.scale)).astype(x.dtype), k_last=w.k_last, dtype=x.dtype, precision=precision)
     return y if w.outlier_index is None else y + column_product(x, w, precision).astype(x.dtype)
 

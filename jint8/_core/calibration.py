@@ -1,0 +1,61 @@
+"""What is known of the activations that meet each weight: their outlier columns, and how large their features are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jint8._core.config import Config
+
+
+class Calibration(dict[str, Any]):
+    """From the path of a weight to its outlier columns, with the root mean squares of all features beside them.
+
+    What `jint8.calibrate` returns, and `outliers=` of `jint8.quantize_params` takes.
+
+    Attributes:
+      rms: from path to float32 `[k]`, or `[*stack, k]` for stacked weights: the root mean square of each feature of the
+        activations over tokens, by which `Config(rotate=)` smooths.
+    """
+
+    def __init__(self, columns: Mapping[str, Any], rms: Mapping[str, Any]):
+        super().__init__(columns)
+        self.rms = dict(rms)
+
+    def __reduce__(self):
+        return Calibration, (dict(self), self.rms)
+
+
+def check_calibrated(outliers: Any) -> None:
+    """Raises TypeError unless `outliers` maps paths to columns, as what `jint8.calibrate` returns; None is none."""
+    if outliers is not None and not isinstance(outliers, Mapping):
+        raise TypeError(
+            "Expected outliers to map paths to columns, as jint8.calibrate returns them (who decides what an outlier "
+            f"is, is said by jint8.Config(outliers=...)), got {outliers!r}."
+        )
+
+
+def calibrated_paths(outliers: Mapping[str, Any] | None) -> set[str]:
+    """The paths of the weights of which anything is known."""
+    return {*(outliers or ()), *getattr(outliers, "rms", ())}
+
+
+def only(outliers: Mapping[str, Any] | None, path: str) -> Mapping[str, Any] | None:
+    """What is known of one weight; None where that is nothing."""
+    if path not in calibrated_paths(outliers):
+        return None
+    assert outliers is not None
+    rms = getattr(outliers, "rms", None)
+    columns = {path: outliers[path]} if path in outliers else {}
+    return columns if rms is None else Calibration(columns, {path: rms[path]} if path in rms else {})
+
+
+def of_weight(outliers: Mapping[str, Any] | None, path: str, config: Config) -> dict[str, Any]:
+    """The arguments of `quantize` that say what is known of a weight's activations: those that `config` has a use for.
+
+    A scheme without decomposition leaves a `Calibration`'s columns alone if it rotates: then it wants the rest.
+    """
+    columns = None if outliers is None else outliers.get(path)
+    if not isinstance(outliers, Calibration) or not config.rotate:
+        return {"outliers": columns}
+    return {"outliers": columns if config.table_row.decomposition else None, "rms": outliers.rms.get(path)}
