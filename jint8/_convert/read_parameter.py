@@ -180,9 +180,9 @@ class ParameterReader:
         check_finite(value)
         by_row = scheme.weights == "channel"
         least = least if by_row or least is None else least.max(keepdims=True, initial=0)
-        q, *scales = _rounding(scheme.affine)(jnp.array(value), 1 if by_row else (0, 1), least)
+        rounded, *scales = _rounding(scheme.affine)(jnp.array(value), 1 if by_row else (0, 1), least)
         columns = (np.broadcast_to(np.asarray(leaf), (len(value), 1)) for leaf in scales)
-        yield original, {"q": np.asarray(q), **dict(zip(("scale", "zero"), columns, strict=False))}
+        yield original, {"q": np.asarray(rounded), **dict(zip(("scale", "zero"), columns, strict=False))}
 
     def _float_blocks(
         self, name: str, rows: slice, at: np.ndarray

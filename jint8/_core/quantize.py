@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jint8._core.axes import canonical_axes, columns_back
 from jint8._core.config import Config, check_config
 from jint8._core.outlier_rows import MOST_STEPS, check_outliers, keep_rows
-from jint8._core.qtensor import QTensor
+from jint8._core.qtensor import ARRAY_FIELDS, QTensor
 from jint8._core.rotation import check_rms, into_coordinates, rotation_block
 from jint8._core.rounding import absmax, affine, symmetric
 
@@ -123,4 +123,5 @@ def quantize(
     scale = leaves[1]
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
-    return QTensor(*leaves, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
+    arrays = dict(zip(ARRAY_FIELDS, leaves, strict=True))
+    return QTensor(**arrays, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)

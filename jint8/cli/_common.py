@@ -42,8 +42,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="the text on which static outliers are found, or by which the preset rotated smooths (default: a short one "
-        "of ours); none: smooth by the weights alone",
+        help="the text on which static outliers are found, or by which the preset rotated smooths (default: a short "
+        "one of ours); none: smooth by the weights alone",
     )
     group.add_argument("--threshold", type=float, metavar="T", help="of outliers; default 6, 0 means no decomposition")
     group.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
