@@ -8,7 +8,7 @@ import jax
 import pytest
 
 # Tests of numbers, which run what users run.
-OPTIMIZED = ("test_matmul.py", "test_activations.py", "test_quantize.py", "test_batch_independence.py")
+OPTIMIZED = ("test_matmul.py", "test_activations.py", "test_quantize.py", "test_batch_independence.py", "test_cache.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

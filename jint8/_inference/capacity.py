@@ -80,7 +80,14 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 
 def capacity(
-    config: ModelConfig, devices: int, *, context: int, batch: int, dtype: DTypeLike, quant: Config
+    config: ModelConfig,
+    devices: int,
+    *,
+    context: int,
+    batch: int,
+    dtype: DTypeLike,
+    quant: Config,
+    cache: str | None = None,
 ) -> Capacity:
     """What each of `devices` holds of a model that is sharded over them as `jint8.load` does it.
 
@@ -91,6 +98,7 @@ def capacity(
       batch: sequences.
       dtype: of activations, and of the parameters that aren't quantized.
       quant: how to quantize.
+      cache: of keys and values: `"int8"`, or None for `dtype`.
 
     Returns:
       A `Capacity`.
@@ -100,7 +108,9 @@ def capacity(
     """
     mesh = model_mesh(config, devices)
     weights, floats = _weights(config, mesh, dtype, quant)
-    one, two = (measure(layers(config, n), mesh, context=context, batch=batch, quant=quant) for n in (1, 2))
+    one, two = (
+        measure(layers(config, n), mesh, context=context, batch=batch, quant=quant, cache=cache) for n in (1, 2)
+    )
     total = {name: at_layers(one.get(name, 0), two.get(name, 0), config.num_layers) for name in {**one, **two}}
 
     def per(unit: str) -> dict[str, tuple[int, int]]:
@@ -110,7 +120,7 @@ def capacity(
     return Capacity(
         **weights,
         float_weights=floats,
-        cache=total["cache size"] * jnp.dtype(dtype).itemsize,
+        cache=total["cache"] if cache else total["cache"] // 4 * jnp.dtype(dtype).itemsize,  # compiled in float32
         prefill=total["prefill"],
         decode=total["decode"],
         collectives=per("token"),
@@ -202,7 +212,7 @@ def _weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike, quant: Config) -
     """Bytes of the parameters on a device, by what they are, and of all of them in 16 bits."""
     model = Decoder(config, dtype)
     groups = dict.fromkeys(("projections", "scales", "embeddings", "others"), 0)
-    params = _sharded(abstract_quantized_params(model, quant), mesh)
+    params = _sharded(abstract_quantized_params(model, quant, mesh), mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
         if is_qtensor(leaf):
             values = _bytes_per_device(leaf.q)
@@ -215,21 +225,24 @@ def _weights(config: ModelConfig, mesh: Mesh, dtype: DTypeLike, quant: Config) -
     return groups, _bytes_per_device(plain)
 
 
-def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant: Config) -> Numbers:
+def measure(
+    config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant: Config, cache: str | None = None
+) -> Numbers:
     """What XLA says of prefill and decode of all layers, compiled for the devices of `mesh`: bytes on each, and counts.
 
-    Of a long prompt, its last chunk is compiled: it attends to the most keys, so it takes the most memory.
+    `cache` is the kind of keys and values: `"int8"`, or None, which is float32 here as all activations are. Of a long
+    prompt, its last chunk is compiled: it attends to the most keys, so it takes the most memory.
     """
     model, slots = Decoder(config, mesh=mesh), in_slots(context)
-    params = {"params": _sharded(abstract_quantized_params(model, quant), mesh)}
+    params = {"params": _sharded(abstract_quantized_params(model, quant, mesh), mesh)}
     prompt = jax.ShapeDtypeStruct((batch, min(bucket(context), slots - 1)), jnp.int32)
-    cache = None
+    before = None
     if prompt.shape[1] > CHUNK:  # the last chunk attends to all of them
         sharding = cache_sharding(model, params, batch)
-        cache = jax.eval_shape(lambda: make_cache(config, batch, slots, model.dtype))
-        cache = jax.tree.map(lambda leaf: _with_sharding(leaf, sharding), cache)
+        before = jax.eval_shape(lambda: make_cache(config, batch, slots, cache or model.dtype))
+        before = jax.tree.map(lambda leaf: _with_sharding(leaf, sharding), before)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = prefill_at_once.lower(model, params, prompt, None, key, cache, slots, Sampling.of())
+    lowered = prefill_at_once.lower(model, params, prompt, None, key, before, slots, Sampling.of(), cache)
     begin = lowered.compile(_QUICKLY)
     state = jax.tree.map(_with_sharding, lowered.out_info, begin.output_shardings)
     step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), Sampling.of()).compile(_QUICKLY)
@@ -240,7 +253,7 @@ def measure(config: ModelConfig, mesh: Mesh, *, context: int, batch: int, quant:
         "outputs": of_decode.output_size_in_bytes,
         "prefill": of_prefill.temp_size_in_bytes,
         "decode": of_decode.temp_size_in_bytes,
-        "cache size": sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.cache)),
+        "cache": _bytes_per_device(state.cache),
         **_collective_numbers(str(step.as_text())),
     }
 

@@ -39,6 +39,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     reference: LanguageModel | None = None,
+    cache: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of a model, and how far its predictions are from those of another one.
@@ -56,6 +57,8 @@ def evaluate(
       batch_size: rows per call. With `outliers="batch"`, outlier columns are decided per call, so that the result
         depends on it a little.
       reference: another model of the same vocabulary, such as the one in floating point. None compares with nothing.
+      cache: of the model's keys and values, as in `LanguageModel.logits`: with `"int8"` every token reads those of all
+        tokens up to itself from an int8 cache. The reference goes without one.
       progress: called with (rows done, rows in all).
 
     Returns:
@@ -65,7 +68,7 @@ def evaluate(
     Raises:
       TypeError: tokens that aren't integers.
       ValueError: tokens that aren't `[n, s]` with at least one row of two, ids outside of the vocabulary, a batch
-        size below 1, or a reference of another vocabulary.
+        size below 1, an unknown cache, or a reference of another vocabulary.
 
     Examples:
       >>> import dataclasses, jax, jax.numpy as jnp, jint8
@@ -94,7 +97,7 @@ def evaluate(
     totals = np.zeros(4)  # in float64: both negative log-likelihoods, KL, equal argmax
     for begin in range(0, len(tokens), batch_size):
         rows = tokens[begin : begin + batch_size]
-        logits = model.logits(rows)
+        logits = model.logits(rows, cache=cache)
         scores = _scores(logits, rows) if reference is None else _compare(reference.logits(rows), logits, rows)
         totals += [np.sum(np.asarray(score), dtype=np.float64) for score in scores]
         if progress is not None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from jint8.models._attention import Context, LayerCache, context
+from jint8.models._attention import Context, context
+from jint8.models._cache import Cache
 from jint8.models._decoder import Block, Decoder
 
 # Layers of a program. More of them take longer to compile. Fewer start more programs, and each start allocates its
@@ -25,9 +26,9 @@ def forward(
     tokens: jax.Array,
     slot: jax.Array | None = None,
     first: jax.Array | None = None,
-    cache: list[LayerCache] | None = None,
+    cache: list[Cache] | None = None,
     last: bool = False,
-) -> tuple[jax.Array, list[LayerCache] | None]:
+) -> tuple[jax.Array, list[Cache] | None]:
     """Logits and cache, as `model.apply` computes them.
 
     Args:

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.forward import forward
 from jint8._inference.sampling import Sampling, sample
-from jint8.models._attention import Context, LayerCache, context, make_cache
+from jint8.models._attention import Context, context
+from jint8.models._cache import Cache, check_cache, make_cache
 from jint8.models._decoder import Decoder
 from jint8.models._partition import batch_axis, heads_axis
 
@@ -36,7 +37,7 @@ class State(NamedTuple):
     slot: jax.Array  # int32: how many columns of tokens are filled
     first: jax.Array | None  # int32[b]: where each row's prompt begins; None where nothing is padding
     done: jax.Array  # bool[b]
-    cache: list[LayerCache]
+    cache: list[Cache]
     key: jax.Array
 
 
@@ -46,19 +47,20 @@ def prefill(
     prompt: Any,
     first: jax.Array | None,
     key: jax.Array,
-    cache: list[LayerCache] | None,
+    cache: list[Cache] | None,
     slots: int,
     sampling: Sampling,
+    kind: str | None = None,
 ) -> State:
     """Runs the last chunk of `prompt[b, s]`, which may be all of it, and appends the first new token.
 
-    `cache` holds the chunks before the last one; None means that there are none. `first`, `key` and `slots` become the
-    state's.
+    `cache` holds the chunks before the last one; None means that there are none, and then one of this `kind` is made.
+    `first`, `key` and `slots` become the state's.
     """
     b, s = prompt.shape
     begin = 0 if cache is None else s - CHUNK
     if cache is None:
-        cache = empty_cache(model, params, b, slots)
+        cache = empty_cache(model, params, b, slots, kind)
     run = forward if model.mesh is None else _apply
     slot = jnp.int32(begin) if begin else None
     logits, cache = run(model, params, prompt[:, begin:], slot, first, cache, last=True)
@@ -80,7 +82,7 @@ def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array | None, fir
 
 
 # On a mesh, all layers are one program, so that XLA shards the activations of all of them alike.
-prefill_at_once = jax.jit(prefill, static_argnames=("model", "slots"), donate_argnames=("cache",))
+prefill_at_once = jax.jit(prefill, static_argnames=("model", "slots", "kind"), donate_argnames=("cache",))
 extend_at_once = jax.jit(extend, static_argnames=("model",), donate_argnames=("cache",))
 
 
@@ -97,12 +99,14 @@ def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling
     return _replicated(state, model.mesh)
 
 
-def empty_cache(model: Decoder, params: Any, batch: int, slots: int) -> list[LayerCache]:
+def empty_cache(model: Decoder, params: Any, batch: int, slots: int, kind: str | None = None) -> list[Cache]:
     """A cache for a generation, on the devices of the model's mesh: sharded by key-value heads and by batch.
 
-    Where the number of key-value heads isn't a multiple of the devices', each device has all of them.
+    Where the number of key-value heads isn't a multiple of the devices', each device has all of them. `kind` is
+    `"int8"`, or None for the activations' dtype.
     """
-    return make_cache(model.config, batch, slots, model.dtype, cache_sharding(model, params, batch))
+    dtype = model.dtype if check_cache(kind) is None else jnp.int8
+    return make_cache(model.config, batch, slots, dtype, cache_sharding(model, params, batch))
 
 
 def cache_sharding(model: Decoder, params: Any, batch: int) -> NamedSharding | None:
@@ -181,9 +185,18 @@ def bucket(length: int) -> int:
 
 
 def start(
-    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, seed: int
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    kind: str | None = None,
 ) -> State:
     """Prefills `prompts` (token ids, at least one each) with room for `max_tokens` more, and appends one.
+
+    `kind` is that of the cache. The first chunk of a prompt attends to its own keys and values as they are, also where
+    the cache holds them in int8; later chunks and new tokens read the cache.
 
     Raises:
       ValueError: an empty prompt.
@@ -202,12 +215,12 @@ def start(
     first = jnp.asarray(starts) if starts.any() else None
     cache = None
     if is_long(prompts):
-        cache = empty_cache(model, params, b, slots)
+        cache = empty_cache(model, params, b, slots, kind)
         for end in range(length % CHUNK or CHUNK, length, CHUNK):
             begin = max(0, end - CHUNK)
             slot = jnp.int32(begin) if begin else None
             cache = run_part(model, params, padded[:, begin:end], slot, first, cache)
-    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling)
+    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, kind)
 
 
 def generate(
@@ -219,9 +232,13 @@ def generate(
     sampling: Sampling,
     seed: int,
     every: int,
+    kind: str | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields the tokens that follow `prompts`, int32 `[b, n]`: first one of each row, then up to `every` at a time."""
-    state = start(model, params, prompts, max_tokens, sampling, seed)
+    """Yields the tokens that follow `prompts`, int32 `[b, n]`: first one of each row, then up to `every` at a time.
+
+    `kind` is that of the cache: `"int8"`, or None for the activations' dtype.
+    """
+    state = start(model, params, prompts, max_tokens, sampling, seed, kind)
     prompt_end = int(state.slot) - 1
     # This takes no step, but compiles before the first token is out: what comes after it then shows decoding's speed.
     state = decode(model, params, state, jnp.int32(0), sampling)

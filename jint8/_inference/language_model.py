@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jint8._core.calibration import Calibration
 from jint8._core.config import Config
-from jint8._inference.forward import forward
 from jint8._inference.generate import generate, is_long
+from jint8._inference.logits import logits
 from jint8._inference.sampling import Sampling
 from jint8._inference.text import stop_texts, text_pieces
 from jint8._trees.params import with_config
@@ -25,6 +26,7 @@ from jint8.analysis._calibrate import calibrate
 from jint8.analysis._criteria import Criteria
 from jint8.checkpoints import Tokenizer
 from jint8.models import Decoder, ModelConfig
+from jint8.models._cache import check_cache
 
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
 STOP_TOKENS = 16  # and where nothing is streamed, but a stop text may end the answer
@@ -41,6 +43,7 @@ class Request(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     config: Config | None
+    cache: str | None
 
 
 @dataclasses.dataclass
@@ -63,25 +66,28 @@ class LanguageModel:
     quant: Config
     hf_config: dict[str, Any] | None = None
 
-    def logits(self, tokens: npt.ArrayLike) -> jax.Array:
+    def logits(self, tokens: npt.ArrayLike, *, cache: str | None = None) -> jax.Array:
         """Logits at every position.
 
         Args:
           tokens: int `[b, s]`, without padding.
+          cache: None computes without one; `"int8"` reads keys and values from an int8 cache, as decoding does.
 
         Returns:
           float32 `[b, s, vocab]`.
 
         Raises:
           TypeError: tokens that aren't integers.
-          ValueError: not two-dimensional, ids outside of the vocabulary, or more tokens than a table of positions has.
+          ValueError: not two-dimensional, ids outside of the vocabulary, more tokens than a table of positions has, or
+            an unknown cache.
         """
+        check_cache(cache)
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"Expected tokens of shape (b, s), got {tokens.shape}.")
         self._check_ids(tokens)
         self._check_length(tokens.shape[1])
-        return _logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32))
+        return logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32), cache)
 
     def calibrate(
         self,
@@ -92,11 +98,11 @@ class LanguageModel:
         layer_share: float = Criteria.layer_share,
         position_share: float = Criteria.position_share,
         budget: float | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Outlier feature dimensions on a text, for `outliers=` in `jint8.load`; see `jint8.calibrate`.
+    ) -> Calibration:
+        """Outlier feature dimensions on a text, and rms of all, for `outliers=` in `jint8.load`; see `jint8.calibrate`.
 
         Args:
-          text: None is a short one that comes with the package.
+          text: None is a short one that comes with the package, or random tokens where there is no tokenizer.
           threshold: magnitude from which on a value is an outlier. None is that of the model's config where both are
             relative, else the paper's 6.
           relative: the threshold counts in mean magnitudes of the token. None is as in the model's config.
@@ -106,7 +112,7 @@ class LanguageModel:
             shares.
 
         Returns:
-          From path to int32 indices.
+          From path to int32 indices; see `jint8.calibrate`.
 
         Raises:
           ValueError: the model has no tokenizer, a text of less than two tokens, or an option out of its range.
@@ -128,18 +134,21 @@ class LanguageModel:
 
     def run(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits of `tokens[b, s]` with other parameters: a function for `jint8.calibrate` and `jint8.analysis`."""
-        return _logits(self.model, params, tokens)
+        return logits(self.model, params, tokens)
 
     def batches(self, text: str | None = None, length: int = CALIBRATION_LENGTH) -> list[np.ndarray]:
         """A text, or the short one that comes with the package, as calls of `run`: int32 `[1, length]` each.
 
-        A shorter text is one call; what remains of a longer one is dropped.
+        A shorter text is one call; what remains of a longer one is dropped. Without a text and a tokenizer, one call of
+        random tokens, the same each time.
 
         Raises:
-          ValueError: the model has no tokenizer, a text of less than two tokens, or a length below 2.
+          ValueError: a text for a model that has no tokenizer, a text of less than two tokens, or a length below 2.
         """
         if length < 2:
             raise ValueError(f"Expected sequences of at least 2 tokens, got {length}.")
+        if text is None and self.tokenizer is None:
+            return [np.random.default_rng(0).integers(self.config.vocab_size, size=(1, length), dtype=np.int32)]
         if text is None:
             text = resources.files("jint8").joinpath("data/calibration.txt").read_text(encoding="utf-8")
         ids = np.asarray(self.require_tokenizer().encode(text), np.int32)
@@ -179,6 +188,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         stream: bool = False,
         config: Config | None = None,
+        cache: str | None = None,
     ) -> str | list[str] | Iterator[str] | Iterator[list[str]]:
         """Continues text.
 
@@ -194,6 +204,8 @@ class LanguageModel:
           config: how to multiply. None is the one the model was loaded with, except that several prompts, and long
             ones, which run in chunks, decide outliers per token, so that an answer doesn't depend on what else is in
             the call.
+          cache: of keys and values. None keeps them in the activations' dtype; `"int8"` in int8, with a scale for each
+            token and head, in about a quarter of the memory of float32.
 
         Returns:
           The new text without the prompt: a str for a str, a list for a list. With `stream`, an iterator over pieces
@@ -216,6 +228,7 @@ class LanguageModel:
             top_p=top_p,
             seed=seed,
             config=config,
+            cache=cache,
             every=every,
         )
         pieces = text_pieces(chunks, tokenizer, len(ids), stop)
@@ -234,6 +247,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         config: Config | None = None,
+        cache: str | None = None,
         every: int = STREAM_TOKENS,
     ) -> Iterator[np.ndarray]:
         """Continues token sequences; see `generate`.
@@ -241,7 +255,7 @@ class LanguageModel:
         Args:
           prompts: token ids, with at least one each.
           every: how many tokens to yield at a time.
-          max_tokens, temperature, top_k, top_p, seed, config: as in `generate`.
+          max_tokens, temperature, top_k, top_p, seed, config, cache: as in `generate`.
 
         Yields:
           int32 `[b, n]`, n at most `every`: the next tokens of each prompt. The first holds one token, from prefill. A
@@ -260,7 +274,8 @@ class LanguageModel:
         if config is None and several and self.quant.decomposes and self.quant.depends_on_batch:
             config = self.quant.by_token()
         params = {"params": self.params if config is None else with_config(self.params, config)}
-        return generate(self.model, params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, every=every)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "every": every, "kind": check_cache(cache)}
+        return generate(self.model, params, prompts, sampling=sampling, **options)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none."""
@@ -282,11 +297,3 @@ class LanguageModel:
         longest = self.config.max_positions
         if self.config.learned_positions is not None and length > longest:
             raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")
-
-
-def _logits(model: Decoder, params: Any, tokens: jax.Array) -> jax.Array:
-    """float32 `[b, s, vocab]`. On a mesh as one program, so that XLA shards the activations of all layers alike."""
-    return (forward if model.mesh is None else _forward_at_once)(model, params, tokens)[0]
-
-
-_forward_at_once = jax.jit(forward, static_argnames=("model",))

@@ -45,7 +45,7 @@ def save(
       FileExistsError: there is something at `path`.
       OSError: it can't be written.
       ValueError: `loaded` doesn't know its Hugging Face configuration, `shard_bytes` isn't positive, an unknown
-        `format`, or int8 weights that bitsandbytes can't have (affine, of embeddings or of experts).
+        `format`, or int8 weights that bitsandbytes can't have (affine, rotated, of embeddings or of experts).
     """
     if loaded.hf_config is None:
         raise ValueError("Expected a model with its Hugging Face configuration in hf_config, got None.")

@@ -6,7 +6,7 @@ float32 matrix-vector product reads here ("roofline").
 
 JSON: prefill_tokens_per_s and decode_tokens_per_s {int8, float} at the first --batch-size; weight_bytes {int8, float};
 first_token_s {int8, float}, with compilation; batches: the same by batch size, with decode_roofline {int8, float};
-read_bytes_per_s; prompt_tokens, new_tokens.
+read_bytes_per_s; prompt_tokens, new_tokens; cache: the kind of the int8 model's, null for floats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from jint8.cli import _common
+from jint8.cli import _common, _generate
 
 if TYPE_CHECKING:
     from jint8 import LanguageModel
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, action="append", metavar="N", help="prompts at once; may be repeated (1, 4, 16)"
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each (5)")
+    _generate.add_kv_cache_argument(parser, " (of the model in int8; the other one keeps floats)")
     _common.add_model_arguments(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             measured.setdefault("decode_roofline", {})[kind] = share
         result["batches"][str(batch)] = measured
         _print_batch(args, batch, measured)
-    result |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+    result |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "cache": args.cache}
     first = result["batches"][str(batches[0])]
     result |= {name: first[name] for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "first_token_s")}
     if args.json:
@@ -90,11 +91,12 @@ def _measure(args: argparse.Namespace, models: dict[str, LanguageModel], batch: 
     prompts = rng.integers(0, vocabulary, (batch, args.prompt_tokens)).tolist()
     prefill: dict[str, list[float]] = {kind: [] for kind in KINDS}
     decode: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    first = {kind: _generate(args, models[kind], prompts)[0] for kind in KINDS}  # compiles
+    caches = {"int8": args.cache, "float": None}
+    first = {kind: _time(args, models[kind], prompts, caches[kind])[0] for kind in KINDS}  # compiles
     with _common.progress_bar(args, f"batch {batch}", unit="run") as progress:
         for repeat in range(args.repeats):
             for kind in KINDS:
-                first_s, tokens_per_s = _generate(args, models[kind], prompts)
+                first_s, tokens_per_s = _time(args, models[kind], prompts, caches[kind])
                 prefill[kind].append(batch * args.prompt_tokens / first_s)
                 decode[kind].append(tokens_per_s)
             progress(repeat + 1, args.repeats)
@@ -105,13 +107,15 @@ def _measure(args: argparse.Namespace, models: dict[str, LanguageModel], batch: 
     }
 
 
-def _generate(args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]]) -> tuple[float, float]:
+def _time(
+    args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]], cache: str | None
+) -> tuple[float, float]:
     """Seconds to the first token of each prompt, and tokens per second from there on.
 
     `generate_tokens` yields the first token from prefill alone, before it decodes.
     """
     begin = time.perf_counter()
-    chunks = model.generate_tokens(prompts, max_tokens=args.new_tokens + 1, every=args.new_tokens)
+    chunks = model.generate_tokens(prompts, max_tokens=args.new_tokens + 1, every=args.new_tokens, cache=cache)
     next(chunks)
     first = time.perf_counter()
     tokens = sum(chunk.size for chunk in chunks)

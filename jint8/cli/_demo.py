@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help=f"the question ({QUESTION!r})")
     _generate.add_sampling_arguments(parser)
+    _generate.add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)

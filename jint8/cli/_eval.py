@@ -4,6 +4,9 @@ A text is tokenized once, as a whole, with the special tokens that the tokenizer
 only at the very beginning), and cut into consecutive chunks of --seq-len tokens without overlap; what remains is
 dropped. Each token but a chunk's first is scored given those before it. Outlier columns are decided per call, which is
 one chunk unless --batch-size says otherwise.
+
+No cache is needed for that. With --cache int8 keys and values go through one: each token reads those of all tokens up
+to itself from it, as it would in decoding. The model in floating point goes without.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from jint8.cli import _common
+from jint8.cli import _common, _generate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="also run the model in floating point, and compare")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences per call (1)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
+    _generate.add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
     _common.add_adapter_argument(parser)
     _common.add_cache_argument(parser)
@@ -53,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         reference = model if plain else _common.load(args, source, quantize=False)
     begin = time.perf_counter()
     with _common.progress_bar(args, "scoring", unit="seq") as progress:
-        found = evaluate(model, tokens, batch_size=args.batch_size, reference=reference, progress=progress)
+        options = {"batch_size": args.batch_size, "cache": args.cache, "progress": progress}
+        found = evaluate(model, tokens, reference=reference, **options)
     result = {
         "perplexity": found.perplexity,
         "tokens": found.tokens,
@@ -65,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.preset is not None:
         result["preset"] = args.preset
+    if args.cache is not None:
+        result["cache"] = args.cache
     if reference is not None:
         result |= {"kl": found.kl, "top1": found.top1, "float_perplexity": found.reference_perplexity}
     if args.json:
@@ -95,6 +102,7 @@ def _print_table(result: dict) -> None:
     """The same for people."""
     scheme = result["scheme"] + (f" (threshold {result['threshold']:g})" if result["threshold"] else "")
     rows = {"preset": result["preset"]} if "preset" in result else {}
+    rows |= {"cache": result["cache"]} if "cache" in result else {}
     rows |= {"scheme": scheme, "perplexity": f"{result['perplexity']:.4f}"}
     if "kl" in result:
         rows["perplexity in float"] = f"{result['float_perplexity']:.4f}"

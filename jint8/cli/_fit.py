@@ -6,10 +6,10 @@ and with two layers; the numbers of more layers are extrapolated from both. Weig
 shapes and shardings. Temporaries are those of XLA's CPU backend, with float32 activations; those of experts hold copies
 of all their weights, which its grouped products make.
 
-JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype; per_device {int8
-{projections, scales, embeddings, others, weights, cache, prefill, decode, needed}, float {weights}}, in bytes;
-fits, float_fits (its weights and the cache alone), collectives [{kind, count, bytes, per}], longest_context (null where
-nothing fits), longest_by (memory or positions).
+JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype, cache (int8, or null for
+the dtype); per_device {int8 {projections, scales, embeddings, others, weights, cache, prefill, decode, needed}, float
+{weights}}, in bytes; fits, float_fits (its weights and the cache alone), collectives [{kind, count, bytes, per}],
+longest_context (null where nothing fits), longest_by (memory or positions).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jint8.cli import _common
+from jint8.cli import _common, _generate
 
 if TYPE_CHECKING:
     from jint8._inference.capacity import Capacity
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reserve", default=RESERVE, metavar="MEMORY", help=f"of each device, for drivers and fragments ({RESERVE})"
     )
+    _generate.add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
     _common.add_output_arguments(parser)
     parser.set_defaults(dtype="bfloat16")
@@ -143,6 +144,7 @@ def fit(
             batch=args.batch,
             dtype=dtype,
             quant=_common.quant_config(args) or Config(),
+            cache=args.cache,
         )
 
     found, room = at(in_slots(args.context)), memory - reserve
@@ -157,6 +159,7 @@ def fit(
         "context": args.context,
         "batch": args.batch,
         "dtype": dtype.name,
+        "cache": args.cache,
         "per_device": {
             "int8": {
                 "projections": found.projections,
@@ -201,7 +204,7 @@ def print_table(result: dict[str, Any]) -> None:
         "  their scales": int8["scales"],
         "  embeddings and head": int8["embeddings"],
         "  norms, biases, ...": int8["others"],
-        "keys and values": int8["cache"],
+        f"keys and values{', int8' if result['cache'] else ''}": int8["cache"],
         "temporaries of prefill": int8["prefill"],
         "temporaries of decode": int8["decode"],
         "needed": int8["needed"],

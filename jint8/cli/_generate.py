@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="prompts are messages for the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message, with which each chat begins")
     add_sampling_arguments(parser)
+    add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
     _common.add_adapter_argument(parser)
     _common.add_cache_argument(parser)
@@ -49,6 +50,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among those that hold P (1)")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (0)")
     group.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
+
+
+def add_kv_cache_argument(parser: argparse._ActionsContainer, more: str = "") -> None:
+    """`--cache`; `more` is said behind its help."""
+    text = f"of keys and values: int8, a quarter of float32's memory; default: the activations' dtype{more}"
+    parser.add_argument("--cache", metavar="KIND", choices=["int8"], help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,6 +119,7 @@ def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[list[in
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        cache=args.cache,
         every=STREAM_TOKENS if stream else STOP_TOKENS,
     )
     meter = Meter(chunks, len(prompts), tokenizer.eos_ids)

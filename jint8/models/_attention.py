@@ -6,8 +6,6 @@ the keys and values of one slot for all rows.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jint8.models._cache import Cache, LayerCache
 from jint8.models._config import ModelConfig
 from jint8.models._fused import split_heads
 from jint8.models._layers import Linear, Norm, softcap
@@ -26,13 +25,6 @@ from jint8.models._rope import Rotary, rotate
 # A prefill is cut into parts of so many queries, each of which is multiplied only by the keys that its queries may see.
 # Smaller parts skip more of the masked products, but make a larger program that takes longer to compile.
 PART = 128
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, with axes in the order that attention's products need: no step transposes them."""
-
-    key: jax.Array  # [b, kv_heads, head_dim, length]
-    value: jax.Array  # [b, kv_heads, length, head_dim]
 
 
 class Context(NamedTuple):
@@ -59,40 +51,6 @@ def context(tokens: jax.Array, slot: jax.Array | None = None, first: jax.Array |
     return Context(slot, first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
 
 
-def make_cache(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    dtype: DTypeLike = jnp.float32,
-    sharding: NamedSharding | None = None,
-) -> list[LayerCache]:
-    """An empty cache of `length` slots.
-
-    Args:
-      config: of the model.
-      batch: rows.
-      length: slots of each row.
-      dtype: of keys and values.
-      sharding: of each array, whose first axes are batch and key-value heads; None is JAX's default device.
-
-    Returns:
-      Zeros, for each layer.
-    """
-    return _cache_maker(config, batch, length, jnp.dtype(dtype), sharding)()
-
-
-@functools.lru_cache(maxsize=32)
-def _cache_maker(
-    config: ModelConfig, batch: int, length: int, dtype: np.dtype, sharding: NamedSharding | None
-) -> Callable[[], list[LayerCache]]:
-    """One jitted program that makes all arrays: dispatching one for each takes longer than filling them with zeros."""
-    key = (batch, config.num_kv_heads, config.head_dim, length)
-    value = (batch, config.num_kv_heads, length, config.head_dim)
-    make = functools.partial(jnp.zeros, dtype=dtype)
-    caches = lambda: [LayerCache(make(key), make(value)) for _ in range(config.num_layers)]
-    return jax.jit(caches, out_shardings=sharding)
-
-
 class Attention(nn.Module):
     """Grouped-query attention.
 
@@ -110,8 +68,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, at: Context, angles: Rotary | None, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x: jax.Array, at: Context, angles: Rotary | None, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
         """`x[b, s, d]` -> the same shape, and the cache with this call's keys and values."""
         c = self.config
         b, s, _ = x.shape
@@ -127,19 +85,18 @@ class Attention(nn.Module):
         v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
         # Keys and values are used twice, by the cache's update and by the products. Without a barrier XLA fuses the
         # transpositions into both and computes them twice.
-        k, v = lax.optimization_barrier((k, v))
-        slot = 0 if at.slot is None else at.slot
+        own = lax.optimization_barrier(LayerCache(k, v))
+        slot, held = 0 if at.slot is None else at.slot, own
         if cache is not None:
-            keys = lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), (0, 0, 0, slot))
-            values = lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), (0, 0, slot, 0))
             # Without a barrier XLA repeats the update inside the products, for which it keeps a copy of the old cache.
-            cache = lax.optimization_barrier(LayerCache(keys, values))
-            k, v = (k, v) if at.slot is None else cache  # from slot 0 the call's own keys are all that it sees
+            cache = lax.optimization_barrier(cache.updated(own, slot, at.first))
+            held = own if at.slot is None else cache  # from slot 0 the call's own keys are all that it sees
+        q, held = held.prepared(q)
         parts = []
-        for queries, seen in parts_of(s, k.shape[3], self.window if c.causal and at.slot is None else None):
+        for queries, seen in parts_of(s, held.length, self.window if c.causal and at.slot is None else None):
             part = q[:, :, :, queries].reshape(b, c.num_kv_heads, -1, c.head_dim)
             query_slot = slot + jnp.arange(queries.start, queries.stop)[:, None]
-            part = self._attend(part, k[:, :, :, seen], v[:, :, seen], query_slot, seen.start, at.first)
+            part = self._attend(part, held.part(seen), query_slot, seen.start, at.first, x.dtype)
             parts.append(part.reshape(b, c.num_heads, -1, c.head_dim))  # (b, heads, queries, d)
         out = jnp.concatenate(parts, axis=2)
         out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
@@ -149,27 +106,28 @@ class Attention(nn.Module):
     def _attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        held: Cache,
         query_slot: jax.Array,
         first_key: int,
         first: jax.Array | None,
+        dtype: DTypeLike,
     ) -> jax.Array:
         """`softmax(q k) v` over the keys that each query sees.
 
         Args:
           q: scaled queries `[b, kv_heads, groups s, d]`: all heads of a group share a key-value head.
-          k, v: `[b, kv_heads, d, length]` and `[b, kv_heads, length, d]`.
+          held: keys and values.
           query_slot: `[s, 1]`.
           first_key: the slot of the first key.
           first: `Context.first`.
+          dtype: of the result.
 
         Returns:
           The shape of `q`.
         """
         c = self.config
         b, kv_heads, rows, _ = q.shape
-        s, length = len(query_slot), k.shape[3]
+        s, length = len(query_slot), held.length
         key_slot = first_key + jnp.arange(length)[None, :]
         visible = key_slot <= (query_slot if c.causal else first_key + length)  # (s, length), (1, length) if not causal
         if self.window:
@@ -177,15 +135,14 @@ class Attention(nn.Module):
         if first is not None:
             visible = visible & (key_slot[0] >= first[:, None, None])  # (b, s, length): no padding
             visible = visible[:, None, None]  # (b, 1, 1, s, length), as scores are
-        multiply = functools.partial(lax.dot_general, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
-        scores = multiply(q, k, preferred_element_type=jnp.float32).reshape(b, kv_heads, rows // s, s, length)
+        scores = held.scores(q).reshape(b, kv_heads, rows // s, s, length)
         scores = softcap(scores, c.attention_softcap)
         if c.alibi:
             slopes = alibi_slopes(c.num_heads).reshape(kv_heads, rows // s, 1, 1)
             scores = scores + slopes * (key_slot - query_slot)
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b, kv_heads, rows, length)
-        return multiply(weights, v)
+        weights = jax.nn.softmax(scores, axis=-1).reshape(b, kv_heads, rows, length)
+        return held.weighted(weights, dtype)
 
 
 def parts_of(s: int, length: int, window: int | None) -> list[tuple[slice, slice]]:

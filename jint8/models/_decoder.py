@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._ops.layers import lookup
 from jint8._ops.matmul import matmul
-from jint8.models._attention import Attention, Context, LayerCache, context, mask
+from jint8.models._attention import Attention, Context, context, mask
+from jint8.models._cache import Cache
 from jint8.models._config import ModelConfig
 from jint8.models._fused import split_gate
 from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, implementation, project, softcap
@@ -91,8 +92,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, at: Context, angles: Rotary | None, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x: jax.Array, at: Context, angles: Rotary | None, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
         """`x[b, s, d]` -> the same shape, and the cache."""
         c = self.config
         attention = Attention(c, self.window, self.dtype, self.mesh, name="attention")
@@ -147,8 +148,8 @@ class Decoder(nn.Module):
             self.lm_head = Linear(c.vocab_size, dtype=self.dtype, mesh=self.mesh)
 
     def __call__(
-        self, tokens: jax.Array, at: Context | None = None, cache: list[LayerCache] | None = None, last: bool = False
-    ) -> tuple[jax.Array, list[LayerCache] | None]:
+        self, tokens: jax.Array, at: Context | None = None, cache: list[Cache] | None = None, last: bool = False
+    ) -> tuple[jax.Array, list[Cache] | None]:
         """Logits of `tokens`, and the cache with their keys and values.
 
         Args:
