@@ -17,8 +17,8 @@ Simulated are changes of coordinates T of every product, x T and T^-1 w, then ve
 - KLT: the eigenvectors of the second moments of x. MambaQuant (arXiv 2501.13484) multiplies a Hadamard matrix to it,
   of the whole width, and for the last projection of a layer smooths before it rotates, without KLT.
 
-`kl_above` is how much greater the KL is than with smoothing and Hadamard 64 on the same pieces, with its standard error.
-For each product alone, on float inputs and without what errors do later: its relative error. Writes
+`kl_above` is how much greater the KL is than with smoothing and Hadamard 64 on the same pieces, and the standard error
+of that. For each product alone, on float inputs and without what errors do later: its relative error. Writes
 results/mamba_cpu.json.
 """
 
