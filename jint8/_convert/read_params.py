@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -63,9 +62,7 @@ def read_params(
     targets = find_targets(checkpoint, model, config=config, selection=selection)
     if unknown := sorted(calibrated_paths(outliers) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
-    # How many features are rotated together is for the shards to decide, once they are known.
-    any_block = dataclasses.replace(config, rotate=min(config.rotate, 1))
-    shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, any_block), mesh)
+    shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config, mesh), mesh)
     total = sum(checkpoint.tensors[name].nbytes for target in targets.values() for name in target.source.tensors)
     done, lock = 0, threading.Lock()
 

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jint8._convert import bitsandbytes as bitsandbytes
+from jint8._convert.assemble import decoder_shardings
 from jint8._core.config import Config
-from jint8._core.qtensor import QTensor
+from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor
 from jint8._core.quantize import quantize
+from jint8._core.rotation import rotation_block
 from jint8._trees.params import OUTPUT_HEADS, standard_axes
 from jint8._trees.paths import Selection, leaf_paths, nested
 from jint8.checkpoints import Checkpoint
@@ -75,19 +78,35 @@ def find_targets(
     return {path: Target(found[path], float_leaves[path], contract_axes(path)) for path in in_order}
 
 
-def abstract_leaves(targets: Mapping[str, Target], config: Config) -> dict[str, jax.ShapeDtypeStruct | QTensor]:
+def abstract_leaves(
+    targets: Mapping[str, Target], config: Config, mesh: Mesh | None = None
+) -> dict[str, jax.ShapeDtypeStruct | QTensor]:
     """What `read_params` returns for these targets, by path and without values."""
-    return {path: target.abstract(config) for path, target in targets.items()}
+    if mesh is None:
+        return {path: target.abstract(config) for path, target in targets.items()}
+    # How many features are rotated together is for the shards to decide, once they are known.
+    any_block = dataclasses.replace(config, rotate=min(config.rotate, 1))
+    leaves = {path: target.abstract(any_block) for path, target in targets.items()}
+
+    def in_blocks(leaf: Any, placed: Any) -> Any:
+        if not is_qtensor(leaf):
+            return leaf
+        q = jax.ShapeDtypeStruct(leaf.q.shape, leaf.q.dtype, sharding=placed.q)
+        block = rotation_block(q, contracted_axes(leaf), config.rotate)
+        return dataclasses.replace(leaf, config=dataclasses.replace(leaf.config, rotate=block))
+
+    placed = decoder_shardings(leaves, mesh)
+    return {path: in_blocks(leaf, placed[path]) for path, leaf in leaves.items()}
 
 
-def abstract_quantized_params(model: Decoder | Encoder, config: Config) -> dict[str, Any]:
+def abstract_quantized_params(model: Decoder | Encoder, config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
     """The parameters that a checkpoint of `model` in floating point is read into by default, without values."""
     float_leaves = abstract_float_params(model)
     targets = {}
     for path, source in sources(model.config, float_leaves, ()).items():
         leaf = float_leaves[path]
         targets[path] = Target(source, leaf, _axes_to_quantize(path, source, len(leaf.shape), config, Selection()))
-    return nested(abstract_leaves(targets, config))
+    return nested(abstract_leaves(targets, config, mesh))
 
 
 def abstract_float_params(model: Decoder | Encoder) -> dict[str, jax.ShapeDtypeStruct]:
