@@ -40,3 +40,19 @@ def test_counts_are_at_least_one(llama, run_error, option):
 
 def test_longer_than_the_model_is_made_for(llama, run_error):
     assert "Expected at most" in run_error("bench", llama, "--prompt-tokens", 10**6)
+
+
+def test_int8_cache(llama, run_json, monkeypatch):
+    import jint8
+
+    seen = set()
+    generate_tokens = jint8.LanguageModel.generate_tokens
+    monkeypatch.setattr(
+        jint8.LanguageModel,
+        "generate_tokens",
+        lambda self, *args, **options: (
+            seen.add((self.quant.scheme, options["cache"])) or generate_tokens(self, *args, **options)
+        ),
+    )
+    assert run_json("bench", llama, *SMALL, "--batch-size", 1, "--cache", "int8")["cache"] == "int8"
+    assert seen == {("llm.int8", "int8"), ("none", None)}

@@ -152,3 +152,12 @@ def test_bad_text(llama, text, tmp_path, run_error):
     assert "at least 2 tokens, got 1" in run_error("eval", llama, "--text", text, "--seq-len", 1)
     assert "--limit" in run_error("eval", llama, "--text", text, "--limit", 0)
     assert "batch_size" in run_error("eval", llama, "--text", text, "--seq-len", SEQ, "--batch-size", 0)
+
+
+def test_int8_cache(llama, text, run, run_json):
+    common = ("eval", llama, "--text", text, "--seq-len", SEQ, "--limit", 2, "--compare", "--scheme", "none")
+    got = run_json(*common, "--cache", "int8")
+    assert got["cache"] == "int8"
+    assert 0 < got["kl"] < 0.01  # the reference is the same model without a cache
+    assert got["float_perplexity"] == run_json(*common)["perplexity"]
+    assert "cache                int8" in run(*common, "--cache", "int8")[1].splitlines()

@@ -205,3 +205,10 @@ def test_without_a_chat_template(llama, tmp_path, run_error):
     directory = shutil.copytree(llama, tmp_path / "llama")
     (directory / "tokenizer_config.json").unlink()
     assert "chat template" in run_error("generate", directory, "--prompt", "a", "--chat")
+
+
+def test_int8_cache(llama, float_model, run_json, run_error):
+    argv = ("generate", llama, "--prompt", PROMPT, "--scheme", "none", "--max-tokens", N, "--dtype", "float32")
+    got = run_json(*argv, "--cache", "int8")
+    assert got["text"] == float_model.generate(PROMPT, max_tokens=N, cache="int8")
+    assert "--cache: invalid choice: 'int4'" in run_error(*argv, "--cache", "int4")
