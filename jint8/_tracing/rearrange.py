@@ -48,7 +48,14 @@ def expanded(w: QTensor, rank: int, positions: Sequence[int]) -> QTensor:
 def sliced(w: QTensor, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> QTensor:
     """`lax.slice(w, start, limit, strides)`."""
     strides = [1] * w.ndim if strides is None else strides
-    return _each_leaf(w, list(zip(start, limit, strides, strict=True)), lambda size: (0, size, 1), lax.slice)
+    return _each_leaf(w, list(zip(start, limit, strides, strict=True)), lambda size: (0, size, 1), _slice)
+
+
+def _slice(array: Any, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Any:
+    """`lax.slice`; of a NumPy array one of those, which is known under `jit`, too."""
+    if isinstance(array, np.ndarray):
+        return array[tuple(map(slice, start, limit, strides))]
+    return lax.slice(array, start, limit, strides)
 
 
 def dynamic_sliced(w: QTensor, start: Sequence[Any], sizes: Sequence[int]) -> QTensor:
@@ -67,7 +74,7 @@ def _each_leaf(
     stored = [per_axis[axis] for axis in axis_order(w)]
     contracted = contracted_axes(w)
 
-    def slice_axes(leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+    def slice_axes(leaf: Any, axes: Sequence[int]) -> Any:
         arguments = [given if s in axes else whole(leaf.shape[s]) for s, given in enumerate(stored)]
         return operation(leaf, *map(list, zip(*arguments, strict=True)))
 
@@ -80,7 +87,7 @@ def _each_leaf(
     result = dataclasses.replace(w, **leaves)
     if all(result.q.shape[s] == w.q.shape[s] for s in contracted):
         return result
-    numbers = slice_axes(jnp.asarray(_column_numbers(w)), contracted)
+    numbers = slice_axes(_column_numbers(w), contracted)
     return _with_columns(w, result, contracted, numbers.ravel())
 
 
@@ -194,30 +201,39 @@ def looked_up(
     if any(sizes[axis] != w.shape[axis] for axis in contracted):
         raise ValueError(f"Expected a lookup of whole rows of an int8 weight of shape {w.shape}, got slices {sizes}.")
 
-    # Entries out of range are to be `fill_value`, but q holds integers: there q is 1, zero is 0 and the scale is
-    # the fill value, so that scale * (q - zero) is just that.
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [axis for axis in range(w.ndim) if axis not in gone]
+    # Where the contracted axes are in the result, in the order in which their features are numbered.
+    stored = [axis_order(w)[s] for s in contracted_axes(w)]
+    at = [numbers.offset_dims[kept.index(axis)] for axis in stored if axis in kept]
+    last = range(-len(at), 0)
+
     def take(leaf: jax.Array, fill: Any) -> jax.Array:
+        """The entries of a leaf, `[*own axes, features]`."""
         leaf = jnp.transpose(leaf, storage_axes(w))
-        of_leaf = [1 if axis in contracted and leaf.shape[axis] == 1 else size for axis, size in enumerate(sizes)]
-        return lax.gather(leaf, indices, numbers, of_leaf, fill_value=fill, **kwargs)
+        shared = {axis for axis in range(w.ndim) if axis not in contracted and leaf.shape[axis] < w.shape[axis]}
+        for axis in shared.intersection(numbers.operand_batching_dims):
+            leaf = jnp.repeat(leaf, w.shape[axis], axis)
+        whole = {*contracted, *shared}
+        of_leaf = [leaf.shape[axis] if axis in whole else size for axis, size in enumerate(sizes)]
+        of_leaf = [1 if axis in gone else size for axis, size in enumerate(of_leaf)]
+        # What all entries of an axis share is at index 0, to which "clip" takes any other.
+        mode = {"mode": "clip"} if shared.intersection(numbers.start_index_map) else {}
+        taken = lax.gather(leaf, indices, numbers, of_leaf, fill_value=fill, **{**kwargs, **mode})
+        taken = jnp.moveaxis(taken, at, last)
+        return taken.reshape(*taken.shape[: taken.ndim - len(at)], math.prod(taken.shape[taken.ndim - len(at) :]))
 
-    q = take(w.q, 1).astype(jnp.float32)
-    q = q if w.zero is None else q - take(w.zero, 0)
-    values = q * take(w.scale, fill_value)
+    q = take(w.q, 0).astype(jnp.float32)
+    scale = take(w.scale, 0)
+    values = (q if w.zero is None else q - take(w.zero, 0)) * scale
     if w.smooth is not None:
-        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        kept = [axis for axis in range(w.ndim) if axis not in gone]
-        # Where the contracted axes are in the result, in the order in which their features were rotated.
-        stored = [axis_order(w)[s] for s in contracted_axes(w)]
-        at = [numbers.offset_dims[kept.index(axis)] for axis in stored if axis in kept]
-        values = _back(values, jnp.broadcast_to(take(w.smooth, 1), values.shape), at, w.config.rotate)
-    return values.astype(w.dtype)
-
-
-def _back(values: jax.Array, smooth: jax.Array, axes: Sequence[int], block: int) -> jax.Array:
-    """`out_of_coordinates` of features that are on `axes`, in this order."""
-    last = range(values.ndim - len(axes), values.ndim)
-    moved, factors = (jnp.moveaxis(a, axes, last) for a in (values, smooth))
-    own, sizes = moved.shape[: values.ndim - len(axes)], moved.shape[values.ndim - len(axes) :]
-    flat, factors = (a.reshape(*own, math.prod(sizes)) for a in (moved, factors))
-    return jnp.moveaxis(out_of_coordinates(flat, factors, block).reshape(moved.shape), last, axes)
+        values = out_of_coordinates(values, take(w.smooth, 1), w.config.rotate)
+    if w.outlier_index is not None and w.outlier_rows is not None:
+        rows = take(w.outlier_rows, 0).astype(jnp.float32) * scale
+        index = jnp.broadcast_to(take(w.outlier_index, 0), rows.shape)
+        values = jnp.put_along_axis(values, index, rows, axis=-1, inplace=False, mode="drop")
+    # Entries out of range are to be `fill_value`, which is NaN unless the caller says otherwise.
+    there = take(jnp.ones(w.scale.shape, bool), False)
+    values = jnp.where(there, values, jnp.nan if fill_value is None else fill_value)
+    values = values.reshape(*values.shape[:-1], *(w.shape[axis] for axis in stored if axis in kept))
+    return jnp.moveaxis(values, last, at).astype(w.dtype)
