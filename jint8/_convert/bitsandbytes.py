@@ -144,6 +144,11 @@ def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray],
 def _check_weight(path: str, w: QTensor) -> None:
     """Raises ValueError for an int8 weight that a linear layer of bitsandbytes can't have."""
     scheme = w.config.table_row
+    if w.smooth is not None:
+        raise ValueError(
+            f"{path}: Expected a weight as the model has it, got one whose features were smoothed and rotated (rotate="
+            f"{w.config.rotate}), which only jint8 undoes in the activations."
+        )
     if path == "embedding" or w.q.ndim != 2:
         what = "experts" if w.q.ndim > 2 else "embeddings"
         raise ValueError(f"{path}: Expected no int8 {what}, which bitsandbytes keeps in floating point, got some.")

@@ -76,8 +76,8 @@ class Config:
     Raises:
       TypeError: `threshold` isn't a real number, `relative` isn't a bool, or `rotate` isn't an integer.
       ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, `digits` other than 1 and 2,
-        `rotate` that isn't 0 or a power of two up to 512, or `rotate` with the scheme `"none"` or with outliers that
-        the activations of a call decide.
+        `rotate` that isn't 0 or a power of two up to 512, or `rotate` with outliers that the activations of a call
+        decide.
 
     Examples:
       >>> import jint8
@@ -118,8 +118,6 @@ class Config:
         if not 0 <= self.rotate <= LARGEST_BLOCK or self.rotate & (self.rotate - 1):
             raise ValueError(f"Expected rotate to be 0 or a power of two up to {LARGEST_BLOCK}, got {self.rotate}.")
         object.__setattr__(self, "rotate", int(self.rotate))
-        if self.rotate and not self.quantizes_weights:
-            raise ValueError("Expected a scheme that quantizes weights with rotate, got 'none'.")
         if self.rotate and self.decomposes and self.outliers != "static":
             # The columns of a call would need their rows of the weight as they were before the rotation.
             raise ValueError(
@@ -176,6 +174,16 @@ class Config:
     def depends_on_batch(self) -> bool:
         """Whether a token's result depends on the other tokens of the call."""
         return self.table_row.activations == "tensor" or (self.decomposes and self.outliers == "batch")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether weights are quantized by what is known of activations: outlier columns, or how large features are."""
+        return self.uses_calibrated_columns or self.rotate > 0
+
+    def for_calibration(self) -> Config:
+        """The config of an int8 model on which this one's outlier columns and root mean squares are found."""
+        scheme = self.scheme if self.table_row.decomposition else Config().scheme
+        return dataclasses.replace(self, scheme=scheme, outliers="token", rotate=0)
 
     def by_token(self) -> Config:
         """This config with outliers decided by each token for itself, where any token of the call would decide.

@@ -105,10 +105,12 @@ class QTensor:
 def _children(w: QTensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arrays and the static fields, as JAX takes a pytree apart.
 
-    `smooth` is a child only where there is one, so that a tree without is the one that jint8 0.1.0 wrote to disk.
+    `smooth` is a child only of a rotated weight, so that a tree without is the one that jint8 0.1.0 wrote to disk. Of
+    that it stays one where a function that maps trees has put None in its place: the structure is that of the weight.
     """
     arrays = tuple(getattr(w, name) for name in ARRAY_FIELDS)
-    return arrays if w.smooth is not None else arrays[:-1], tuple(getattr(w, name) for name in STATIC_FIELDS)
+    has_smooth = w.config.rotate or w.smooth is not None
+    return arrays if has_smooth else arrays[:-1], tuple(getattr(w, name) for name in STATIC_FIELDS)
 
 
 def _children_with_keys(w: QTensor):
@@ -196,9 +198,7 @@ def config_for(w: QTensor, config: Config | None) -> Config:
     """
     if config is None or not isinstance(config, Config):  # which whoever uses it refuses
         return w.config if config is None else config
-    if not config.quantizes_weights or config.rotate == w.config.rotate:
-        return config
-    if bool(config.rotate) != bool(w.config.rotate):
+    if config.quantizes_weights and bool(config.rotate) != bool(w.config.rotate):
         raise ValueError(
             f"Expected a config with rotate={w.config.rotate}, as the weight was quantized, got rotate="
             f"{config.rotate}: quantize the float weight with that config instead."

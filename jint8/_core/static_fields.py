@@ -18,8 +18,12 @@ from jint8._core.qtensor import STATIC_FIELDS, QTensor
 
 
 def config_to_json(config: Config) -> dict[str, Any]:
-    """A `Config`'s options, as values that JSON has."""
-    return dataclasses.asdict(config)
+    """A `Config`'s options, as values that JSON has.
+
+    `rotate` only where it isn't 0: jint8 0.1.0, which doesn't know it, reads everything else.
+    """
+    options = dataclasses.asdict(config)
+    return options if config.rotate else {name: value for name, value in options.items() if name != "rotate"}
 
 
 def config_from_json(options: Any) -> Config:

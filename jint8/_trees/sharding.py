@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
-from jint8._core.qtensor import QTensor, is_qtensor, storage_axes
+from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor, storage_axes
+from jint8._core.rotation import features_together
 from jint8._trees.paths import path_string
 
 
@@ -33,8 +36,9 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
 
     Raises:
       TypeError: a leaf of `specs` that is something else.
-      ValueError: no mesh, a tree of another structure, more axes than the weight has, or a size that the devices
-        of its axis don't divide. The leaf is named.
+      ValueError: no mesh, a tree of another structure, more axes than the weight has, a size that the devices
+        of its axis don't divide, or features that are rotated together (`Config.rotate`) on several devices. The leaf
+        is named.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jint8
@@ -105,11 +109,27 @@ def _leaf(name: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*axes))
     stored = [axis for _, axis in sorted(zip(storage_axes(leaf), axes, strict=True), key=lambda pair: pair[0])]
 
+    _check_block(name, leaf, NamedSharding(mesh, PartitionSpec(*stored)))
+
     def of(part):
         whole = zip(part.shape, leaf.q.shape, stored, strict=True)
         return NamedSharding(mesh, PartitionSpec(*(axis if size == full else None for size, full, axis in whole)))
 
     return jax.tree.map(of, leaf)
+
+
+def _check_block(name: str, w: QTensor, sharding: NamedSharding) -> None:
+    """Raises ValueError where a device would have a part of the features that are rotated together."""
+    block = w.config.rotate
+    if w.smooth is None or 0 in w.q.shape:
+        return
+    on_devices = jax.ShapeDtypeStruct(w.q.shape, np.int8, sharding=sharding)
+    together = features_together(on_devices, contracted_axes(w))
+    if together % block:
+        raise ValueError(
+            f"{name}: Expected devices to have whole blocks of the {block} features that are rotated together, got "
+            f"runs of {together} features each: quantize it with rotate={math.gcd(together, block)}."
+        )
 
 
 def _devices(name: str, axis: Any, mesh: Mesh) -> int:

@@ -16,7 +16,9 @@ from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 METADATA = "jint8.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-VERSION = 2  # version 1 had the rows of fused projections in another order
+# Version 1 had the rows of fused projections in another order. Version 3 may have smoothed weights, which readers of
+# version 2 don't know; a model without them is written as version 2.
+VERSIONS = (2, 3)
 
 
 class Jint8Checkpoint(SafetensorsCheckpoint):
@@ -30,10 +32,10 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
 
     def __init__(self, path: Path):
         self.metadata = read_json(path / METADATA)
-        if (version := self.metadata.get("version")) != VERSION:
+        if (version := self.metadata.get("version")) not in VERSIONS:
             raise ValueError(
-                f"{path / METADATA}: Expected format version {VERSION}, got {version!r}: convert the original "
-                "checkpoint again, by this version of jint8"
+                f"{path / METADATA}: Expected format version {' or '.join(map(str, VERSIONS))}, got {version!r}: "
+                "convert the original checkpoint again, by this version of jint8"
             )
         super().__init__(path)
 
@@ -64,7 +66,7 @@ def write_checkpoint(
     Args:
       path: where to write; nothing, or an empty directory.
       arrays: the arrays by name, on any device. They come to the host one shard at a time.
-      metadata: what `jint8.json` says besides the format version and the tokenizer's special tokens.
+      metadata: what `jint8.json` says besides the tokenizer's special tokens; with the format version, of `VERSIONS`.
       config: what `config.json` says.
       tokenizer: the tokenizer, or None.
       shard_bytes: size that a safetensors file may have (a larger array has a file of its own).
@@ -81,5 +83,5 @@ def write_checkpoint(
             if tokenizer.chat_template is not None:
                 (directory / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8", newline="")
         write_json(directory / "config.json", config)
-        write_json(directory / METADATA, {"version": VERSION, **metadata, "tokenizer": special})
+        write_json(directory / METADATA, {**metadata, "tokenizer": special})
         write_manifest(directory)

@@ -273,7 +273,7 @@ FAULTS = {
     "wrong_scale": (arrays(scale=lambda x: CONTIGUOUS(x[1:])), f"tensor '{DOWN}'"),
     "wrong_rank": (arrays(scale=lambda x: x.reshape(-1)), f"tensor '{DOWN}'"),
     "wrong_dtype": (arrays(q=lambda x: x.astype(np.int16)), f"tensor '{DOWN}'"),
-    "version": (metadata(lambda m: m.update(version=1)), r"jint8\.json: Expected format version 2, got 1: convert"),
+    "version": (metadata(lambda m: m.update(version=1)), r"jint8\.json: Expected format version 2 or 3, got 1: conv"),
     "no_dtype": (metadata(lambda m: m.pop("dtype")), r"jint8\.json: Expected a str as 'dtype'"),
     "unknown_dtype": (metadata(lambda m: m.update(dtype="float33")), "float33"),
     "no_config": (metadata(lambda m: m.pop("quant")), r"jint8\.json: Expected a dict as 'quant'"),
