@@ -23,13 +23,18 @@ CONFIG = {
     "num_key_value_heads": 8,
 }
 # devices by batch and by model, rows, who decides on outliers. Rows of one device are few (digits) or many (gathered).
-CASES = {"one_row": ((1, 8), 1, "batch"), "rows_on_two_axes": ((2, 4), 8, "token"), "experts": ((1, 8), 1, "batch")}
+CASES = {
+    "one_row": ((1, 8), 1, "batch"),
+    "rows_on_two_axes": ((2, 4), 8, "token"),
+    "experts": ((1, 8), 1, "batch"),
+    "int8_cache": ((1, 8), 1, "batch"),
+}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 SLOTS = 128
 OPERATION = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
-def program(config, devices, rows, outliers):
+def program(config, kind, devices, rows, outliers):
     """The compiled loop, from shapes alone."""
     mesh = jax.make_mesh(devices, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     whole = NamedSharding(mesh, P())
@@ -45,14 +50,14 @@ def program(config, devices, rows, outliers):
         )
 
     def state(params):
-        cache = empty_cache(model, params, rows, SLOTS)
+        cache = empty_cache(model, params, rows, SLOTS, kind)
         ended = jnp.zeros(rows, bool)
         return State(jnp.zeros((rows, SLOTS), jnp.int32), jnp.int32(1), None, ended, cache, jax.random.key(0))
 
     params = jax.eval_shape(int8_params)
     params = placed(params, jint8.shardings(params, partition_specs(params, mesh), mesh=mesh))
     abstract = jax.eval_shape(state, params)
-    cache = empty_cache(model, params, rows, SLOTS)
+    cache = empty_cache(model, params, rows, SLOTS, kind)
     shardings = jax.tree.map(lambda _: whole, abstract._replace(cache=[]))
     shardings = shardings._replace(cache=jax.tree.map(lambda leaf: leaf.sharding, cache))
     sampling = Sampling.of(end_tokens=(3,))
@@ -94,6 +99,7 @@ def donated_cache(text):
 
 found = {}
 for name, case in CASES.items():
-    text = program(CONFIG | (EXPERTS if name == "experts" else {}), *case)
+    kind = "int8" if name == "int8_cache" else None
+    text = program(CONFIG | (EXPERTS if name == "experts" else {}), kind, *case)
     found[name] = {"loop": exchanges(text), "donated_cache": donated_cache(text)}
 print(json.dumps(found))

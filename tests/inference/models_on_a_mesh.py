@@ -23,9 +23,9 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def greedy(model, tokens):
+def greedy(model, tokens, cache=None):
     """Tokens, and how many programs were compiled after the second step."""
-    steps = model.generate_tokens([tokens[0, :n].tolist() for n in LENGTHS], max_tokens=4, every=1)
+    steps = model.generate_tokens([tokens[0, :n].tolist() for n in LENGTHS], max_tokens=4, every=1, cache=cache)
     found = [next(steps), next(steps)]
     before = len(compiled)
     found += list(steps)
@@ -47,6 +47,9 @@ def compare(name, with_tokens):
     if with_tokens:
         result["greedy"], _ = greedy(alone, tokens)
         result["greedy_sharded"], result["compiled_late"] = greedy(sharded, tokens)
+    if name == "llama":
+        result["greedy_int8_cache"], _ = greedy(alone, tokens, "int8")
+        result["greedy_int8_cache_sharded"], result["compiled_late_int8_cache"] = greedy(sharded, tokens, "int8")
     return result
 
 

@@ -18,7 +18,8 @@ WITH_TOKENS = ["llama", "bloom"]  # four devices don't divide their key-value he
 FIXTURES = [*WITH_TOKENS, "opt_350m"]
 OTHERS = sorted(set(NAMES) - set(FIXTURES))  # each costs two compilations
 LAYERS = 2
-DEVICES, ROWS = {"one_row": 8, "rows_on_two_axes": 4, "experts": 8}, {"one_row": 1, "rows_on_two_axes": 4, "experts": 1}
+DEVICES = {"one_row": 8, "rows_on_two_axes": 4, "experts": 8, "int8_cache": 8}
+ROWS = {"one_row": 1, "rows_on_two_axes": 4, "experts": 1, "int8_cache": 1}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,11 @@ def test_text_of_smollm2():
 @pytest.mark.parametrize("name", WITH_TOKENS)
 def test_greedy_tokens(found, name):
     assert found[name]["greedy_sharded"] == found[name]["greedy"]
+
+
+def test_greedy_tokens_with_an_int8_cache(found):
+    assert found["llama"]["greedy_int8_cache_sharded"] == found["llama"]["greedy_int8_cache"]
+    assert found["llama"]["compiled_late_int8_cache"] == 0
 
 
 @pytest.mark.parametrize("name", WITH_TOKENS)
