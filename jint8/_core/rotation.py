@@ -101,7 +101,7 @@ def smoothing_factors(of_weight: jax.Array, rms: Any, kept: Any) -> jax.Array:
         logarithm = (jnp.log(of_weight) - jnp.log(_at_least_a_share(jnp.square(of_x), kept))) / 4
     if kept is None:
         return jnp.exp(logarithm - jnp.mean(logarithm, axis=-1, keepdims=True))
-    count = jnp.maximum(jnp.sum(~kept, axis=-1, keepdims=True), 1)
+    count = jnp.maximum(jnp.sum(~kept, axis=-1, keepdims=True, dtype=jnp.float32), 1)
     mean = jnp.sum(jnp.where(kept, 0, logarithm), axis=-1, keepdims=True) / count
     return jnp.where(kept, 1, jnp.exp(logarithm - mean))
 
@@ -128,8 +128,10 @@ def check_rms(rms: Any, shape: tuple[int, ...], contract_axes: Sequence[int], st
     if rms.shape not in ((k,), (*stack, k)):
         expected = f"{(k,)} or {(*stack, k)}" if stack else f"{(k,)}"
         raise ValueError(f"Expected rms of shape {expected}, got {rms.shape}.")
-    if not isinstance(rms, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(rms) & (rms >= 0))):
-        raise ValueError("Expected rms to be finite and at least 0, got values that aren't.")
+    if not isinstance(rms, jax.core.Tracer):
+        values = np.asarray(rms)  # by NumPy: of JAX, within a `jit`, the result would be traced
+        if not np.all(np.isfinite(values) & (values >= 0)):
+            raise ValueError("Expected rms to be finite and at least 0, got values that aren't.")
     return jnp.broadcast_to(jnp.asarray(rms, jnp.float32), (*stack, k))
 
 

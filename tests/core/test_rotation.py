@@ -219,6 +219,11 @@ def test_outside_of_a_jit_and_in_one_the_weight_is_the_same():
     )
     assert jax.tree.structure(outside) == jax.tree.structure(inside)
     np.testing.assert_array_equal(outside.q, inside.q)
+    # Also where the root mean squares are known when it is traced: then they are checked.
+    closed = functools.partial(jint8.quantize, **arguments, rms=rms)
+    assert jax.tree.structure(jax.eval_shape(closed, w)) == jax.tree.structure(outside)
+    with pytest.raises(ValueError, match="rms to be finite and at least 0"):
+        jax.eval_shape(functools.partial(jint8.quantize, **arguments, rms=-rms), w)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,16 @@ def rms_of(x):
 
 
 @functools.cache
-def _quantized(where, name, config, columns):
+def quantized(where, name, config=ROTATED, columns=()):
+    """The weight of a case, in its own order and with its contracted axis last."""
     case = CASES[where][name]
-    return jint8.quantize(case.w, config=config, rms=rms_of(case.x), outliers=columns or None)
+    return _both_orders(case.w, rms=rms_of(case.x), outliers=np.array(columns) if columns else None, config=config)
+
+
+@functools.partial(cases.jit, static_argnames="config")
+def _both_orders(*arguments, **named):
+    w = jint8.quantize(*arguments, **named)
+    return w, contract_last(w, (0,))
 
 
 def of_64(case):
@@ -48,14 +55,13 @@ CASES = {"shapes": SHAPES, "k=77": VALUES, "k=64": {name: of_64(case) for name, 
 def check(where, name, implementation, *, config=ROTATED, columns=(), n_k=True, dtype=jnp.float32, bias=None, shift=0):
     """The library's product against the oracle's of the same integers, which tests/core holds against it, too."""
     case = CASES[where][name]
-    w = _quantized(where, name, config, columns)
+    w, last = quantized(where, name, config, columns)
     x = jnp.asarray(case.x + np.float32(shift), dtype)
     bias = None if bias is None else jnp.asarray(bias, dtype)
-    got = matmul(x, contract_last(w, (0,)) if n_k else w, bias=bias, implementation=implementation)
+    got = matmul(x, last if n_k else w, bias=bias, implementation=implementation)
     assert (got.shape, got.dtype) == ((*case.x.shape[:-1], case.w.shape[1]), dtype)
-    integers = oracle.Quantized(
-        *(np.asarray(a, np.float64) for a in (w.q, w.scale, 0 * w.scale if w.zero is None else w.zero))
-    )
+    scale, zero = (np.asarray(leaf, np.float64) for leaf in (w.scale, 0.0 if w.zero is None else w.zero))
+    integers = oracle.Quantized(np.asarray(w.q, np.float64), scale, np.broadcast_to(zero, scale.shape))
     rows = case._replace(x=np.asarray(x, np.float32)).rows
     exact, bound = oracle.rotated_matmul(
         rows,
@@ -102,9 +108,7 @@ def test_one_row(name, config):
     check("shapes", name, "xla_row", config=config, columns=(3, 19) if config is WITH_COLUMNS else ())
 
 
-@pytest.mark.parametrize(
-    ("name", "config"), [("few_outliers", ROTATED), ("nan_row", ROTATED), ("few_outliers", WITH_COLUMNS)]
-)
+@pytest.mark.parametrize(("name", "config"), [("nan_row", ROTATED), ("few_outliers", WITH_COLUMNS)])
 def test_kernels(name, config):
     check("k=64", name, "triton", config=config, columns=COLUMNS if config is WITH_COLUMNS else ())  # interpreted
 
@@ -144,8 +148,13 @@ def test_the_smoothed_and_rotated_floats_have_the_products_of_the_floats(k):
     """The change of coordinates is exact: in floats, with factors and a block of the library, nothing is lost."""
     case, block = VALUES["few_outliers"], oracle.block_of(k)
     x, w = case.x[:, :k], case.w[:k]
-    inside = into_coordinates(jnp.asarray(w), rms_of(x), None, contract_axes=(0,), stack_axes=(), block=block)
-    y = rotate(x * inside.smooth[0], block) @ inside.values.T
+
+    @cases.jit
+    def product(x, w, rms):
+        inside = into_coordinates(w, rms, None, contract_axes=(0,), stack_axes=(), block=block)
+        return rotate(x * inside.smooth[0], block) @ inside.values.T
+
+    y = product(x, w, rms_of(x))
     assert cases.relative_error(y, x.astype(np.float64) @ w) < 1e-6
 
 
@@ -162,7 +171,7 @@ def test_columns_that_nothing_else_would_hold():
 
 def test_any_neighbours():
     """A row's result is the same bits beside any other rows of one shape."""
-    w = _quantized("k=64", "few_outliers", WITH_COLUMNS, COLUMNS)
+    _, w = quantized("k=64", "few_outliers", WITH_COLUMNS, COLUMNS)
     for weight, implementation in ((W, "xla_digits"), (W, "xla_gather"), (w, "xla_digits")):
         alone = np.asarray(matmul(np.tile(X[2], (6, 1)), weight, implementation=implementation))
         for neighbour in (0, 1e30, -1e-30, np.nan, np.inf, 700):
@@ -198,7 +207,7 @@ def test_layers_in_a_scan_and_a_vmap():
 @pytest.mark.parametrize("columns", [(), COLUMNS], ids=["", "columns"])
 @pytest.mark.parametrize("implementation", ["xla_digits", "dequantize"])
 def test_gradients_are_those_of_the_dequantized_weight(implementation, columns):
-    w = contract_last(_quantized("k=64", "few_outliers", WITH_COLUMNS if columns else ROTATED, columns), (0,))
+    _, w = quantized("k=64", "few_outliers", WITH_COLUMNS if columns else ROTATED, columns)
     cotangent, bias = normal(6, 13, seed=7), np.zeros(13, np.float32)
     loss = lambda x, bias: jnp.sum(jint8.matmul(x, w, bias=bias, implementation=implementation) * cotangent)
     of_x, of_bias = cases.jit(jax.grad(loss, (0, 1)))(X, bias)
@@ -212,6 +221,22 @@ def test_jvp_in_bfloat16():
     y, y_dot = cases.jit(lambda x, t: jax.jvp(lambda x: jint8.matmul(x, W), (x,), (t,)))(x, tangent)
     assert y.dtype == y_dot.dtype == jnp.bfloat16
     assert cases.relative_error(y_dot, np.asarray(tangent, np.float32) @ W.dequantize()) < 0.01
+
+
+@pytest.mark.parametrize("config", [ROTATED, WITH_COLUMNS], ids=["vector", "columns"])
+def test_strict_promotion_and_64_bits(config):
+    columns = COLUMNS if config is WITH_COLUMNS else None
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+        rms = rms_of(X).astype(np.float64)
+
+        def run(w, x):
+            w = jint8.quantize(w, config=config, rms=rms, outliers=columns)
+            y, pull = jax.vjp(lambda x: jint8.matmul(x, w, bias=jnp.ones(13, jnp.float16)), x)
+            return w, w.dequantize(), y, pull(y)[0]
+
+        w, *floats = jax.eval_shape(run, *(jnp.asarray(a, jnp.bfloat16) for a in (FLOATS, X)))
+        assert {a.dtype for a in floats} == {np.dtype(jnp.bfloat16)}
+        assert {leaf.dtype for leaf in (w.q, w.scale, w.smooth)} == {np.dtype("int8"), np.dtype("float32")}
 
 
 CONTRACTIONS = {  # subscripts, shape of x and of the weight, contracted axes, stacked ones
