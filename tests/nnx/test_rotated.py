@@ -70,8 +70,7 @@ class Scanned(nnx.Module):
 
 # name: constructor, argument, config, int8 weights
 MODELS = {
-    "layers": (Model, X, ROTATED, 9),
-    "layers, columns": (Model, X, COLUMNS, 9),
+    "layers": (Model, X, COLUMNS, 9),
     "tied": (Tied, TOKENS, COLUMNS, 1),
     "scan": (Scanned, X, ROTATED, 1),
 }
@@ -122,7 +121,7 @@ def test_exactly_the_dequantized_weights_and_close_in_int8(name):
 
 
 def test_the_kernels_stand_for_those_of_the_float_model():
-    model, plan, _, int8 = quantized("layers, columns")
+    model, plan, _, int8 = quantized("layers")
     for path in plan:
         *parents, name = path.split("/")
         w, want = int8, model
