@@ -140,13 +140,14 @@ class LanguageModel:
         """A text, or the short one that comes with the package, as calls of `run`: int32 `[1, length]` each.
 
         A shorter text is one call; what remains of a longer one is dropped. Without a text and a tokenizer, one call of
-        random tokens, the same each time.
+        random tokens, the same each time. Calls are no longer than the model has learned positions for.
 
         Raises:
           ValueError: a text for a model that has no tokenizer, a text of less than two tokens, or a length below 2.
         """
         if length < 2:
             raise ValueError(f"Expected sequences of at least 2 tokens, got {length}.")
+        length = length if self.config.learned_positions is None else min(length, self.config.max_positions)
         if text is None and self.tokenizer is None:
             return [np.random.default_rng(0).integers(self.config.vocab_size, size=(1, length), dtype=np.int32)]
         if text is None:
