@@ -80,7 +80,7 @@ def main() -> None:
             row["ms_per_step"] = 1e3 * seconds[name] / STEPS
             row["times_float_cache"] = seconds["float"] / seconds[name]
             print(
-                f"  {name:6} cache {row['cache_bytes'] / 1e6:8.1f} MB, temporaries {row['decode_temp_bytes'] / 1e6:.1f}, "
+                f"  {name:6} cache {row['cache_bytes'] / 1e6:8.1f}, temporaries {row['decode_temp_bytes'] / 1e6:.1f} "
                 f"{row['ms_per_step']:7.2f} ms a step {row['times_float_cache']:5.2f}x"
             )
         result[f"batch_{batch}"] = rows
