@@ -66,7 +66,7 @@ def main() -> None:
         return
     models = load(args.source, head="embedding") | {
         f"preset {name}": jint8.load(args.source, config=jint8.Config.preset(name))
-        for name in ("static", "best", "fast")
+        for name in ("static", "rotated", "best", "fast")
     }
     result = {"weight_bytes": weight_bytes(models)}
     for batch in BATCHES:

@@ -80,8 +80,17 @@ def _rows() -> dict[str, Row]:
     config = jint8.Config
     rows = {scheme: Row(config(scheme=scheme)) for scheme in SCHEMES}
     rows["weights only"] = Row(config(), run=config(scheme="none"))  # int8 weights and float activations
-    for name in ("static", "best"):
+    for name in ("static", "rotated", "best"):
         rows[name] = Row(config.preset(name), {})
+    rows["rotated, without data"] = Row(config.preset("rotated"))
+    for block in (16, 32):
+        rows[f"rotated, blocks of {block}"] = Row(config(scheme="vector", rotate=block), {})
+    rows["rotated, zero points"] = Row(config(scheme="vector-zp", rotate=64), {})
+    rows["rotated, 8 columns"] = Row(config(outliers="static", rotate=64), {"budget": 8})
+    rows["best, 8 columns"] = Row(config(outliers="static", rotate=64, digits=2), {"budget": 8})
+    rows["rotated, weights only"] = Row(config.preset("rotated"), {}, run=config(scheme="none"))
+    digits = {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2}
+    rows["two digits, static"] = Row(config(**digits), {})  # the preset best before rotation
     rows["fast"] = Row(config.preset("fast"))
     rows["llm.int8, token"] = Row(config(outliers="token"))
     rows["llm.int8, static"] = Row(config(outliers="static"), {})
@@ -97,7 +106,8 @@ def _rows() -> dict[str, Row]:
 class Computed:
     """A model whose logits are known, `[n, s, vocabulary]`, for these tokens `[n, s]`."""
 
-    def __init__(self, tokens: np.ndarray, logits: np.ndarray):
+    def __init__(self, tokens: np.ndarray, logits: np.ndarray, config: Any):
+        self.config = config  # of the model
         self._logits = logits
         self._row = {ids.tobytes(): row for row, ids in enumerate(tokens)}
 
@@ -108,7 +118,7 @@ class Computed:
             logits = np.memmap(file.name, np.float32, "w+", shape=(*tokens.shape, model.config.vocab_size))
         for row, ids in enumerate(tokens):
             logits[row] = np.asarray(model.logits(ids[None]))[0]
-        return cls(tokens, logits)
+        return cls(tokens, logits, model.config)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return np.stack([self._logits[self._row[ids.tobytes()]] for ids in tokens])
@@ -128,8 +138,8 @@ class Bench:
         floats = planted(self.model.params, variant)
         outliers = None
         if row.criteria is not None:
-            token = dataclasses.replace(row.config, outliers="token")
-            int8 = dataclasses.replace(self.model, params=jint8.quantize_params(floats, config=token), quant=token)
+            other = row.config.for_calibration()
+            int8 = dataclasses.replace(self.model, params=jint8.quantize_params(floats, config=other), quant=other)
             outliers = int8.calibrate(**row.criteria)
         params = jint8.quantize_params(floats, config=row.config, outliers=outliers)
         params = params if row.run is None else with_config(params, row.run)
@@ -137,7 +147,7 @@ class Bench:
         start = time.perf_counter()
         result = {**self._compare(model), "projection_bytes": projection_bytes(params)}
         result["seconds"] = time.perf_counter() - start
-        if outliers is not None:
+        if outliers is not None and row.config.uses_calibrated_columns:
             columns = sum(len(found) for found in outliers.values())
             result["calibrated_columns"] = columns / sum(self._inputs().values())
         return result
@@ -155,7 +165,10 @@ class Bench:
                 start = time.perf_counter()
                 answer = worker.ask(what="logits", tokens=self.tokens.tolist(), file=str(file))
                 answer |= {"seconds": time.perf_counter() - start, "versions": worker.versions}
-                return {**self._compare(Computed(self.tokens, np.load(file, mmap_mode="r"))), **answer}
+                return {
+                    **self._compare(Computed(self.tokens, np.load(file, mmap_mode="r"), self.model.config)),
+                    **answer,
+                }
 
     def _compare(self, model: Any) -> dict[str, Any]:
         found = evaluate(model, self.tokens, reference=self.reference)

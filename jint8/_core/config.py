@@ -132,7 +132,7 @@ class Config:
         Args:
           name: `"paper"`: LLM.int8() as published, `Config()`. `"static"`: calibrated outlier columns and zero points.
             `"rotated"`: features smoothed and rotated, then one int8 product without decomposition.
-            `"best"`: those, and two digits per activation: the quality of int8 weights with float activations.
+            `"best"`: that, and two digits per activation: what is left is the error of int8 weights alone.
             `"fast"`: zero points and no decomposition.
 
         Returns:
@@ -178,7 +178,7 @@ class Config:
     @property
     def is_calibrated(self) -> bool:
         """Whether weights are quantized by what is known of activations: outlier columns, or how large features are."""
-        return self.uses_calibrated_columns or self.rotate > 0
+        return self.quantizes_weights and (self.uses_calibrated_columns or self.rotate > 0)
 
     def for_calibration(self) -> Config:
         """The config of an int8 model on which this one's outlier columns and root mean squares are found."""
@@ -197,7 +197,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
     "static": {"scheme": "llm.int8-zp", "outliers": "static"},
     "rotated": {"scheme": "vector", "rotate": 64},
-    "best": {"scheme": "llm.int8-zp", "outliers": "static", "digits": 2},
+    "best": {"scheme": "vector", "rotate": 64, "digits": 2},
     "fast": {"scheme": "vector-zp"},
 }
 

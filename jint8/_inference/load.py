@@ -201,8 +201,7 @@ def _load_fields(
             quant, selection = resolve_settings(checkpoint, config=config, quantize=quantize, selection=selection)
             model = build(checkpoint, default_dtype() if dtype is None else dtype)
             read = functools.partial(read_params, checkpoint, model, selection=selection, mesh=mesh, progress=progress)
-            calibrated = quant.uses_calibrated_columns or bool(quant.rotate)
-            if calibrate is not None and (outliers is not None or not calibrated):
+            if calibrate is not None and (outliers is not None or not quant.is_calibrated):
                 raise ValueError(
                     f"{path}: Expected calibrate with static outliers that are to be found, or with rotate, got it "
                     "without."
@@ -215,13 +214,12 @@ def _load_fields(
             elif quant.uses_calibrated_columns and (find_outliers is None or calibrate is False):
                 got = "calibrate=False" if find_outliers else "an encoder"
                 raise ValueError(f"{path}: Expected outliers by batch or by token without calibration, got {got}.")
-            elif calibrated and find_outliers is not None and calibrate is not False:
+            elif quant.is_calibrated and find_outliers is not None and calibrate is not False:
                 # Calibrated on a model that finds outliers token by token. Its parameters are dropped before those of
                 # the result are read: both together may not fit.
-                scheme = quant.scheme if quant.table_row.decomposition else Config().scheme
-                by_token = dataclasses.replace(quant, scheme=scheme, outliers="token", rotate=0)
-                dynamic = read(config=by_token)
-                outliers = find_outliers(_fields(checkpoint, model, dynamic, by_token), calibrate)
+                other = quant.for_calibration()
+                dynamic = read(config=other)
+                outliers = find_outliers(_fields(checkpoint, model, dynamic, other), calibrate)
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:

@@ -101,7 +101,7 @@ def quant_config(args: argparse.Namespace) -> Config | None:
         raise ValueError("Expected --scheme or --preset, got both")
     config = Config() if args.preset is None else Config.preset(args.preset)
     config = dataclasses.replace(config, **given)
-    if args.calibrate is not None and not (config.uses_calibrated_columns or config.rotate):
+    if args.calibrate is not None and not config.is_calibrated:
         raise ValueError(
             "Expected --calibrate with what is calibrated (--preset rotated, static or best, --outliers static)"
         )

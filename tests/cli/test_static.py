@@ -82,10 +82,12 @@ def test_eval_with_a_preset(llama, run_json, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     common = ("eval", llama, "--text", tmp_path / "text.txt", "--seq-len", 16, "--limit", 1)
     best = run_json(*common, "--preset", "best", "--calibrate", tmp_path / "text.txt")
-    assert (best["preset"], best["scheme"], best["threshold"]) == ("best", "llm.int8-zp", 6)
+    assert (best["preset"], best["scheme"], best["threshold"]) == ("best", "vector", 0)
+    static = run_json(*common, "--preset", "static")
+    assert (static["preset"], static["scheme"], static["threshold"]) == ("static", "llm.int8-zp", 6)
     fast = run_json(*common, "--preset", "fast")
     assert (fast["preset"], fast["scheme"], fast["threshold"]) == ("fast", "vector-zp", 0)
-    assert best["projection_bytes"] > fast["projection_bytes"]
+    assert static["projection_bytes"] > fast["projection_bytes"]
 
 
 def test_outliers(llama, run_json, tmp_path):
@@ -114,10 +116,10 @@ def test_errors(llama, run_error, tmp_path):
     assert "Expected --scheme or --preset, got both" in run_error(
         "eval", llama, "--text", "x", "--scheme", "vector", "--preset", "best"
     )
-    assert "Expected a preset among paper, static, best, fast, got 'x'" in run_error(
+    assert "Expected a preset among paper, static, rotated, best, fast, got 'x'" in run_error(
         "generate", llama, "--prompt", "a", "--preset", "x"
     )
-    assert "Expected --calibrate with static outliers" in run_error("eval", llama, "--text", "x", "--calibrate", "x")
+    assert "Expected --calibrate with what is calibrated" in run_error("eval", llama, "--text", "x", "--calibrate", "x")
     assert "none.txt" in run_error("outliers", llama, "--text", tmp_path / "none.txt")
     assert "Expected --limit" in run_error("outliers", llama, "--limit", 0)
     pytest.importorskip("matplotlib")

@@ -13,7 +13,9 @@ CONFIGS = {
     "token": jint8.Config(outliers="token"),
     "static": jint8.Config(outliers="static"),
     "static_zero_points": jint8.Config(scheme="llm.int8-zp", outliers="static"),
-    "static_two_digits": jint8.Config.preset("best"),
+    "static_two_digits": jint8.Config(scheme="llm.int8-zp", outliers="static", digits=2),
+    "rotated": jint8.Config.preset("rotated"),
+    "best": jint8.Config.preset("best"),
     "token_relative": jint8.Config(outliers="token", relative=True, threshold=3.0),
     "vector": jint8.Config(scheme="vector"),
 }
