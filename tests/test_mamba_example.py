@@ -93,6 +93,7 @@ def test_all_projections_become_int8(small):
     assert all("Dense" in path and path.endswith("kernel") for path in plan)
 
 
+@pytest.mark.slow
 def test_errors_are_measured(small):
     model, params, tokens = small
     configs = {

@@ -20,8 +20,8 @@ from jint8.models import Decoder, Int8Cache, LayerCache, context, make_cache, mo
 
 # What is special: nothing; a window; a softcap on scores; ALiBi; key biases; a window on some layers, a part of each
 # head is rotated, learned positions.
-FAMILIES = ["llama", "mistral", "gemma2", "bloom", "qwen2"]
-MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt_neox", "opt")]
+FAMILIES = ["llama", "mistral", "gemma2"]
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("bloom", "qwen2", "gemma3", "gpt_neox", "opt")]
 LENGTH, SHORT, SLOTS = 20, 11, 32
 CHUNKS = (0, 8, 30, 31, SLOTS)  # the second row's first token is in the second; steps of one token as in decoding
 RNG = np.random.default_rng(3)
@@ -102,7 +102,9 @@ def generated(model, **options):
     return np.concatenate(list(model.generate_tokens(PROMPTS, max_tokens=5, every=2, **options)), axis=1)
 
 
-@pytest.mark.parametrize("chunk", [_generate.CHUNK, 12], ids=["at_once", "in_chunks"])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(_generate.CHUNK, id="at_once", marks=pytest.mark.slow), pytest.param(12, id="in_chunks")]
+)
 def test_generated_tokens(chunk, monkeypatch):
     """With left padding and a window, the same as with a float cache: their logits are further apart than the error."""
     model = jint8.load(DIRECTORY / "mistral", quantize=False, dtype="float32")

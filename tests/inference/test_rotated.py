@@ -80,6 +80,7 @@ def test_load_calibrates_by_itself(source, model):
     assert 0.8 < correlation < 1 - 1e-6  # another text, and activations of an int8 model
 
 
+@pytest.mark.slow
 def test_calibrated_on_no_more_tokens_than_there_are_positions():
     """GPT-2's fixture has 48 learned positions: behind them there would be NaN."""
     model = jint8.load(DIRECTORY / "gpt2", config=COLUMNS, dtype="float32")
@@ -189,6 +190,7 @@ def test_faults_in_a_saved_model(fault, message, saved):
         jint8.load(saved)
 
 
+@pytest.mark.slow
 def test_a_saved_block_that_does_not_fit_the_mesh():
     """The error names the weight, and what to quantize it with."""
     refused = on_devices(2)["refused"]
@@ -196,6 +198,7 @@ def test_a_saved_block_that_does_not_fit_the_mesh():
     assert refused.endswith("got runs of 16 features each: quantize it with rotate=16.")
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_rotated_weights():
     adapter = DIRECTORY.parent / "adapters" / "llama"
     model = jint8.load(DIRECTORY / "llama", adapter=adapter, config=ROTATED, calibrate=False, dtype="float32")

@@ -117,7 +117,7 @@ def quantized(name):
     return floats, plan, found, jint8.quantize_params(floats, plan=plan, config=config, outliers=found)
 
 
-@pytest.mark.parametrize("name", slow_but(MODELS, "scan", "tied", "own code"))
+@pytest.mark.parametrize("name", slow_but(MODELS, "scan", "tied"))
 def test_exactly_the_dequantized_weights_and_close_in_int8(name):
     module, x, config = MODELS[name]
     floats, plan, _, int8 = quantized(name)
@@ -224,7 +224,7 @@ QUANTIZING = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTIZING)
+@pytest.mark.parametrize("name", slow_but(QUANTIZING, *(name for name in QUANTIZING if name != "Int8TransformerBlock")))
 def test_layers_that_quantize_at_each_call(name):
     """They are planned as their float layers are, give the same as quantized parameters, and gradients go through."""
     module, plain = (QUANTIZING[name](config) for config in (ROTATED, NONE))

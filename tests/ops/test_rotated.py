@@ -298,7 +298,13 @@ EXPERT_COLUMNS = np.array([[3, 7], [1, 64], [5, 40]])
 AFFINE = jint8.Config(scheme="llm.int8-zp", rotate=64, outliers="static")
 
 
-@pytest.mark.parametrize(("config", "last"), [(ROTATED, True), (AFFINE, False)], ids=["contracted last", "columns"])
+@pytest.mark.parametrize(
+    ("config", "last"),
+    [
+        pytest.param(ROTATED, True, id="contracted last", marks=pytest.mark.slow),
+        pytest.param(AFFINE, False, id="columns"),
+    ],
+)
 def test_ragged_dot(config, last):
     """Each expert has factors and columns of its own."""
     floats = normal(3, 64, 8, seed=2) * (10 ** np.random.default_rng(3).uniform(-1, 1, (3, 64, 1))).astype("f4")
@@ -369,6 +375,7 @@ def on_meshes():
     return run_on_eight_devices(Path(__file__).parent / "rotated_on_meshes.py", optimized=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "block"), [("2", 32), ("4", 16)])
 def test_features_over_devices(on_meshes, devices, block):
     """192 of them: a block that divides each device's, and nothing of x or of the weight is sent around."""
