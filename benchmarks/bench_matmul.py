@@ -26,6 +26,7 @@ def measure(m: int, k: int, n: int) -> dict[str, float]:
     x = rng.standard_normal((m, k), dtype=np.float32)
     x[:, rng.choice(k, OUTLIER_COLUMNS, replace=False)] *= 20
     w8, wf = jint8.quantize(w, contract_axes=(1,)), jnp.asarray(w.T.copy())
+    rotated = jint8.quantize(w, contract_axes=(1,), config=jint8.Config.preset("rotated"))
     no_decomposition = jint8.Config(threshold=0)
     matmul, int8 = jax.jit(jnp.matmul), jax.jit(jint8.matmul)
     plain = jax.jit(lambda x, w: jint8.matmul(x, w, config=no_decomposition))
@@ -33,6 +34,7 @@ def measure(m: int, k: int, n: int) -> dict[str, float]:
         "float32": lambda: matmul(x, wf),
         "int8, threshold 6": lambda: int8(x, w8),
         "int8, threshold 0": lambda: plain(x, w8),
+        "int8, rotated": lambda: int8(x, rotated),
     }
     return {name: 1e3 * s for name, s in alternate(runs, 9 if m * k * n > 1e9 else 50).items()}
 
