@@ -177,7 +177,8 @@ class ParameterReader:
             for some, q, scale in quantized_rows(value, least):
                 yield original[some], {"q": q, "scale": scale}
             return
-        check_finite(value)
+        check_finite(original)
+        check_finite(value)  # which a rotation may make too large for float32
         by_row = scheme.weights == "channel"
         least = least if by_row or least is None else least.max(keepdims=True, initial=0)
         rounded, *scales = _rounding(scheme.affine)(jnp.array(value), 1 if by_row else (0, 1), least)

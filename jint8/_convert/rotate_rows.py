@@ -36,9 +36,11 @@ class MeanSquares:
             if self.rms is None:
                 largest = np.abs(x).max(axis=1, keepdims=True, initial=0)
                 x /= np.where(largest > 0, largest, 1)
+            unit = float(np.abs(x).max(initial=0)) or 1.0  # whose squares neither overflow nor vanish
+            x /= np.float32(unit)
             for which in np.unique(weight):
                 part = x if (weight == which).all() else x[weight == which]
-                self._sums[which] += np.einsum("nk,nk->k", part, part)
+                self._sums[which] += np.einsum("nk,nk->k", part, part) * unit**2
 
     def smooth(self) -> np.ndarray:
         """The smoothing factors, float32 `[stacked, k]`."""

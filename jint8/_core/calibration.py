@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jint8._core.config import Config
 
 
@@ -24,6 +26,21 @@ class Calibration(dict[str, Any]):
 
     def __reduce__(self):
         return Calibration, (dict(self), self.rms)
+
+    def copy(self) -> Calibration:
+        """Another one with the same arrays."""
+        return Calibration(self, self.rms)
+
+    def __or__(self, other: Any) -> Any:
+        return Calibration({**self, **other}, self.rms | getattr(other, "rms", {}))
+
+    def __ror__(self, other: Any) -> Any:
+        return Calibration({**other, **self}, self.rms)
+
+
+jax.tree_util.register_pytree_node(
+    Calibration, lambda known: ((dict(known), known.rms), None), lambda _, children: Calibration(*children)
+)
 
 
 def check_calibrated(outliers: Any) -> None:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from jint8._core.axes import columns_last
 
@@ -31,7 +32,8 @@ LEAST_SHARE = 1e-5
 def rotation_block(w: Any, contract_axes: Sequence[int], largest: int) -> int:
     """How many features are rotated together: the largest power of two up to `largest` that divides their number.
 
-    Of a sharded weight, the number on each device: then no block spans several devices.
+    Of a sharded weight, the number on each device: then no block spans several devices. Under `jit`, how a weight is
+    sharded is only known on explicit axes.
 
     Args:
       w: an array, or its `jax.ShapeDtypeStruct`.
@@ -56,7 +58,17 @@ def features_together(w: Any, contract_axes: Sequence[int]) -> int:
 
 
 def _shard_shape(w: Any) -> tuple[int, ...]:
-    sharding = getattr(w if not isinstance(w, jax.core.Tracer) else jax.typeof(w), "sharding", None)
+    if isinstance(w, jax.core.Tracer):
+        # Explicit axes are all that is known while tracing. Within `jax.shard_map` the shape is a shard's already.
+        sharding = jax.typeof(w).sharding
+        kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+
+        def devices(axis: Any) -> int:
+            names = axis if isinstance(axis, tuple) else (axis,)
+            return math.prod(sharding.mesh.shape[n] for n in names if kinds.get(n) == AxisType.Explicit)
+
+        return tuple(size // devices(axis) for size, axis in zip(w.shape, sharding.spec, strict=True))
+    sharding = getattr(w, "sharding", None)
     return w.shape if sharding is None or 0 in w.shape else sharding.shard_shape(w.shape)
 
 
@@ -110,7 +122,7 @@ def _at_least_a_share(values: jax.Array, kept: Any) -> jax.Array:
     """`values[..., k]`, but none below `LEAST_SHARE` of their mean; 1 where all are 0."""
     taken = values if kept is None else jnp.where(kept, 0, values)
     mean = jnp.mean(taken, axis=-1, keepdims=True)
-    return jnp.where(mean > 0, jnp.maximum(values, LEAST_SHARE * mean), 1)
+    return jnp.where(mean == 0, 1, jnp.maximum(values, LEAST_SHARE * mean))  # NaN stays
 
 
 def check_rms(rms: Any, shape: tuple[int, ...], contract_axes: Sequence[int], stack_axes: Sequence[int]) -> jax.Array:

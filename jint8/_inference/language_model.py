@@ -108,14 +108,13 @@ class LanguageModel:
           relative: the threshold counts in mean magnitudes of the token. None is as in the model's config.
           layer_share: share of layers in which a dimension has to have outliers.
           position_share: share of positions, in those layers.
-          budget: None, or how many columns per layer (a share of them if below 1), whatever the threshold and the
-            shares.
+          budget: None, or how many columns per layer (a share of them if below 1), whatever the rest says.
 
         Returns:
           From path to int32 indices; see `jint8.calibrate`.
 
         Raises:
-          ValueError: the model has no tokenizer, a text of less than two tokens, or an option out of its range.
+          ValueError: a text without a tokenizer or of less than two tokens, or an option out of its range.
         """
         if relative is None:
             relative = self.quant.relative
@@ -130,6 +129,7 @@ class LanguageModel:
             layer_share=layer_share,
             position_share=position_share,
             budget=budget,
+            skip=() if self.config.tie_embeddings else "embedding",  # which then is only looked up
         )
 
     def run(self, params: Any, tokens: jax.Array) -> jax.Array:

@@ -129,7 +129,8 @@ def load_encoder(
 
     Args:
       path: a Hugging Face directory, or one that `jint8.save` or bitsandbytes wrote.
-      config: how to quantize, and how to multiply; this and the others as in `jint8.load`.
+      config: how to quantize, and how to multiply; this and the others as in `jint8.load`. An encoder isn't calibrated:
+        a config that rotates smooths by the weights alone.
       dtype: of activations and of the parameters that aren't quantized.
       quantize: False keeps every weight in `dtype`, whatever `config`, `skip` and `include` say.
       skip: patterns or a predicate of weights that stay in floating point.

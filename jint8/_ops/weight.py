@@ -76,6 +76,11 @@ class Weight:
         """Activations `x[m, k]` smoothed and rotated as the weight is, in float32; unchanged where it isn't."""
         if self.smooth is None:
             return x
+        if self.k % self.block:
+            raise ValueError(
+                f"Expected a weight with whole blocks of the {self.block} features that were rotated together, got "
+                f"{self.k} features: a part of one has no product."
+            )
         return rotate(x.astype(jnp.float32) * self.smooth, self.block)
 
     def per_channel(self, leaf: jax.Array) -> jax.Array:

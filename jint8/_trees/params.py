@@ -205,7 +205,12 @@ def with_config(params: Any, config: Config) -> Any:
     """
     check_config(config)
 
-    def replace(leaf):
-        return dataclasses.replace(leaf, config=config_for(leaf, config)) if isinstance(leaf, QTensor) else leaf
+    def replace(key_path, leaf):
+        if not isinstance(leaf, QTensor):
+            return leaf
+        try:
+            return dataclasses.replace(leaf, config=config_for(leaf, config))
+        except ValueError as error:
+            raise ValueError(f"{path_string(key_path)}: {error}") from None
 
-    return jax.tree.map(replace, params, is_leaf=is_qtensor)
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_qtensor)

@@ -32,9 +32,12 @@ from jint8._ops.digits import digit_step, digits, join_digits
 from jint8.models._config import ModelConfig
 
 FIRST_KEYS = 8  # how many keys of a sequence the constant vector is the mean of
-# Queries, and softmax's weights, are written as so many int8 digits: 32512 steps to either side, so that they add next
-# to nothing to the error of the cache. An int8 product of few rows takes as long for twice as many.
-DIGITS = 2
+# A query is written as so many int8 digits: 32512 steps to either side, so that it adds next to nothing to the error of
+# the cache. An int8 product of few rows takes as long for twice as many.
+QUERY_DIGITS = 2
+# Softmax's weights are as many as there are tokens. Beside one large weight, thousands of small ones may hold half of
+# the sum, and with two digits all those would be 0.
+WEIGHT_DIGITS = 3
 FEW_QUERIES = 16  # of a call; for more of them the time is in the products, of which those of floats are faster
 LONGEST_SUM = (2**31 - 1) // 127**2  # products of int8 digits that fit in an int32 sum
 
@@ -130,18 +133,20 @@ class Int8Cache(NamedTuple):
 
     def dequantized(self, dtype: DTypeLike) -> LayerCache:
         """Keys (less their shift, times H) and values in floating point."""
-        key, value = self.key * self.key_scale[..., None], self.value * self.value_scale[..., None]
+        key = self.key.astype(jnp.float32) * self.key_scale[..., None]
+        value = self.value.astype(jnp.float32) * self.value_scale[..., None]
         return LayerCache(key.astype(dtype).swapaxes(2, 3), value.astype(dtype))
 
     def scores(self, q: jax.Array) -> jax.Array:
         """`q[b, kv_heads, rows, head_dim]` times all keys, float32 `[b, kv_heads, rows, length]`."""
-        return digit_product(q, self.key, KEYS_LAST) * self.key_scale[:, :, None]
+        return digit_product(q, self.key, KEYS_LAST, QUERY_DIGITS) * self.key_scale[:, :, None]
 
     def weighted(self, weights: jax.Array, dtype: DTypeLike) -> jax.Array:
         """The values' sums by `weights[b, kv_heads, rows, length]`, `[b, kv_heads, rows, head_dim]` in `dtype`."""
         weights = weights * self.value_scale[:, :, None]
         pieces = [slice(i, min(i + LONGEST_SUM, self.length)) for i in range(0, self.length, LONGEST_SUM)]
-        sums = [digit_product(weights[..., piece], self.value[:, :, piece], KEYS_FIRST) for piece in pieces]
+        product = functools.partial(digit_product, dimension_numbers=KEYS_FIRST, count=WEIGHT_DIGITS)
+        sums = [product(weights[..., piece], self.value[:, :, piece]) for piece in pieces]
         return functools.reduce(jnp.add, sums).astype(dtype)
 
 
@@ -152,11 +157,11 @@ KEYS_FIRST = (((3,), (2,)), ((0, 1), (0, 1)))
 KEYS_LAST = (((3,), (3,)), ((0, 1), (0, 1)))
 
 
-def digit_product(x: jax.Array, q: jax.Array, dimension_numbers) -> jax.Array:
-    """float32 `x[b, kv_heads, m, k]` times int8 `q`, with each row of `x` as `DIGITS` int8 rows: float32, unscaled."""
-    step = digit_step(x, -1, DIGITS)
+def digit_product(x: jax.Array, q: jax.Array, dimension_numbers, count: int) -> jax.Array:
+    """float32 `x[b, kv_heads, m, k]` times int8 `q`, with each row of `x` as `count` int8 rows: float32, unscaled."""
+    step = digit_step(x, -1, count)
     over_heads = lambda fn: jax.vmap(jax.vmap(fn))
-    rows = over_heads(functools.partial(digits, count=DIGITS))(x, step)
+    rows = over_heads(functools.partial(digits, count=count))(x, step)
     sums = lax.dot_general(rows, q, dimension_numbers, preferred_element_type=jnp.int32).astype(jnp.float32)
     return over_heads(functools.partial(join_digits, m=x.shape[2]))(sums) * step
 
@@ -176,7 +181,7 @@ def constant_vector(key: jax.Array, before: jax.Array, slot: jax.Array | int, fi
     begin = (jnp.zeros(len(key), jnp.int32) if first is None else first) - slot  # of each row, in this call
     index = jnp.arange(key.shape[2])
     taken = (index >= begin[:, None]) & (index < begin[:, None] + FIRST_KEYS)  # (b, s)
-    count = jnp.maximum(jnp.sum(taken, axis=1), 1)[:, None, None]
+    count = jnp.maximum(jnp.sum(taken, axis=1, dtype=jnp.float32), 1)[:, None, None]
     mean = jnp.sum(jnp.where(taken[:, None, :, None], key, 0), axis=2) / count
     begins_here = (begin >= 0) & (begin < key.shape[2])
     return jnp.where(begins_here[:, None, None], mean, before)
@@ -237,8 +242,9 @@ def _cache_maker(
     def layer() -> Cache:
         if dtype != jnp.int8:
             return LayerCache(jnp.zeros((*heads, d, length), dtype), jnp.zeros((*heads, length, d), dtype))
-        values, scales = functools.partial(jnp.zeros, (*heads, length, d), jnp.int8), (*heads, length)
-        shift = None if config.attention_softcap else jnp.zeros((*heads, d))
-        return Int8Cache(values(), jnp.zeros(scales), values(), jnp.zeros(scales), shift)
+        values = functools.partial(jnp.zeros, (*heads, length, d), jnp.int8)
+        scales = functools.partial(jnp.zeros, (*heads, length), jnp.float32)
+        shift = None if config.attention_softcap else jnp.zeros((*heads, d), jnp.float32)
+        return Int8Cache(values(), scales(), values(), scales(), shift)
 
     return jax.jit(lambda: [layer() for _ in range(config.num_layers)], out_shardings=sharding)

@@ -141,3 +141,24 @@ def test_bitsandbytes_can_not_have_them(tmp_path):
     ):
         jint8.save(tmp_path / "dst", model, format="bitsandbytes")
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("scheme", ["llm.int8", "llm.int8-zp", "row+dec"])
+def test_a_calibrated_column_that_is_not_finite(tmp_path, scheme):
+    """It is taken out before the rest is rotated, and missed nevertheless."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load_file(DIRECTORY / "llama" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 5] = np.inf
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((DIRECTORY / "llama" / "config.json").read_text())
+    config = jint8.Config(scheme=scheme, outliers="static", rotate=64)
+    with pytest.raises(ValueError, match=f"{name}.*Expected finite weights, got NaN or infinity"):
+        jint8.load(tmp_path, config=config, outliers={"layers_1/mlp/down/weight": [5]})
+
+
+def test_an_embedding_that_is_only_looked_up_is_not_calibrated():
+    model = load("llama", config=jint8.Config.preset("rotated"), include="embedding")
+    assert is_qtensor(model.params["embedding"])
+    assert np.isfinite(model.logits(np.array([[3, 4, 5]]))).all()

@@ -329,3 +329,23 @@ def test_configs_that_rotate():
     assert jint8.Config(rotate=64, threshold=0.0).rotate == 64
     assert jint8.Config(rotate=np.int64(64), outliers="static").rotate == 64
     assert jint8.Config.preset("rotated") == jint8.Config(scheme="vector", rotate=64)
+
+
+def test_nan_among_root_mean_squares_is_not_lost_under_jit():
+    rms = np.where(np.arange(64) == 3, np.nan, 1).astype(np.float32)
+    got = quantize(normal(64, 5), config=rotating(), rms=rms)
+    assert np.isnan(got.scale).all()
+
+
+def test_calibrations_are_copied_and_joined_with_their_root_mean_squares():
+    def calibration(name):
+        run = lambda params, x: jint8.matmul(x, params[name])
+        return jint8.calibrate(run, {name: normal(8, 4)}, [normal(3, 8)], plan={name: (0,)})
+
+    one, other = map(calibration, "ab")
+    for both in (one | other, other.copy() | one, dict(other) | one):
+        assert set(both) == {"a", "b"}
+        assert "a" in both.rms
+    assert set((one | other).rms) == {"a", "b"}
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, one)
+    np.testing.assert_array_equal(doubled.rms["a"], 2 * one.rms["a"])

@@ -178,7 +178,9 @@ def test_sums_that_int32_does_not_hold_are_split(monkeypatch):
     weights = np.random.default_rng(4).dirichlet(np.ones(SLOTS), (B, HEADS, 2)).astype(np.float32)
     want = weighted(cache, weights)
     lengths, product = [], _cache.digit_product
-    monkeypatch.setattr(_cache, "digit_product", lambda x, *args: lengths.append(x.shape[-1]) or product(x, *args))
+    monkeypatch.setattr(
+        _cache, "digit_product", lambda x, *args, **kw: lengths.append(x.shape[-1]) or product(x, *args, **kw)
+    )
     monkeypatch.setattr(_cache, "LONGEST_SUM", 10)
     np.testing.assert_allclose(weighted(cache, weights), want, rtol=1e-3, atol=1e-4)
     assert lengths == [10, 10, 4]
@@ -224,3 +226,15 @@ def test_many_queries_read_what_few_read():
     np.testing.assert_allclose(weighted(held, weights), want, atol=1e-3 * np.abs(want).max())
     turned, held = cache.prepared(q.astype(jnp.bfloat16))
     assert (turned.dtype, held.key.dtype, held.value.dtype) == (jnp.bfloat16,) * 3
+
+
+def test_many_small_weights_beside_a_large_one():
+    """As attention has them beside a sink: each counts for a hundred-thousandth, and together for a tenth."""
+    length = 8192
+    value = np.random.default_rng(0).integers(20, 127, (1, 1, length, 8)).astype(np.int8)
+    keys, scales = jnp.zeros(value.shape, jnp.int8), jnp.ones((1, 1, length))
+    cache = Int8Cache(keys, scales, jnp.asarray(value), scales, None)
+    weights = np.full((1, 1, 1, length), 0.1 / (length - 1))
+    weights[..., 0] = 0.9
+    got = weighted(cache, jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(got, weights @ value.astype(np.float64), rtol=3e-3)  # not a tenth of it

@@ -388,3 +388,31 @@ def test_features_over_devices(on_meshes, devices, block):
     assert found.pop("gathered for blocks over two devices") != []  # so it would be seen
     assert found.pop("shard_map") < 0.02  # each device rounds its own features of a row
     assert max(found.values()) < 1e-5, found
+
+
+def test_quantized_within_shard_map():
+    """Where arrays are shards already, as in data-parallel code with layers that quantize at each call."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = lambda x, w: jint8.matmul(x, jint8.quantize(w, config=ROTATED))
+    rows, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(rows, replicated), out_specs=rows)
+    w = normal(64, 13)
+    np.testing.assert_allclose(jax.jit(sharded)(X, w), run(X, w), rtol=1e-5, atol=1e-4)
+
+
+def test_derivative_in_float16_where_factors_are_large():
+    """In the weight's coordinates the tangent would be beyond float16."""
+    w = normal(64, 3)
+    w[7] *= 1000
+    rotated = jint8.quantize(w, config=ROTATED, rms=np.where(np.arange(64) == 7, 0.0, 1.0).astype(np.float32))
+    x, tangent = jnp.zeros((1, 64), jnp.float16), jnp.zeros((1, 64), jnp.float16).at[0, 7].set(20)
+    assert 20 * float(rotated.smooth[7, 0]) > 65504 / 20
+    _, got = jax.jvp(lambda x: jint8.matmul(x, rotated), (x,), (tangent,))
+    assert cases.relative_error(np.asarray(got, np.float32), 20 * w[7]) < 0.02
+
+
+def test_a_part_of_a_block_is_refused():
+    w = jint8.quantize(normal(64, 5), config=ROTATED)
+    half = jax.tree.map(lambda leaf: leaf[:32] if leaf.shape[0] == 64 else leaf, w)
+    with pytest.raises(ValueError, match="Expected a weight with whole blocks of the 64 features"):
+        jint8.matmul(X[:, :32], half)

@@ -18,8 +18,9 @@ def float_product(x: jax.Array, w: Weight, precision: Any = None) -> jax.Array:
     if w.zero is not None:
         q = q - w.per_channel(w.zero)
     rest = x if w.outlier_index is None else without_columns(x, w.outlier_index)
-    rest = w.coordinates(rest).astype(x.dtype)
-    y = dot(rest, (q * w.per_channel(w.scale)).astype(x.dtype), k_last=w.k_last, dtype=x.dtype, precision=precision)
+    rest = w.coordinates(rest)  # float32 where that changes them: small features of a block would drown in 16 bits
+    weights = (q * w.per_channel(w.scale)).astype(rest.dtype)
+    y = dot(rest, weights, k_last=w.k_last, dtype=rest.dtype, precision=precision).astype(x.dtype)
     return y if w.outlier_index is None else y + column_product(x, w, precision).astype(x.dtype)
 
 
