@@ -186,7 +186,8 @@ def into_coordinates(
     over = (flat.ndim - 1,) if rms is None else (*channels, flat.ndim - 1)
     largest = jnp.max(jnp.abs(flat), axis=over, keepdims=True, initial=0)
     scaled = flat / jnp.where(largest > 0, largest, 1)
-    squares = jnp.mean(jnp.square(scaled), axis=channels, keepdims=True)
+    count = max(math.prod(flat.shape[axis] for axis in channels), 1)
+    squares = jnp.sum(jnp.square(scaled), axis=channels, keepdims=True) / count
     factor = smoothing_factors(squares, None if rms is None else jnp.expand_dims(rms, channels), kept)
     return InCoordinates(rotate(flat / factor, block), factor, taken)
 

@@ -50,9 +50,11 @@ class Recording:
         return values
 
 
+TWO_DEVICES = jax.sharding.AbstractMesh((2,), ("model",))
+
+
 def half_shardings(params):
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    placed = jint8.shardings(params, partition_specs(params, mesh), mesh=mesh)
+    placed = jint8.shardings(params, partition_specs(params, TWO_DEVICES), mesh=TWO_DEVICES)
     return jax.tree.map(lambda sharding: HalfOfTheDevices(sharding.spec), placed)
 
 
@@ -65,7 +67,7 @@ def read_half(name, monkeypatch, **options):
         recording = Recording(checkpoint)
         model = Decoder(model_config(checkpoint.config))
         whole = read_params(checkpoint, model, config=config, selection=Selection(), **options)
-        half = read_params(recording, model, config=config, selection=Selection(), mesh="two devices", **options)
+        half = read_params(recording, model, config=config, selection=Selection(), mesh=TWO_DEVICES, **options)
         expected = half_shardings(whole)
         share = {name: count / checkpoint.tensors[name].size for name, count in recording.read_values.items()}
         return half, whole, expected, share

@@ -30,7 +30,7 @@ def test_criteria_of_calibrate(config, options, expected, model, monkeypatch):
     monkeypatch.setattr(language_model, "calibrate", lambda *args, **criteria: criteria)
     criteria = model.calibrate("a text", **options)
     assert (criteria.pop("threshold"), criteria.pop("relative")) == expected
-    assert criteria == {"layer_share": 0.25, "position_share": 0.06, "budget": None}
+    assert criteria == {"layer_share": 0.25, "position_share": 0.06, "budget": None, "skip": "embedding"}
 
 
 def test_calibrate_has_the_criteria_of_the_function_in_its_order():
