@@ -21,6 +21,7 @@ def test_quantize_by_the_weights_alone_and_generate(llama, run_json, tmp_path):
     assert made["text"] == want.generate("a", max_tokens=3)
 
 
+@pytest.mark.slow
 def test_calibrated_on_a_file(llama, run_json, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     run_json(

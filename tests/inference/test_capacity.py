@@ -1,5 +1,6 @@
 """What a long prompt takes; more is in `tests/cli/test_fit.py`, against a whole model on a mesh."""
 
+import pytest
 from family_files import config
 
 import jint8
@@ -17,6 +18,7 @@ def test_the_last_chunk_attends_to_the_whole_prompt():
     assert long["cache"] == 8 * short["cache"]
 
 
+@pytest.mark.slow
 def test_int8_cache():
     model = layers(model_config(config("llama")), 2)
     values = 2 * model.num_kv_heads * 256 * model.head_dim  # keys and values of a layer
