@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", default=cache_directory() / FILE)
     parser.add_argument("--random", type=float, metavar="GB", help="random weights, of so many gigabytes in bfloat16")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="these beside float32, into decode_some_cpu.json")
     args = parser.parse_args()
     if args.random:
         with tempfile.TemporaryDirectory() as directory:
@@ -68,13 +69,14 @@ def main() -> None:
         f"preset {name}": jint8.load(args.source, config=jint8.Config.preset(name))
         for name in ("static", "rotated", "best", "fast")
     }
+    models = {name: model for name, model in models.items() if not args.only or name in ("float32", *args.only)}
     result = {"weight_bytes": weight_bytes(models)}
     for batch in BATCHES:
         result |= decoding(models, batch)
     print(f"prefill of {PREFILL}")
     seconds = alternate({name: functools.partial(prefill, m) for name, m in models.items()}, 9)
     result[f"prefill_{PREFILL}"] = summary(seconds, PREFILL)
-    print(write("decode_cpu", result))
+    print(write("decode_some_cpu" if args.only else "decode_cpu", result))
 
 
 def load(source: str | Path, head: str) -> dict[str, jint8.LanguageModel]:
