@@ -1,8 +1,6 @@
 """`python -m jint8`."""
 
-import sys
-
-from jint8.cli import main
+from jint8_main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each (5)")
     _generate.add_kv_cache_argument(parser, " (of the model in int8; the other one keeps floats)")
     _common.add_model_arguments(parser)
+    _common.add_verify_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
 
@@ -44,17 +45,13 @@ def run(args: argparse.Namespace) -> None:
     from jint8 import memory_report
 
     batches = args.batch_size or [1, 4, 16]
-    for name, value in (
-        ("--prompt-tokens", args.prompt_tokens),
-        ("--new-tokens", args.new_tokens),
-        ("--repeats", args.repeats),
-        *(("--batch-size", batch) for batch in batches),
-    ):
-        if value < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {value}")
+    _common.check_least(args, prompt_tokens=1, new_tokens=1, repeats=1)
+    if min(batches) < 1:
+        raise ValueError(f"Expected --batch-size to be at least 1, got {min(batches)}")
     config = _common.quant_config(args)
-    _common.use_compile_cache(args)
     source = _common.find_source(args, args.source)
+    _common.check_float(source, "a comparison")
+    _common.use_compile_cache(args)
     models = {
         "int8": _common.load(args, source, config=config),
         "float": _common.load(args, source, quantize=False),

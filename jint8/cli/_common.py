@@ -9,16 +9,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jint8.cli._compile_cache import cache_directory as cache_directory
+from jint8.cli._compile_cache import use_compile_cache as use_compile_cache
+from jint8.cli._waiting import progress_bar as progress_bar
+from jint8.cli._waiting import say as say
 
 if TYPE_CHECKING:
     import numpy as np
 
     from jint8 import Config, LanguageModel
-
-Progress = Callable[[int, int], None]
 
 SOURCE = "a Hugging Face directory, a GGUF file, what `jint8 quantize` wrote, or a name on the hub (owner/model)"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
@@ -33,20 +35,44 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded and computes."""
+    from jint8._core.config import OUTLIER_MODES, PRESETS, SCHEMES
+
     group = parser.add_argument_group("model")
-    group.add_argument("--scheme", metavar="NAME", help="how to quantize: llm.int8 (default), vector, none, ...")
     group.add_argument(
-        "--preset", metavar="NAME", help="a choice that was measured: paper, static, rotated, best or fast"
+        "--scheme",
+        choices=list(SCHEMES),
+        metavar="NAME",
+        help=f"how to quantize: {', '.join(SCHEMES)} (llm.int8)",
     )
-    group.add_argument("--outliers", metavar="WHO", help="who decides what is an outlier: batch, token or static")
+    group.add_argument(
+        "--preset", choices=list(PRESETS), metavar="NAME", help=f"a choice that was measured: {', '.join(PRESETS)}"
+    )
+    group.add_argument(
+        "--outliers",
+        choices=OUTLIER_MODES,
+        metavar="WHO",
+        help=f"who decides what is an outlier: {', '.join(OUTLIER_MODES)} (batch)",
+    )
     group.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="the text on which static outliers are found, or by which the preset rotated smooths (default: a short "
+        help="the text on which static outliers are found, or by which a preset that rotates smooths (default: a short "
         "one of ours); none: smooth by the weights alone",
     )
-    group.add_argument("--threshold", type=float, metavar="T", help="of outliers; default 6, 0 means no decomposition")
-    group.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
+    group.add_argument("--threshold", type=float, metavar="T", help="of outliers; 0 means no decomposition (6)")
+    add_dtype_argument(group)
+
+
+def add_dtype_argument(parser: argparse._ActionsContainer) -> None:
+    """`--dtype`."""
+    parser.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
+
+
+def add_verify_argument(parser: argparse._ActionsContainer) -> None:
+    """`--verify`."""
+    parser.add_argument(
+        "--verify", action="store_true", help="first compare all files with the SHA-256 sums that were saved with them"
+    )
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
@@ -63,35 +89,12 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def cache_directory() -> Path:
-    """`$JINT8_CACHE`, else `$XDG_CACHE_HOME/jint8`, else `~/.cache/jint8`."""
-    if own := os.environ.get("JINT8_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jint8")
-
-
-def use_compile_cache(args: argparse.Namespace) -> None:
-    """Have JAX keep compiled programs in the cache, unless `--no-compile-cache` says no or JAX has a place already."""
-    import jax
-
-    if args.no_compile_cache or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
-        return
-    directory = cache_directory() / "compiled"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        say(args, f"compiled programs are not kept: {error}")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    # JAX's default leaves programs out that compile in less than 1 s, but many of these add up.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def quant_config(args: argparse.Namespace) -> Config | None:
     """The Config that the arguments describe. None where none was given: the checkpoint's own then counts.
 
     Raises:
-      ValueError: arguments that exclude each other, or out of their range.
+      OSError: as `check_loading`.
+      ValueError: arguments that exclude each other, or out of their range; and as `check_loading`.
     """
     from jint8 import Config
 
@@ -103,9 +106,40 @@ def quant_config(args: argparse.Namespace) -> Config | None:
     config = dataclasses.replace(config, **given)
     if args.calibrate is not None and not config.is_calibrated:
         raise ValueError(
-            "Expected --calibrate with what is calibrated (--preset rotated, static or best, --outliers static)"
+            "Expected --calibrate with what is calibrated (a preset that rotates or is static, --outliers static)"
         )
+    check_loading(args)
     return config if given or args.preset is not None else None
+
+
+def check_loading(args: argparse.Namespace) -> None:
+    """Check and read, before anything is loaded, what arguments say of loading; `load` goes by it.
+
+    Raises:
+      OSError: a file that they name can't be read.
+      ValueError: what they name isn't what it should be.
+    """
+    options: dict[str, Any] = {"dtype": None if args.dtype is None else float_dtype(args.dtype)}
+    if getattr(args, "verify", False):
+        options["verify"] = True
+    if (adapter := getattr(args, "adapter", None)) is not None:
+        if not Path(adapter, "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{adapter}: Expected a LoRA adapter that PEFT saved, got no adapter_config.json")
+        options["adapter"] = adapter
+    if getattr(args, "calibrate", None) is not None:
+        options["calibrate"] = False if args.calibrate == "none" else read_text(args.calibrate)
+    args.loading = options
+
+
+def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any) -> LanguageModel:
+    """`jint8.load` as the arguments say, with a progress bar. They are checked: `quant_config` or `check_loading`."""
+    import jint8
+
+    options = {**args.loading, **options}
+    if not options.get("quantize", True):
+        options.pop("calibrate", None)  # that of the other model of this run
+    with progress_bar(args, "loading", f"reading {path}", unit="B", unit_scale=True) as progress:
+        return jint8.load(path, progress=progress, **options)
 
 
 def float_dtype(name: str) -> np.dtype:
@@ -121,17 +155,6 @@ def float_dtype(name: str) -> np.dtype:
         if jnp.issubdtype(dtype, jnp.floating):
             return dtype
     raise ValueError(f"Expected --dtype to be a float type, such as float32 or bfloat16, got {name!r}")
-
-
-def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any) -> LanguageModel:
-    """`jint8.load` with a progress bar, `--dtype`, and the text to calibrate on if one was given."""
-    import jint8
-
-    options["dtype"] = None if args.dtype is None else float_dtype(args.dtype)
-    if args.calibrate is not None and options.get("quantize", True):
-        options["calibrate"] = False if args.calibrate == "none" else read_text(args.calibrate)
-    with progress_bar(args, "loading", unit="B", unit_scale=True) as progress:
-        return jint8.load(path, adapter=getattr(args, "adapter", None), progress=progress, **options)
 
 
 def find_source(args: argparse.Namespace, source: str) -> Path:
@@ -157,45 +180,70 @@ def find_source(args: argparse.Namespace, source: str) -> Path:
 
 
 def read_text(file: str) -> str:
-    """The content of a file.
+    """The content of a file; of standard input for `-`.
 
     Raises:
       OSError: it can't be read.
       ValueError: it isn't UTF-8.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return check_text(text, file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: Expected a text in UTF-8, got: {error}") from None
 
 
-def say(args: argparse.Namespace, text: str = "") -> None:
-    """A message on standard error."""
-    if not args.quiet:
-        print(text, file=sys.stderr, flush=True)
+def check_text(text: str, name: str) -> str:
+    """The text. Raises ValueError, with the name of where it is from, for bytes that aren't UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python has such bytes of arguments as lone surrogates
+        raise ValueError(f"{name}: Expected a text in UTF-8, got: {error}") from None
+    return text
 
 
-@contextlib.contextmanager
-def progress_bar(args: argparse.Namespace, what: str, **options: Any) -> Iterator[Progress]:
-    """A function of (done, total) that draws a bar on a terminal, and nothing elsewhere."""
-    if args.quiet or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises ValueError for an option below its smallest value; None is one that wasn't given."""
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {smallest}, got {value}")
 
-    with tqdm(desc=what, leave=False, file=sys.stderr, **options) as bar:
 
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+def check_writable(file: str) -> None:
+    """Raises OSError where no file of that name can be written."""
+    path = Path(file)
+    if path.is_dir():
+        raise IsADirectoryError(f"{file}: Expected the name of a file to write, got a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{file}: Expected a directory to write to, got no {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{file}: Expected a file that can be written, got one that can't")
 
-        yield update
+
+def check_float(source: str | os.PathLike[str], option: str) -> None:
+    """Raises ValueError where the weights of a checkpoint are in int8 already, and an option needs them in float."""
+    from jint8.checkpoints import open_checkpoint
+
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.format == "jint8":
+            raise ValueError(
+                f"{source}: Expected a checkpoint in floating point for {option}, got one that jint8 saved: give the "
+                "one that it was made from"
+            )
+
+
+def complete(args: argparse.Namespace) -> None:
+    """The result is out: Ctrl-C from here on ends the command, but not as an interrupted one."""
+    sys.stdout.flush()
+    args.complete = True
 
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """The JSON object, where `--json` asks for it."""
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
+        complete(args)
 
 
 def megabytes(count: int) -> str:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _generate.add_sampling_arguments(parser)
     _generate.add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
+    _common.add_verify_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
 
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     from jint8._trees.memory import projection_bytes
     from jint8._trees.paths import leaf_paths
 
+    _common.check_text(args.prompt, "--prompt")
+    _generate.check_sampling(args)
     config = _common.quant_config(args)
     _common.use_compile_cache(args)
     file = find_file(args)

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _generate.add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
     _common.add_adapter_argument(parser)
+    _common.add_verify_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
     parser.set_defaults(dtype="float32")
@@ -46,17 +47,21 @@ def run(args: argparse.Namespace) -> None:
     from jint8 import evaluate, memory_report
     from jint8._trees.memory import projection_bytes
 
+    _common.check_least(args, seq_len=2, batch_size=1, limit=1)
     config = _common.quant_config(args)
-    _common.use_compile_cache(args)
+    given = _common.read_text(args.text) if args.tokens is None else _read_tokens(args.tokens)
     source = _common.find_source(args, args.source)
+    plain = config is not None and config.scheme == "none"
+    if args.compare and not plain:
+        _common.check_float(source, "--compare")
+    _common.use_compile_cache(args)
     model = _common.load(args, source, config=config)
-    tokens = _tokens(args, model)
+    tokens = _sequences(args, model, given)
     reference = None
     if args.compare:
-        plain = model.quant.scheme == "none"
         reference = model if plain else _common.load(args, source, quantize=False)
     begin = time.perf_counter()
-    with _common.progress_bar(args, "scoring", unit="seq") as progress:
+    with _common.progress_bar(args, "scoring", f"evaluating {len(tokens)} sequences", unit="seq") as progress:
         options = {"batch_size": args.batch_size, "cache": args.cache, "progress": progress}
         found = evaluate(model, tokens, reference=reference, **options)
     result = {
@@ -80,21 +85,26 @@ def run(args: argparse.Namespace) -> None:
         _print_table(result)
 
 
-def _tokens(args: argparse.Namespace, model: LanguageModel) -> np.ndarray:
-    """The sequences to score, int `[n, s]`."""
+def _read_tokens(file: str) -> np.ndarray:
+    """Token ids `[n, s]` of a file. Raises ValueError where it has something else."""
     import numpy as np
 
+    try:
+        tokens = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file}: Expected a .npy file of token ids, got: {error}") from None
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"{file}: Expected tokens of shape (n, s), n at least 1 and s at least 2, got {tokens.shape}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{file}: Expected integer tokens, got {tokens.dtype}")
+    return tokens
+
+
+def _sequences(args: argparse.Namespace, model: LanguageModel, given: str | np.ndarray) -> np.ndarray:
+    """The sequences to score, int `[n, s]`, of a text or of tokens."""
     from jint8._inference.evaluate import chunks
 
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"Expected --limit to be at least 1, got {args.limit}")
-    if args.tokens is not None:
-        try:
-            tokens = np.load(args.tokens, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{args.tokens}: Expected a .npy file of token ids, got: {error}") from None
-    else:
-        tokens = chunks(model.require_tokenizer().encode(_common.read_text(args.text)), args.seq_len)
+    tokens = chunks(model.require_tokenizer().encode(given), args.seq_len) if isinstance(given, str) else given
     return tokens[: args.limit]
 
 

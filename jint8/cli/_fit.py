@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     devices, memory = parse_mesh(args.mesh)
     reserve = parse_bytes(args.reserve, "--reserve")
-    for name in ("context", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"Expected --{name} to be at least 1, got {getattr(args, name)}")
+    _common.check_least(args, context=1, batch=1)
+    _common.quant_config(args)
     source, config = find_config(args.model)
     use_cpu_devices(devices)
     result = fit(args, source, config, devices, memory, reserve)

@@ -1,7 +1,8 @@
 """Continue a text, or answer in a chat.
 
 The answer goes to standard output as it comes; several prompts run as one batch, and their answers are printed at the
-end. --chat without a prompt is a conversation: each line of standard input is a turn, until it ends (Ctrl-D).
+end. --chat without a prompt is a conversation: each line of standard input is a turn, until it ends (Ctrl-D). Ctrl-C
+ends an answer, and between answers the conversation.
 
 JSON: text (a list for several prompts), prompt_tokens, new_tokens (with the end token), tokens_per_s (of decoding,
 without the first token and without compilation; null where there was only one), first_token_s (with compilation),
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
     _common.add_adapter_argument(parser)
+    _common.add_verify_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
 
@@ -58,13 +60,27 @@ def add_kv_cache_argument(parser: argparse._ActionsContainer, more: str = "") ->
     parser.add_argument("--cache", metavar="KIND", choices=["int8"], help=text)
 
 
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option of `add_sampling_arguments` that is out of its range."""
+    from jint8._inference.sampling import Sampling
+    from jint8._inference.text import stop_texts
+
+    _common.check_least(args, max_tokens=1)
+    Sampling.of(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    for text in stop_texts(args.stop):
+        _common.check_text(text, "--stop")
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    prompts = [*(args.prompt or []), *(_read(file) for file in args.prompt_file or [])]
+    prompts = [*(args.prompt or []), *map(_common.read_text, args.prompt_file or [])]
     if not prompts and (args.json or not args.chat):
         raise ValueError("Expected a --prompt or a --prompt-file (or --chat, without --json), got none")
     if args.system is not None and not args.chat:
         raise ValueError("Expected --system with --chat, got it without")
+    for text, name in [*((prompt, "--prompt") for prompt in prompts), (args.system or "", "--system")]:
+        _common.check_text(text, name)
+    check_sampling(args)
     config = _common.quant_config(args)
     _common.use_compile_cache(args)
     model = _common.load(args, _common.find_source(args, args.source), config=config)
@@ -86,12 +102,21 @@ def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
 
 def converse(args: argparse.Namespace, model: LanguageModel, messages: list[dict[str, str]]) -> None:
-    """Answers each line of standard input, knowing the lines and answers before it."""
+    """Answers each line of standard input, knowing the lines and answers before it.
+
+    Ctrl-C in an answer ends that answer; what there is of it counts as the answer. Elsewhere it is not caught.
+    """
     while (turn := _turn()) is not None:
         if turn.strip():
-            messages = [*messages, {"role": "user", "content": turn}]
-            result = answer(args, model, [chat_ids(model.require_tokenizer(), messages)])
-            messages = [*messages, {"role": "assistant", "content": result["text"]}]
+            asked = [*messages, {"role": "user", "content": turn}]
+            texts = [""]
+            try:
+                answer(args, model, [chat_ids(model.require_tokenizer(), asked)], texts)
+            except KeyboardInterrupt:
+                print(flush=True)  # ends the line of the answer
+                if not texts[0]:  # it's as if nothing was asked: models know no message without an answer
+                    continue
+            messages = [*asked, {"role": "assistant", "content": texts[0]}]
 
 
 def _turn() -> str | None:
@@ -99,13 +124,20 @@ def _turn() -> str | None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (where Python has it, `input` then lets lines be edited)
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return _common.check_text(input("> " if sys.stdin.isatty() else ""), "standard input")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected text in UTF-8 on standard input, got: {error}") from None
     except EOFError:
         return None
 
 
-def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]]) -> dict[str, Any]:
-    """Continues tokens; the text is printed as it comes unless `--json` was given. Returns it, and what it took."""
+def answer(
+    args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]], texts: list[str] | None = None
+) -> dict[str, Any]:
+    """Continues tokens; the text is printed as it comes unless `--json` was given. Returns it, and what it took.
+
+    `texts` is given where more answers follow; it receives what there is of each text, for whoever interrupts it.
+    """
     from jint8 import memory_report
     from jint8._inference.language_model import STOP_TOKENS, STREAM_TOKENS
     from jint8._inference.text import stop_texts, text_pieces
@@ -123,15 +155,18 @@ def answer(args: argparse.Namespace, model: LanguageModel, prompts: list[list[in
         every=STREAM_TOKENS if stream else STOP_TOKENS,
     )
     meter = Meter(chunks, len(prompts), tokenizer.eos_ids)
-    texts = [""] * len(prompts)
+    last = texts is None
+    texts = [""] * len(prompts) if texts is None else texts
     for pieces in text_pieces(meter, tokenizer, len(prompts), stop):
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        texts[:] = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         if stream:
             print(pieces[0], end="", flush=True)
     if stream:
         print()
     elif not args.json:
         print("\n\n".join(texts))
+    if last and not args.json:
+        _common.complete(args)
     report = memory_report(model.params)
     speed = f"{meter.tokens_per_s:.1f} tokens/s" if meter.tokens_per_s else "one token"
     _common.say(args, f"{meter.new_tokens} new tokens, {speed}, the first after {meter.first_token_s:.2f} s")
@@ -179,10 +214,3 @@ class Meter:
         """Tokens after the first of each row, per second; None where there are none."""
         later = self.new_tokens - self._first_tokens
         return later / (self._last_s - self.first_token_s) if later else None
-
-
-def _read(file: str) -> str:
-    """The content of a file; of standard input for `-`."""
-    if file == "-":
-        return sys.stdin.read()
-    return _common.read_text(file)

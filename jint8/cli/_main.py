@@ -57,17 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
       >>> status, out.getvalue().split()[0]
       (0, 'jint8')
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        if not argv:
+            parser.print_help()
+            return 0
+        args = parser.parse_args(one_pattern_each(argv), argparse.Namespace(complete=False))
     except SystemExit as exit:  # argparse raises it after --help and after an error
         return int(exit.code or 0)
     try:
         args.run(args)
-        sys.stdout.flush()
+        _common.complete(args)
         if new := OLD_NAMES.get(args.command):
             _common.say(args, f"jint8: the command {args.command} is called {new} now")
     except KeyboardInterrupt:
-        print("jint8: interrupted", file=sys.stderr)
+        if args.complete:
+            return 0
+        begin = "\n" if sys.stderr.isatty() else ""  # a terminal shows ^C, or there is a prompt
+        print(f"{begin}jint8: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # Whoever read the output, such as `head`, has enough. Python's flush at exit mustn't fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,6 +85,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jint8: {' '.join(message(error).split())}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def one_pattern_each(argv: Sequence[str]) -> list[str]:
+    """`quantize SRC DST --skip A B` as `--skip A --skip B`: an option of that command once took all that follows.
+
+    Only where SRC and DST come first. Elsewhere nobody knows which of them follow.
+    """
+    if argv[0] != "quantize" or len(argv) < 3 or any(arg.startswith("-") for arg in argv[1:3]):
+        return list(argv)
+    found, option = list(argv[:3]), None
+    for arg in argv[3:]:
+        if arg.startswith("-"):
+            option = arg if arg in ("--skip", "--include") else None
+        elif option is not None and found[-1] != option:
+            found.append(option)
+        found.append(arg)
+    return found
 
 
 def message(error: Exception) -> str:

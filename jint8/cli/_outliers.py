@@ -29,41 +29,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="a map of layers and dimensions, as .png, .svg or .pdf")
     parser.add_argument("--plot-magnitudes", metavar="FILE", help="magnitudes by layer")
     parser.add_argument("--html", metavar="FILE", help="tables and both plots in one page")
-    parser.add_argument("--dtype", metavar="NAME", help="of activations: float32, bfloat16 or float16")
     parser.add_argument("--float", action="store_true", help="of the model in floating point instead of int8")
+    _common.add_dtype_argument(parser)
+    _common.add_verify_argument(parser)
     _common.add_cache_argument(parser)
     _common.add_output_arguments(parser)
-    parser.set_defaults(calibrate=None)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from jint8 import analysis
-    from jint8.analysis._plots import require_matplotlib
+    from jint8.analysis._criteria import Criteria
 
     plots = {"plot_features": args.plot, "plot_magnitudes": args.plot_magnitudes}
     plots = {name: file for name, file in plots.items() if file is not None}
-    if plots or args.html is not None:
-        require_matplotlib()
-    for file in plots.values():
-        if Path(file).suffix not in SUFFIXES:
-            raise ValueError(f"{file}: Expected a name that ends in {', '.join(SUFFIXES)}")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"Expected --limit to be at least 1, got {args.limit}")
-    _common.use_compile_cache(args)
-    source = _common.find_source(args, args.source)
-    model = _common.load(args, source, quantize=not args.float)
+    _check_files(list(plots.values()), args.html)
+    _common.check_least(args, seq_len=2, limit=1)
+    options = {"threshold": args.threshold, "relative": args.relative}
+    criteria = {"layer_share": args.layer_share, "position_share": args.position_share}
+    Criteria(**options, **criteria)  # checks them
+    _common.check_loading(args)
     text = None if args.text is None else _common.read_text(args.text)
+    source = _common.find_source(args, args.source)
+    if args.float:
+        _common.check_float(source, "--float")
+    _common.use_compile_cache(args)
+    model = _common.load(args, source, quantize=not args.float)
     batches = model.batches(text, args.seq_len)[: args.limit]
-    with _common.progress_bar(args, "reading", unit="seq") as progress:
+    with _common.progress_bar(args, "reading", f"evaluating {len(batches)} sequences", unit="seq") as progress:
 
         def counted():
             for done, batch in enumerate(batches):
                 progress(done, len(batches))
                 yield batch
 
-        options = {"threshold": args.threshold, "relative": args.relative}
-        criteria = {"layer_share": args.layer_share, "position_share": args.position_share}
         found = analysis.outlier_statistics(model.run, {"params": model.params}, counted(), **options)
     for name, file in plots.items():
         getattr(analysis, name)(found).savefig(file)
@@ -76,3 +75,15 @@ def run(args: argparse.Namespace) -> None:
         _common.report(args, {"tokens": tokens, **found.to_dict(**criteria), **made})
     else:
         print(found)
+
+
+def _check_files(plots: list[str], html: str | None) -> None:
+    """Raises what can be known before anything is loaded: ImportError, OSError or ValueError."""
+    from jint8.analysis._plots import require_matplotlib
+
+    for file in plots:
+        if Path(file).suffix not in SUFFIXES:
+            raise ValueError(f"{file}: Expected a name that ends in {', '.join(SUFFIXES)}")
+    for file in [*plots, *([] if html is None else [html])]:
+        _common.check_writable(file)
+        require_matplotlib()

@@ -149,9 +149,9 @@ def test_bad_text(llama, text, tmp_path, run_error):
     assert "latin1.txt: Expected a text in UTF-8" in run_error("eval", llama, "--text", tmp_path / "latin1.txt")
     assert "none.txt" in run_error("eval", llama, "--text", tmp_path / "none.txt")
     assert "at least 512 tokens, got 117" in run_error("eval", llama, "--text", text)
-    assert "at least 2 tokens, got 1" in run_error("eval", llama, "--text", text, "--seq-len", 1)
+    assert "--seq-len to be at least 2, got 1" in run_error("eval", llama, "--text", text, "--seq-len", 1)
     assert "--limit" in run_error("eval", llama, "--text", text, "--limit", 0)
-    assert "batch_size" in run_error("eval", llama, "--text", text, "--seq-len", SEQ, "--batch-size", 0)
+    assert "--batch-size" in run_error("eval", llama, "--text", text, "--seq-len", SEQ, "--batch-size", 0)
 
 
 def test_int8_cache(llama, text, run, run_json):

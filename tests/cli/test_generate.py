@@ -181,7 +181,7 @@ ERRORS = {
     "no_prompt": ([], "--prompt"),
     "no_prompt_for_json": (["--chat", "--json"], "--prompt"),
     "system_without_chat": (["--prompt", "a", "--system", "b"], "--chat"),
-    "no_tokens": (["--prompt", "a", "--max-tokens", 0], "max_tokens"),
+    "no_tokens": (["--prompt", "a", "--max-tokens", 0], "--max-tokens"),
     "temperature": (["--prompt", "a", "--temperature=-1"], "temperature"),
     "top_k": (["--prompt", "a", "--top-k=-1"], "top_k"),
     "top_p": (["--prompt", "a", "--top-p", 0], "top_p"),

@@ -56,7 +56,7 @@ def test_version(capsys):
 
 
 ARGUMENTS = {
-    "no_command": ([], "COMMAND"),
+    "no_command": (["--quiet"], "COMMAND"),
     "unknown_command": (["fly"], "'fly'"),
     "no_source": (["generate"], "SRC"),
     "no_prompt": (["generate", "x"], "--prompt"),
@@ -65,8 +65,8 @@ ARGUMENTS = {
     "no_text": (["eval", "x"], "--text --tokens"),
     "text_and_tokens": (["eval", "x", "--text", "y", "--tokens", "z"], "--tokens"),
     "unknown_scheme": (["eval", "x", "--text", "y", "--scheme", "int4"], "'int4'"),
-    "negative_threshold": (["eval", "x", "--text", "y", "--threshold=-1"], "threshold"),
-    "no_such_path": (["eval", "nowhere.gguf", "--text", "y"], "nowhere.gguf"),
+    "negative_threshold": (["generate", "x", "--prompt", "y", "--threshold=-1"], "threshold"),
+    "no_such_path": (["generate", "nowhere.gguf", "--prompt", "y"], "nowhere.gguf"),
     "dtype_no_float": (["quantize", "LLAMA", "DST", "--dtype", "int8"], "float"),
     "dtype_unknown": (["quantize", "LLAMA", "DST", "--dtype", "float33"], "float33"),
 }
