@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from jint8.checkpoints._source import SourceFile
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 Format = Literal["gguf", "safetensors", "jint8"]
@@ -42,8 +43,8 @@ class TensorInfo:
 class Checkpoint(abc.ABC):
     """An open checkpoint: configuration, tensors by name, tokenizer.
 
-    Opening one reads and checks the headers only. Values are read, from memory-mapped files, when they are asked for.
-    It is a context manager; arrays that were read stay valid after it has been closed.
+    Opening one reads and checks the headers only. Values are read when they are asked for, into memory of their own.
+    It is a context manager; leaving it raises OSError where a file was changed since the checkpoint was opened.
 
     Attributes:
       path: what was opened.
@@ -56,12 +57,13 @@ class Checkpoint(abc.ABC):
     format: ClassVar[Format]
 
     def __init__(
-        self, path: Path, *, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: tuple[Path, ...]
+        self, path: Path, *, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: tuple[SourceFile, ...]
     ):
         self.path = path
         self.config = config
         self.tensors = types.MappingProxyType(dict(tensors))
-        self.files = files
+        self.files = tuple(file.path for file in files)
+        self._sources: dict[Path, SourceFile] | None = {file.path: file for file in files}  # None once closed
 
     @property
     def file_bytes(self) -> int:
@@ -75,11 +77,12 @@ class Checkpoint(abc.ABC):
           name: a key of `tensors`.
 
         Returns:
-          The values as they are stored: floats (bfloat16 is that of ml_dtypes) or integers. Where possible they are a
-          read-only view of the memory-mapped file. Block-quantized types of GGUF are dequantized to float32.
+          The values as they are stored: floats (bfloat16 is that of ml_dtypes) or integers. Block-quantized types of
+          GGUF are dequantized to float32.
 
         Raises:
           KeyError: there is no such tensor.
+          OSError: it can't be read, or the file has become too short.
         """
         info = self._info(name)
         if not info.shape:
@@ -100,6 +103,7 @@ class Checkpoint(abc.ABC):
         Raises:
           KeyError: there is no such tensor.
           ValueError: the rows aren't in the tensor.
+          OSError: they can't be read, or the file has become too short.
         """
         info = self._info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
@@ -123,9 +127,24 @@ class Checkpoint(abc.ABC):
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` of a tensor, which are known to be in it; a scalar counts as one row."""
 
-    @abc.abstractmethod
+    def check_unchanged(self) -> None:
+        """Check that what was read is what the files hold.
+
+        Raises:
+          OSError: a file was written to, replaced or removed since the checkpoint was opened.
+        """
+        for file in (self._sources or {}).values():
+            file.check_unchanged()
+
     def close(self) -> None:
-        """Release the memory-mapped files; nothing can be read afterwards."""
+        """Release the files; nothing can be read afterwards."""
+        self._sources = None
+
+    def _source(self, info: TensorInfo) -> SourceFile:
+        """The file of a tensor."""
+        if self._sources is None:
+            raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
+        return self._sources[info.file]
 
     def _info(self, name: str) -> TensorInfo:
         try:
@@ -136,8 +155,13 @@ class Checkpoint(abc.ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            # A change explains values that can't be used, too.
+            if kind is None or issubclass(kind, ValueError):
+                self.check_unchanged()
+        finally:
+            self.close()
 
     def __repr__(self) -> str:
         return (

@@ -5,24 +5,18 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
 from jint8.checkpoints._checkpoint import Checkpoint, Format, TensorInfo
 from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._json import read_json
+from jint8.checkpoints._source import SourceFile
 from jint8.checkpoints._tokenizer.huggingface import tokenizer_from_directory
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
-
-
-class _Span(NamedTuple):
-    """Where a tensor's bytes are."""
-
-    file: Path
-    begin: int  # offset from the start of the file
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -37,36 +31,28 @@ class SafetensorsCheckpoint(Checkpoint):
         files, weight_map = _find_files(path)
         config = read_json(path / "config.json")
         tensors: dict[str, TensorInfo] = {}
-        self._spans: dict[str, _Span] = {}
-        for file in files:
-            for info, begin in read_header(file):
+        self._begin: dict[str, int] = {}  # of each tensor: the offset of its first byte in the file
+        sources = tuple(map(SourceFile, files))
+        for source in sources:
+            for info, begin in read_header(source):
                 if info.name in tensors:
-                    raise ValueError(
-                        f"Expected every tensor in one file, got {info.name!r} in {tensors[info.name].file} and {file}"
-                    )
+                    first = tensors[info.name].file
+                    raise ValueError(f"Expected every tensor in one file, got {info.name!r} in {first} and {info.file}")
                 tensors[info.name] = info
-                self._spans[info.name] = _Span(file, begin)
+                self._begin[info.name] = begin
         if weight_map is not None:
             _check_index(path, weight_map, tensors)
-        super().__init__(path, config=config, tensors=tensors, files=files)
-        self._maps: dict[Path, np.ndarray] | None = {}  # the memory-mapped files so far; None once closed
+        super().__init__(path, config=config, tensors=tensors, files=sources)
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        if self._maps is None:
-            raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
-        file, begin = self._spans[info.name]
-        if file not in self._maps:
-            self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
         dtype, row_shape = DTYPES[info.dtype], info.shape[1:]
         row_bytes = math.prod(row_shape) * dtype.itemsize
-        raw = self._maps[file][begin + start * row_bytes : begin + stop * row_bytes]
+        begin = self._begin[info.name] + start * row_bytes
+        raw = self._source(info).read(begin, (stop - start) * row_bytes, f"tensor {info.name!r}")
         return raw.view(dtype).reshape(stop - start, *row_shape)
 
     def tokenizer(self) -> Tokenizer | None:
         return tokenizer_from_directory(self.path, self.config)
-
-    def close(self) -> None:
-        self._maps = None
 
 
 def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
@@ -128,49 +114,51 @@ def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
       file: the file.
 
     Yields:
-      Each tensor's name and its values, read-only and in the file's mapped memory.
+      Each tensor's name and its values.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file isn't safetensors, is truncated, or has a type that can't be read.
+      OSError: it can't be read, or is changed before the last tensor was read.
     """
     if not file.exists():
         raise FileNotFoundError(f"{file}: Expected this file, got none")
-    header = read_header(file)
-    raw = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
-    for info, begin in header:
-        yield info.name, raw[begin : begin + info.nbytes].view(DTYPES[info.dtype]).reshape(info.shape)
+    source = SourceFile(file)
+    for info, begin in read_header(source):
+        raw = source.read(begin, info.nbytes, f"tensor {info.name!r}")
+        yield info.name, raw.view(DTYPES[info.dtype]).reshape(info.shape)
+    source.check_unchanged()
 
 
-def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
+def read_header(source: SourceFile) -> list[tuple[TensorInfo, int]]:
     """Read and check the header of one safetensors file.
 
     Args:
-      file: the file.
+      source: the file.
 
     Returns:
       Each tensor with the offset of its first byte in the file, in the order of the offsets.
 
     Raises:
       ValueError: the file isn't safetensors, is truncated, or has a type that can't be read.
+      OSError: it can't be read, or has become shorter.
     """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{file}: Expected a safetensors file whose header fits in it, got {length + 8} bytes of header in a "
-                f"file of {size} bytes (not safetensors, or truncated)"
-            )
-        try:
-            header = json.loads(f.read(length))
-            entries = [
-                (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-                for name, e in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{file}: Expected a safetensors header, got one that doesn't parse: {e!r}") from e
+    file, size = source.path, source.size
+    length = int.from_bytes(source.read(0, min(8, size)).tobytes(), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(
+            f"{file}: Expected a safetensors file whose header fits in it, got {length + 8} bytes of header in a "
+            f"file of {size} bytes (not safetensors, or truncated)"
+        )
+    try:
+        header = json.loads(source.read(8, length).tobytes())
+        entries = [
+            (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
+            for name, e in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file}: Expected a safetensors header, got one that doesn't parse: {e!r}") from e
     # The format allows no gaps and no overlaps, so each tensor begins where the one before it ends.
     out, end = [], 0
     for name, dtype, shape, first, last in sorted(entries, key=lambda e: e[3:5]):

@@ -14,6 +14,7 @@ from jint8.checkpoints._gguf.config import config_from_metadata
 from jint8.checkpoints._gguf.header import GGUFFile, RawTensor, read_header
 from jint8.checkpoints._gguf.names import CONFIG_TENSORS, hf_name, stem
 from jint8.checkpoints._optional import require
+from jint8.checkpoints._source import SourceFile
 from jint8.checkpoints._tokenizer.gguf import tokenizer_from_metadata
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
@@ -28,7 +29,8 @@ class GGUFCheckpoint(Checkpoint):
     format = "gguf"
 
     def __init__(self, path: Path):
-        parts = [read_header(file) for file in _split_files(path)]
+        sources = tuple(map(SourceFile, _split_files(path)))
+        parts = [read_header(source) for source in sources]
         self._gguf = require("gguf")
         self.metadata = parts[0].metadata
         arch = self.metadata.get("general.architecture")
@@ -38,9 +40,9 @@ class GGUFCheckpoint(Checkpoint):
         self._architecture: Architecture = ARCHITECTURES[arch]
         if self._architecture.with_experts is not None and self.metadata.get(f"{arch}.expert_count"):
             self._architecture = self._architecture.with_experts
-        self._begin: dict[str, tuple[Path, int]] = {}  # of each tensor: its file, and the offset of its first byte
+        self._begin: dict[str, int] = {}  # of each tensor: the offset of its first byte in its file
         self._stems: dict[str, str] = {}  # of each tensor: what llama.cpp calls it, such as "attn_q"
-        self._maps: dict[Path, np.ndarray] | None = {}  # the memory-mapped files so far; None once closed
+        self._sources = {source.path: source for source in sources}  # which tensors are read from below already
         infos = [info for part in parts for info in self._infos(part)]
         tensors = {info.name: info for info in infos}
         if len(tensors) != len(infos):
@@ -61,13 +63,12 @@ class GGUFCheckpoint(Checkpoint):
             tensors=tensors,
             rope_tensors=rope,
         )
-        super().__init__(path, config=config, tensors=tensors, files=tuple(p.path for p in parts))
+        super().__init__(path, config=config, tensors=tensors, files=sources)
         for info in self.tensors.values():
             self._row_order(info)  # checks that the rows are whole heads
 
     def _infos(self, part: GGUFFile) -> list[TensorInfo]:
         """The tensors of one file as Hugging Face has them: a stack of experts is one tensor for each expert."""
-        size = part.path.stat().st_size
         infos = []
         for raw in part.tensors:
             where = f"{part.path}: tensor {raw.name!r}"
@@ -76,8 +77,10 @@ class GGUFCheckpoint(Checkpoint):
                 arch = self.metadata["general.architecture"]
                 raise ValueError(f"{where}: Expected a tensor of the architecture {arch}, got an unknown name")
             dtype, nbytes = self._type(raw, where)
-            if raw.begin + nbytes > size:
-                raise ValueError(f"{where}: Expected at least {raw.begin + nbytes} bytes, got {size} (truncated file)")
+            if raw.begin + nbytes > part.size:
+                raise ValueError(
+                    f"{where}: Expected at least {raw.begin + nbytes} bytes, got {part.size} (truncated file)"
+                )
             shape, count, kind = raw.shape, 1, stem(raw.name)
             if kind in self._architecture.experts:
                 if len(shape) != 3 or not shape[0]:
@@ -88,7 +91,7 @@ class GGUFCheckpoint(Checkpoint):
             for e in range(count):
                 one, each = name.replace("{e}", str(e)), nbytes // count
                 infos.append(TensorInfo(name=one, shape=shape, dtype=dtype, file=part.path, nbytes=each))
-                self._begin[one] = (part.path, raw.begin + e * each)
+                self._begin[one] = raw.begin + e * each
                 self._stems[one] = kind
         return infos
 
@@ -108,8 +111,6 @@ class GGUFCheckpoint(Checkpoint):
         return kind.name, math.prod(raw.shape) // block * block_bytes
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        if self._maps is None:
-            raise ValueError(f"{self.path}: Expected an open checkpoint, got a closed one")
         if self._stems[info.name] in self._architecture.transposed and len(info.shape) == 2:
             # Hugging Face's rows are the file's columns, which lie in every row of the file: read all of them.
             rows = info.shape[1]
@@ -119,15 +120,17 @@ class GGUFCheckpoint(Checkpoint):
 
     def _stored_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Rows in the file's orientation, in Hugging Face's order."""
-        assert self._maps is not None
-        file, begin = self._begin[info.name]
-        if file not in self._maps:
-            self._maps[file] = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
-        n_rows = info.shape[0] if info.shape else 1
         # Block-quantized types have whole blocks in each row, so that rows of bytes can be picked before dequantizing.
-        raw = self._maps[file][begin : begin + info.nbytes].reshape(n_rows, info.nbytes // max(n_rows, 1))
-        raw = raw[start:stop] if (order := self._row_order(info)) is None else raw[order[start:stop]]
-        shape = (stop - start, *info.shape[1:])
+        order = self._row_order(info)
+        picked = None if order is None else order[start:stop]
+        if picked is not None and len(picked):
+            start, stop = int(picked.min()), int(picked.max()) + 1
+        row_bytes = info.nbytes // max(info.shape[0] if info.shape else 1, 1)
+        begin = self._begin[info.name] + start * row_bytes
+        raw = self._source(info).read(begin, (stop - start) * row_bytes, f"tensor {info.name!r}")
+        raw = raw.reshape(stop - start, row_bytes)
+        raw = raw if picked is None else raw[picked - start]
+        shape = (len(raw), *info.shape[1:])
         if info.dtype in DTYPES:
             values = raw.reshape(-1).view(DTYPES[info.dtype]).reshape(shape)
         else:
@@ -161,9 +164,6 @@ class GGUFCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer | None:
         return tokenizer_from_metadata(self.metadata, path=self.path)
-
-    def close(self) -> None:
-        self._maps = None
 
 
 def _split_files(path: Path) -> list[Path]:

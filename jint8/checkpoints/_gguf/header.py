@@ -6,13 +6,15 @@ a truncated file; so the headers are read here, and the package is used for the 
 """
 
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jint8.checkpoints._source import SourceFile
+
 MAGIC = b"GGUF"
+PART = 2**20  # bytes that are read at once
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9  # types of metadata values, as those in SCALARS, which have struct's codes
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -31,47 +33,58 @@ class GGUFFile(NamedTuple):
     """The header of one file."""
 
     path: Path
+    size: int  # in bytes
     metadata: Mapping[str, Any]
     tensors: tuple[RawTensor, ...]
 
 
-def read_header(path: Path) -> GGUFFile:
+def read_header(source: SourceFile) -> GGUFFile:
     """Read the metadata and the list of tensors of one file.
 
     Args:
-      path: the file.
+      source: the file.
 
     Returns:
       Its header. That the data lie within the file is for the caller to check, who knows the types' sizes.
 
     Raises:
       ValueError: it isn't a GGUF file of a known version, or ends within the header.
+      OSError: it can't be read, or has become shorter.
     """
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        magic = f.read(4)
-        if magic != MAGIC:
-            raise ValueError(f"{path}: Expected a GGUF file (which begins with {MAGIC!r}), got {magic!r}")
-        if size < 24:
-            raise ValueError(f"{path}: Expected a GGUF header of 24 bytes, got a file of {size} bytes (truncated)")
-        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Reader(path, data).header()
-            except (struct.error, UnicodeDecodeError, OverflowError) as e:
-                raise ValueError(
-                    f"{path}: Expected a complete GGUF header, got one that doesn't parse (truncated or damaged): {e}"
-                ) from e
+    path, size = source.path, source.size
+    magic = source.read(0, min(4, size)).tobytes()
+    if magic != MAGIC:
+        raise ValueError(f"{path}: Expected a GGUF file (which begins with {MAGIC!r}), got {magic!r}")
+    if size < 24:
+        raise ValueError(f"{path}: Expected a GGUF header of 24 bytes, got a file of {size} bytes (truncated)")
+    try:
+        return _Reader(source).header()
+    except (struct.error, UnicodeDecodeError, OverflowError) as e:
+        raise ValueError(
+            f"{path}: Expected a complete GGUF header, got one that doesn't parse (truncated or damaged): {e}"
+        ) from e
 
 
 class _Reader:
-    """A position in the memory-mapped file that moves on with every value read.
+    """A position in the file that moves on with every value read.
 
     Each method reads one thing of the format's grammar. A length beyond the end of the file raises struct.error before
     anything larger than the file is allocated.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.at = path, data, 4
+    def __init__(self, source: SourceFile):
+        self.source, self.path, self.at = source, source.path, 4
+        self.data, self.begin = b"", 0  # a part of the file, and where it begins
+
+    def take(self, count: int) -> bytes:
+        if count > self.source.size - self.at:
+            raise struct.error(f"{count} bytes at byte {self.at} go past the end")
+        first = self.at - self.begin
+        if first + count > len(self.data):
+            self.begin, first = self.at, 0
+            self.data = self.source.read(self.at, min(max(count, PART), self.source.size - self.at)).tobytes()
+        self.at += count
+        return self.data[first : first + count]
 
     def header(self) -> GGUFFile:
         version = self.scalar("I")
@@ -94,20 +107,14 @@ class _Reader:
         # The tensors' offsets count from the end of the header, rounded up to the alignment.
         start = math.ceil(self.at / alignment) * alignment
         tensors = tuple(t._replace(begin=start + t.begin) for t in entries)
-        return GGUFFile(self.path, metadata, tensors)
+        return GGUFFile(self.path, self.source.size, metadata, tensors)
 
     def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
         return value
 
     def string(self) -> str:
-        length = self.scalar("Q")
-        raw = self.data[self.at : self.at + length]
-        if len(raw) != length:
-            raise struct.error(f"a string of {length} bytes at byte {self.at} goes past the end")
-        self.at += length
-        return raw.decode("utf-8")
+        return self.take(self.scalar("Q")).decode("utf-8")
 
     def value(self, kind: int, key: str) -> Any:
         if kind == STRING:
@@ -117,13 +124,11 @@ class _Reader:
         if kind != ARRAY:
             raise ValueError(f"{self.path}: Expected {key!r} of a known type, got type {kind}")
         kind, length = self.scalar("I"), self.scalar("Q")
-        if length > len(self.data):
+        if length > self.source.size:
             raise struct.error(f"an array of {length} values at byte {self.at} goes past the end")
         if kind in SCALARS:
             code = f"<{length}{SCALARS[kind]}"
-            values = struct.unpack_from(code, self.data, self.at)
-            self.at += struct.calcsize(code)
-            return list(values)
+            return list(struct.unpack(code, self.take(struct.calcsize(code))))
         return [self.value(kind, key) for _ in range(length)]
 
     def tensor(self) -> RawTensor:
