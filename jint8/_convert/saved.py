@@ -8,8 +8,11 @@ rotated is written as jint8 0.1.0 reads it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,14 +21,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jint8._convert.assemble import decoder_shardings, place
+from jint8._convert.assemble import decoder_shardings
 from jint8._convert.read_params import Progress
+from jint8._convert.saved_values import check_values
 from jint8._core.config import Config
 from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, contracted_axes, is_qtensor
 from jint8._core.static_fields import config_from_json, config_to_json, static_from_json, static_to_json
 from jint8._trees.params import with_config
 from jint8._trees.paths import leaf_paths, nested
+from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._jint8 import METADATA, VERSIONS, Jint8Checkpoint
+
+_Naming = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def to_arrays(params: Any, *, quant: Config, dtype: DTypeLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,22 +132,78 @@ def read_saved(
     total, done = sum(info.nbytes for info in checkpoint.tensors.values()), 0
     params: dict[str, Any] = {}
     for path, fields in names.items():
-        arrays = {field: checkpoint.read(name) for field, name in fields.items()}  # views of the mapped file
-        try:
-            leaf = _checked_leaf(arrays, described.get(path), expected[path].shape)
-        except ValueError as error:
-            file = checkpoint.tensors[next(iter(fields.values()))].file
-            raise ValueError(f"{file}: tensor {path!r}: {error}") from None
-        placed = decoder_shardings({path: leaf}, mesh)
-        leaf = jax.tree.map(place, leaf, *placed.values()) if placed else jax.tree.map(jnp.array, leaf)
+        infos = {field: checkpoint.tensors[name] for field, name in fields.items()}
+        abstract = {field: jax.ShapeDtypeStruct(info.shape, DTYPES[info.dtype]) for field, info in infos.items()}
+        naming = functools.partial(_naming, f"{next(iter(infos.values())).file}: tensor {path!r}")
+        with naming():
+            leaf = _checked_leaf(abstract, described.get(path), expected[path].shape)
+        leaf = _read_leaf(checkpoint, fields, leaf, decoder_shardings({path: leaf}, mesh).get(path), naming)
         if dtype is not None:
             leaf = dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if is_qtensor(leaf) else leaf.astype(dtype)
         params[path] = leaf
-        done += sum(array.nbytes for array in arrays.values())
+        done += sum(info.nbytes for info in infos.values())
         if progress is not None:
             progress(done, total)
     tree = nested(params)
     return tree if config is None else with_config(tree, config)
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Says where, in a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read_leaf(checkpoint: Jint8Checkpoint, names: dict[str, str], leaf: Any, placed: Any, naming: _Naming) -> Any:
+    """A parameter with its values.
+
+    Args:
+      checkpoint: that has them.
+      names: of its arrays, by field.
+      leaf: the parameter without values.
+      placed: its sharding; None is one device.
+      naming: says in errors which parameter it is.
+
+    Raises:
+      ValueError: values that a weight can't have.
+    """
+    if placed is None:
+        arrays = {field: checkpoint.read(name) for field, name in names.items()}
+        with naming():
+            check_values(arrays, leaf)
+        # Nobody else has this memory, which a CPU takes over; `jnp.array` would copy it.
+        values: dict[str, Any] = {field: jax.device_put(array) for field, array in arrays.items()}
+    else:
+        values = {}
+        for field, name in names.items():
+            sharding = getattr(placed, field) if is_qtensor(leaf) else placed
+            values[field] = _read_shards(checkpoint, name, field, leaf, sharding, naming)
+    return dataclasses.replace(leaf, **values) if is_qtensor(leaf) else values[""]
+
+
+def _read_shards(
+    checkpoint: Jint8Checkpoint, name: str, field: str, leaf: Any, sharding: Any, naming: _Naming
+) -> jax.Array:
+    """An array of which only the rows are read that devices of this process hold something of."""
+    shape = checkpoint.tensors[name].shape
+
+    @functools.lru_cache(maxsize=1)  # devices that share rows come one after the other
+    def rows(start: int, stop: int) -> np.ndarray:
+        array = checkpoint.read_rows(name, start, stop)
+        with naming():
+            check_values({field: array}, leaf)
+        return array
+
+    def shard(index: Any) -> np.ndarray:
+        if not shape:
+            return checkpoint.read(name)
+        start, stop, _ = index[0].indices(shape[0])
+        return np.array(rows(start, stop)[(slice(None), *index[1:])])
+
+    return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def _own_arrays(w: QTensor) -> list[str]:
@@ -173,9 +236,9 @@ def _from_description(checkpoint: Jint8Checkpoint, path: str, description: Any) 
 
 
 def _checked_leaf(
-    arrays: dict[str, np.ndarray], described: tuple[set[str], dict[str, Any]] | None, shape: tuple[int, ...]
-) -> np.ndarray | QTensor:
-    """A parameter out of its arrays. Raises ValueError where they aren't those of one of this shape."""
+    arrays: dict[str, jax.ShapeDtypeStruct], described: tuple[set[str], dict[str, Any]] | None, shape: tuple[int, ...]
+) -> jax.ShapeDtypeStruct | QTensor:
+    """A parameter out of its arrays, without values. Raises ValueError where they aren't those of one of this shape."""
     found = ", ".join(f"{field} {array.dtype}{array.shape}".lstrip() for field, array in arrays.items())
     if described is None:
         if arrays.keys() != {""}:

@@ -27,8 +27,8 @@ from jint8._inference.language_model import LanguageModel
 from jint8._inference.text_encoder import TextEncoder
 from jint8._trees.paths import Patterns, Selection
 from jint8.checkpoints import Checkpoint, open_checkpoint
-from jint8.checkpoints._directory import verify_files
 from jint8.checkpoints._jint8 import Jint8Checkpoint
+from jint8.checkpoints._sums import verify_files
 from jint8.models import Decoder, Encoder, encoder_config, model_config
 from jint8.models.families import text_config
 
@@ -75,14 +75,16 @@ def load(
         config that needs either: they are found on a text, which reads the checkpoint twice.
       calibrate: that text. None is a short one that comes with the package, or random tokens where there is no
         tokenizer. False looks at no activations: a config that rotates then smooths by the weights alone.
-      verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
+      verify: compare all files with the SHA-256 sums that `jint8.save` wrote, before they are read. Checksums of the
+        weights of a model that it saved, which cost next to nothing, are compared in any case.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
     Returns:
       A `LanguageModel`.
 
     Raises:
-      FileNotFoundError: nothing at `path`, or a shard or a file of the adapter is missing.
+      FileNotFoundError: nothing at `path`, or a shard, a file of the adapter or the sums for `verify` are missing.
+      OSError: a file can't be read, or is changed while it is.
       ValueError: an unsupported architecture, a truncated file, a tensor that is missing, unknown, or of a wrong shape,
         NaN or infinity in a weight, an adapter that doesn't fit, a file that fails `verify`, a weight whose size isn't
         a multiple of the devices in `mesh`; the message names file and tensor.
@@ -136,7 +138,7 @@ def load_encoder(
       skip: patterns or a predicate of weights that stay in floating point.
       include: patterns or a predicate that win over `skip` and over the default.
       adapter: a directory in which PEFT saved a LoRA adapter.
-      verify: compare the files with the SHA-256 sums that `jint8.save` wrote.
+      verify: compare all files with the SHA-256 sums that `jint8.save` wrote.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
 
     Returns:
@@ -144,6 +146,7 @@ def load_encoder(
 
     Raises:
       FileNotFoundError: as `jint8.load`.
+      OSError: as `jint8.load`.
       ValueError: as `jint8.load`; also for a decoder.
       TypeError: `dtype` isn't a float type.
     """

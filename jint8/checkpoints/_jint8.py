@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jint8.checkpoints._directory import new_directory, write_arrays, write_json, write_manifest
+import numpy as np
+
+from jint8.checkpoints._checkpoint import TensorInfo
+from jint8.checkpoints._destination import Destination
+from jint8.checkpoints._directory import write_arrays, write_json, write_manifest, write_text
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._safetensors import SafetensorsCheckpoint
+from jint8.checkpoints._sums import checksum
 from jint8.checkpoints._tokenizer.huggingface import backend_from_file
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
@@ -37,7 +42,22 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
                 f"{path / METADATA}: Expected format version {' or '.join(map(str, VERSIONS))}, got {version!r}: "
                 "convert the original checkpoint again, by this version of jint8"
             )
+        self._checksums = self.metadata.get("checksums", {})
+        if not isinstance(self._checksums, dict):
+            raise ValueError(f"{path / METADATA}: Expected a dict as 'checksums', got {self._checksums!r}")
         super().__init__(path)
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        values = super()._read_rows(info, start, stop)
+        # jint8 0.1.0 wrote none. It is that of the whole array, of which one of several processes reads a part.
+        expected = self._checksums.get(info.name)
+        if expected is not None and values.nbytes == info.nbytes and (got := checksum(values)) != expected:
+            self.check_unchanged()  # which explains it better
+            raise ValueError(
+                f"{info.file}: tensor {info.name!r}: Expected checksum {expected}, which {METADATA} has of it, got "
+                f"{got}: the file is damaged"
+            )
+        return values
 
     def tokenizer(self) -> Tokenizer | None:
         ids = self.metadata.get("tokenizer")
@@ -53,7 +73,7 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
 
 
 def write_checkpoint(
-    path: Path,
+    destination: Destination,
     arrays: Mapping[str, Any],
     *,
     metadata: Mapping[str, Any],
@@ -61,10 +81,10 @@ def write_checkpoint(
     tokenizer: Tokenizer | None,
     shard_bytes: int,
 ) -> None:
-    """Write a directory that `Jint8Checkpoint` reads. It appears complete or not at all.
+    """Write a directory that `Jint8Checkpoint` reads, and complete it.
 
     Args:
-      path: where to write; nothing, or an empty directory.
+      destination: where to write.
       arrays: the arrays by name, on any device. They come to the host one shard at a time.
       metadata: what `jint8.json` says besides the tokenizer's special tokens; with the format version, of `VERSIONS`.
       config: what `config.json` says.
@@ -72,16 +92,23 @@ def write_checkpoint(
       shard_bytes: size that a safetensors file may have (a larger array has a file of its own).
 
     Raises:
-      OSError: there is something at `path`, or it can't be written.
+      OSError: it can't be written; the message names the file.
     """
     special = None
-    with new_directory(path) as directory:
-        write_arrays(directory, arrays, shard_bytes)
-        if tokenizer is not None:
-            special = {"bos_id": tokenizer.bos_id, "eos_ids": list(tokenizer.eos_ids), "pad_id": tokenizer.pad_id}
-            tokenizer.backend.save(str(directory / TOKENIZER))
-            if tokenizer.chat_template is not None:
-                (directory / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8", newline="")
-        write_json(directory / "config.json", config)
-        write_json(directory / METADATA, {**metadata, "tokenizer": special})
-        write_manifest(directory)
+    written = write_arrays(destination, arrays, shard_bytes)
+    if tokenizer is not None:
+        special = {"bos_id": tokenizer.bos_id, "eos_ids": list(tokenizer.eos_ids), "pad_id": tokenizer.pad_id}
+        write_tokenizer(destination, tokenizer)
+    write_json(destination, "config.json", config)
+    checksums = {name: array.checksum for name, array in written.items()}
+    write_json(destination, METADATA, {**metadata, "tokenizer": special, "checksums": checksums})
+    write_manifest(destination)
+    destination.complete()
+
+
+def write_tokenizer(destination: Destination, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer and its chat template. Raises OSError, which names the file, where the disk is full."""
+    # As `backend.save` writes it, whose error on a full disk is a bare Exception.
+    write_text(destination, TOKENIZER, tokenizer.backend.to_str(pretty=True))
+    if tokenizer.chat_template is not None:
+        write_text(destination, CHAT_TEMPLATE, tokenizer.chat_template)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from jint8.checkpoints._checkpoint import Checkpoint
+from jint8.checkpoints._destination import check_complete
 from jint8.checkpoints._gguf.checkpoint import GGUFCheckpoint
 from jint8.checkpoints._jint8 import METADATA, Jint8Checkpoint
 from jint8.checkpoints._safetensors import SafetensorsCheckpoint
@@ -13,6 +14,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model checkpoint for reading.
 
     Headers are read and checked here (every tensor lies within its file, names are known); values only when asked for.
+    Leaving the `with` statement raises OSError where a file was changed meanwhile.
 
     Args:
       path: a GGUF file (of a split model: any of its files), a Hugging Face directory with `config.json` and one
@@ -42,6 +44,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"Expected a GGUF file or a directory with safetensors files, got no file: {path}")
+    if path.is_dir():
+        check_complete(path)
     if (path / METADATA).exists():
         return Jint8Checkpoint(path)
     if path.is_dir():

@@ -1,12 +1,14 @@
 """Convert a model to int8 and save it.
 
-DST appears complete or not at all. JSON: files (how many were written), bytes_in (of the files with the tensors),
+DST appears complete or not at all (docs/reliability.md has the exceptions), and what can't be written is said before
+anything is read. JSON: files (how many were written), bytes_in (of the files with the tensors),
 bytes_out (of all files written; with --dry-run, of the weights), quantized and skipped (numbers of parameters).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="a directory that isn't there yet")
     parser.add_argument(
         "--skip",
-        nargs="+",
         default=[],
         metavar="PATTERN",
-        action="extend",
-        help="weights to keep in floating point, besides the output head: 'mlp/down', 'layers_0', 'q_proj', ...",
+        action="append",
+        help="weights to keep in floating point, besides the output head: 'mlp/down', 'layers_0', 'q_proj', ...; may "
+        "be repeated",
     )
     parser.add_argument(
         "--include",
-        nargs="+",
         default=[],
         metavar="PATTERN",
-        action="extend",
-        help="weights to quantize after all: 'embedding', 'lm_head', ...",
+        action="append",
+        help="weights to quantize after all: 'embedding', 'lm_head', ...; may be repeated",
     )
     parser.add_argument(
         "--format",
@@ -46,34 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from jint8 import memory_report, save
-    from jint8._convert.settings import resolve_settings
-    from jint8._convert.targets import abstract_leaves, find_targets
-    from jint8._inference.load import build_decoder, default_dtype
-    from jint8._trees.paths import Selection
-    from jint8.checkpoints import open_checkpoint
-    from jint8.checkpoints._directory import check_destination
+    from jint8 import memory_report
+    from jint8._inference.save import write_model
+    from jint8.checkpoints._destination import Destination, check_destination
 
-    config = _common.quant_config(args)
+    options: dict[str, Any] = {"config": _common.quant_config(args), "skip": args.skip, "include": args.include}
     source, destination = _common.find_source(args, args.source), Path(args.destination)
-    check_destination(destination)
-    options: dict[str, Any] = {"config": config, "skip": args.skip, "include": args.include}
-    with open_checkpoint(source) as checkpoint:
-        if checkpoint.format == "jint8":
-            raise ValueError(f"{source}: Expected a checkpoint to quantize, got one that jint8 wrote")
-        bytes_in = checkpoint.file_bytes
-        config, selection = resolve_settings(
-            checkpoint, config=config, quantize=True, selection=Selection(args.skip, args.include)
-        )
-        model = build_decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
-        targets = find_targets(checkpoint, model, config=config, selection=selection)
-    planned = abstract_leaves(targets, config)
-    plan = memory_report(planned)
-    result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
-    if not args.dry_run:
-        save(destination, _common.load(args, source, **options), format=args.format)
-        sizes = [file.stat().st_size for file in destination.iterdir()]
-        result |= {"files": len(sizes), "bytes_out": sum(sizes)}
+    with contextlib.ExitStack() as stack:
+        # First of all, since what can't be written should not be read either.
+        if args.dry_run:
+            check_destination(destination)
+        else:
+            place = stack.enter_context(Destination(destination, lambda text: _common.say(args, text)))
+        bytes_in, planned = _plan(args, source, **options)
+        plan = memory_report(planned)
+        result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}
+        if not args.dry_run:
+            place.check_space(plan.bytes)
+            write_model(place, _common.load(args, source, **options), format=args.format)
+            sizes = [file.stat().st_size for file in destination.iterdir()]
+            result |= {"files": len(sizes), "bytes_out": sum(sizes)}
     if args.json:
         _common.report(args, result)
         return
@@ -82,6 +75,31 @@ def run(args: argparse.Namespace) -> None:
     if not args.dry_run:
         read, written = _common.megabytes(bytes_in), _common.megabytes(result["bytes_out"])
         print(f"{read} read, {written} written to {destination} in {result['files']} files")
+
+
+def _plan(args: argparse.Namespace, source: Path, **options: Any) -> tuple[int, dict[str, Any]]:
+    """The bytes of the files with the tensors, and what becomes of each parameter, without values."""
+    from jint8._convert.settings import resolve_settings
+    from jint8._convert.targets import abstract_leaves, find_targets
+    from jint8._inference.load import build_decoder, default_dtype
+    from jint8._trees.paths import Selection
+    from jint8.checkpoints import open_checkpoint
+
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.format == "jint8":
+            raise ValueError(
+                f"{source}: Expected a checkpoint in floating point, got one that jint8 wrote, in int8 already: use it "
+                "as it is, or quantize the one that it was made from"
+            )
+        config, selection = resolve_settings(
+            checkpoint,
+            config=options["config"],
+            quantize=True,
+            selection=Selection(options["skip"], options["include"]),
+        )
+        model = build_decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
+        targets = find_targets(checkpoint, model, config=config, selection=selection)
+        return checkpoint.file_bytes, abstract_leaves(targets, config)
 
 
 def _counts(planned: dict[str, Any]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from tiny_model import make_llama_directory
 import jint8
 from jint8.checkpoints import open_checkpoint
 from jint8.checkpoints._directory import _shards
+from jint8.checkpoints._sums import checksum
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +213,28 @@ def test_flipped_byte(name, saved):
         jint8.load(saved, verify=True)
 
 
-def test_a_flipped_weight_is_seen_only_by_verify(saved):
+def test_a_flipped_weight_is_seen_by_its_checksum(saved):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    jint8.load(saved)
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor '.*': Expected checksum [0-9a-f]{16}"):
+        jint8.load(saved)
     with pytest.raises(ValueError, match=r"model\.safetensors: Expected SHA-256"):
         jint8.load(saved, verify=True)
+    metadata(lambda m: m.pop("checksums"))(saved)  # as 0.1.0 wrote it
+    jint8.load(saved)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4096 * 2 + 3])
+def test_checksum(size):
+    x = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    lost, exchanged, other = x.copy(), np.roll(x, 4096), x.copy()
+    lost[size // 2 :] = 0
+    other[size // 3 : size // 3 + 1] ^= 1
+    different = [y for y in (lost, exchanged, other) if (x != y).any()]
+    assert len(different) == {0: 0, 1: 2, 4096: 2}.get(size, 3)
+    assert checksum(x) not in [checksum(y) for y in different]
+    assert checksum(x) == checksum(x.copy())
+    assert len(checksum(x)) == 16
 
 
 def test_verify_knows_which_files_there_are(saved, source):
@@ -228,8 +245,10 @@ def test_verify_knows_which_files_there_are(saved, source):
     (saved / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         jint8.load(saved, verify=True)
-    with pytest.raises(FileNotFoundError, match="SHA256SUMS"):
+    with pytest.raises(FileNotFoundError, match=r"SHA256SUMS: Expected this file, .* got a directory without"):
         jint8.load(source, verify=True)
+    with pytest.raises(FileNotFoundError, match=r"SHA256SUMS: Expected this file, .* got a file without"):
+        jint8.load(source / "model.safetensors", verify=True)
 
 
 DOWN = "layers_0/mlp/down/weight"
@@ -246,6 +265,7 @@ def arrays(**changes):
             if tensors[name] is None:
                 del tensors[name]
         safetensors.numpy.save_file(tensors, path / "model.safetensors")
+        metadata(lambda m: m.pop("checksums"))(path)
 
     return fault
 
@@ -273,6 +293,10 @@ FAULTS = {
     "wrong_scale": (arrays(scale=lambda x: CONTIGUOUS(x[1:])), f"tensor '{DOWN}'"),
     "wrong_rank": (arrays(scale=lambda x: x.reshape(-1)), f"tensor '{DOWN}'"),
     "wrong_dtype": (arrays(q=lambda x: x.astype(np.int16)), f"tensor '{DOWN}'"),
+    "scale_not_finite": (arrays(scale=lambda x: x * np.inf), f"tensor '{DOWN}': Expected finite values of scale"),
+    "negative_scale": (arrays(scale=lambda x: -x), f"tensor '{DOWN}': Expected scales of at least 0"),
+    "scales_lost": (arrays(scale=lambda x: 0 * x), f"tensor '{DOWN}': Expected values and scales that are 0 together"),
+    "values_lost": (arrays(q=lambda x: 0 * x), f"tensor '{DOWN}': Expected values and scales that are 0 together"),
     "version": (metadata(lambda m: m.update(version=1)), r"jint8\.json: Expected format version 2 or 3, got 1: conv"),
     "no_dtype": (metadata(lambda m: m.pop("dtype")), r"jint8\.json: Expected a str as 'dtype'"),
     "unknown_dtype": (metadata(lambda m: m.update(dtype="float33")), "float33"),
@@ -305,6 +329,7 @@ FAULTS = {
         metadata(lambda m: m["weights"][DOWN]["fields"].update(order=[0, 2])),
         rf"jint8\.json: tensor '{DOWN}': Expected order to be a permutation .*, got \[0, 2\]",
     ),
+    "no_checksums": (metadata(lambda m: m.update(checksums=[])), r"jint8\.json: Expected a dict as 'checksums'"),
     "bad_tokenizer_ids": (metadata(lambda m: m.update(tokenizer={"end": 1})), r"jint8\.json"),
     "not_json": (lambda path: (path / "jint8.json").write_text("{"), r"jint8\.json: Expected JSON"),
     "architecture": (
