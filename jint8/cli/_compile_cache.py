@@ -49,8 +49,9 @@ def use_compile_cache(args: argparse.Namespace) -> None:
     kept = not args.no_compile_cache and _use(args)
     if kept:
         # JAX's default leaves programs out that compile in less than 1 s, but many of these add up.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    _waiting.watch_compilation(args, f"compiling{' (kept for the next run)' if kept else ''}")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    more = {_waiting.COMPILING: " (kept for the next run)"} if kept else {}
+    _waiting.compilation().say = lambda what: _waiting.say(args, what + more.get(what, ""))
 
 
 def _use(args: argparse.Namespace) -> bool:
@@ -82,7 +83,7 @@ def _file_cache(path: Path, complain: Callable[[str], None]) -> Any:
     class FileCache(Programs, CacheInterface):
         """`Programs` as JAX takes them."""
 
-    return FileCache(path, complain)
+    return FileCache(path, complain, _waiting.compilation().found)
 
 
 class Programs:
@@ -91,11 +92,19 @@ class Programs:
     Args:
       path: the directory.
       complain: called with a text, once, when something can't be written.
+      found: called when a value was found, before it is returned.
       most_bytes: how much is kept, at most.
     """
 
-    def __init__(self, path: Path, complain: Callable[[str], None], most_bytes: int = MOST_BYTES):
+    def __init__(
+        self,
+        path: Path,
+        complain: Callable[[str], None],
+        found: Callable[[], None] = lambda: None,
+        most_bytes: int = MOST_BYTES,
+    ):
         self._path = path  # which JAX reads
+        self._found = found
         self._complain = complain
         self._most_bytes = most_bytes
         self._writable = True
@@ -111,6 +120,7 @@ class Programs:
             return None  # `put` replaces it
         with contextlib.suppress(OSError):  # a cache that is only read
             os.utime(file)  # it was used now
+        self._found()
         return content[DIGEST:]
 
     def put(self, key: str, value: bytes) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jint8.cli import _bench, _common, _demo, _eval, _fit, _generate, _outliers, _quantize
+from jint8.cli import _bench, _common, _demo, _eval, _fit, _generate, _outliers, _quantize, _waiting
 
 COMMANDS = {
     "demo": _demo,
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"jint8: {' '.join(message(error).split())}", file=sys.stderr)
         return FAILED
+    finally:
+        _waiting.say_no_more()
     return 0
 
 

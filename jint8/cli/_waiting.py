@@ -14,12 +14,9 @@ from typing import Any
 Progress = Callable[[int, int], None]
 
 LONG = 1.0  # seconds after which somebody who waits wants to know what for
-# JAX's events of a program: it is about to be compiled (or read from the cache), was read, is ready.
-BEGIN, READ, READY = (
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/compilation_cache/cache_retrieval_time_sec",
-    "/jax/core/compile/backend_compile_duration",
-)
+# JAX's events: a program is about to be compiled, or read from the cache; and it is ready.
+LOWERED, READY = "/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration"
+COMPILING, READING = "compiling", "reading compiled programs"
 
 
 def say(args: argparse.Namespace, text: str = "") -> None:
@@ -64,57 +61,67 @@ def progress_bar(args: argparse.Namespace, what: str, slow: str | None = None, *
         yield update
 
 
-def watch_compilation(args: argparse.Namespace, text: str) -> None:
-    """Has a text said, once per process, when programs have taken a second to compile, one after another."""
-    watch = _compilation()
-    watch.say = functools.partial(say, args, text)
-
-
 class Compilation:
-    """Adds up the time that programs take to compile, and calls `say` once when it exceeds a second.
+    """Adds up the time that programs take to compile, or to read, and has it said once when it exceeds a second.
 
     Attributes:
-      say: what is called then.
+      say: called with `COMPILING` or `READING` then.
     """
 
     def __init__(self) -> None:
-        self.say: Callable[[], None] = lambda: None
-        self._said = False
-        self._seconds = 0.0
+        self.say: Callable[[str], None] = lambda what: None
+        self._seconds = {COMPILING: 0.0, READING: 0.0}
+        self._said: set[str] = set()
         self._lock = threading.Lock()
-        self._running: dict[int, tuple[float, threading.Timer]] = {}  # by the thread that compiles
+        self._running: dict[int, tuple[str, float, threading.Timer]] = {}  # by the thread that waits for it
 
     def event(self, event: str, duration_secs: float, **_: str | int) -> None:
-        """What JAX calls with the end of each event that takes time."""
-        if event not in (BEGIN, READ, READY):
-            return
-        thread = threading.get_ident()
-        with self._lock:
-            begin, timer = self._running.pop(thread, (None, None))
-            if timer is not None:
-                timer.cancel()
-            if self._said:
-                return
-            if event == READY and begin is not None:
-                self._seconds += time.perf_counter() - begin
-            if event == BEGIN:
-                timer = _timer(max(0.0, LONG - self._seconds), self._say_once)
-                self._running[thread] = time.perf_counter(), timer
+        """What JAX calls when something has taken time."""
+        if event == LOWERED:
+            self._begin(COMPILING)
+        elif event == READY:
+            self._end()
 
-    def _say_once(self) -> None:
+    def found(self) -> None:
+        """What is about to be compiled was found in the cache."""
+        self._end()
+        self._begin(READING)
+
+    def _begin(self, what: str) -> None:
+        self._end()  # what was lowered needn't have been compiled
         with self._lock:
-            first, self._said = not self._said, True
+            timer = _timer(max(0.0, LONG - self._seconds[what]), functools.partial(self._say_once, what))
+            self._running[threading.get_ident()] = what, time.perf_counter(), timer
+
+    def _end(self) -> None:
+        with self._lock:
+            if (running := self._running.pop(threading.get_ident(), None)) is not None:
+                what, begin, timer = running
+                timer.cancel()
+                self._seconds[what] += time.perf_counter() - begin
+
+    def _say_once(self, what: str) -> None:
+        with self._lock:
+            first = what not in self._said
+            self._said.add(what)
         if first:
-            self.say()
+            self.say(what)
 
 
 @functools.cache
-def _compilation() -> Compilation:
+def compilation() -> Compilation:
+    """That of this process, which JAX tells its events."""
     import jax.monitoring
 
     watch = Compilation()
     jax.monitoring.register_event_duration_secs_listener(watch.event)
     return watch
+
+
+def say_no_more() -> None:
+    """Has nothing said of programs that are compiled after the command."""
+    if compilation.cache_info().currsize:
+        compilation().say = lambda what: None
 
 
 def _timer(seconds: float, call: Callable[[], None]) -> threading.Timer:

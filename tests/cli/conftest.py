@@ -4,7 +4,7 @@ import pytest
 from tiny_model import make_llama_directory
 
 import jint8
-from jint8.cli import main
+from jint8.cli import _waiting, main
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,7 @@ def run(capsys, monkeypatch, tmp_path):
     """Runs a command in this process -> (status, standard output, standard error)."""
     monkeypatch.setenv("JINT8_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("JINT8_DEBUG", raising=False)
+    monkeypatch.setattr(_waiting, "LONG", 600.0)  # a busy machine isn't what is tested
 
     def run(*argv):
         capsys.readouterr()
