@@ -52,13 +52,14 @@ def run(args: argparse.Namespace) -> None:
     from jint8.checkpoints._destination import Destination, check_destination
 
     options: dict[str, Any] = {"config": _common.quant_config(args), "skip": args.skip, "include": args.include}
-    source, destination = _common.find_source(args, args.source), Path(args.destination)
+    destination = Path(args.destination)
     with contextlib.ExitStack() as stack:
-        # First of all, since what can't be written should not be read either.
+        # First of all, since what can't be written should not be downloaded or read either.
         if args.dry_run:
             check_destination(destination)
         else:
             place = stack.enter_context(Destination(destination, lambda text: _common.say(args, text)))
+        source = _common.find_source(args, args.source)
         bytes_in, planned = _plan(args, source, **options)
         plan = memory_report(planned)
         result = {"files": 0, "bytes_in": bytes_in, "bytes_out": plan.bytes, **_counts(planned)}

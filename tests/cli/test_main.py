@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import jint8
+from jint8._core.config import OUTLIER_MODES, PRESETS, SCHEMES
 from jint8.cli import _common, _eval, main
 from jint8.cli._main import COMMANDS
 
@@ -50,6 +51,22 @@ def test_help(command, capsys):
     assert "--scheme" in out or command in ("outliers", "bench", "fit")  # which don't choose one
 
 
+def test_nothing_is_asked(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: jint8")
+    assert all(command in out for command in COMMANDS)
+    assert err == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "quantize", "bench", "demo", "fit"])
+def test_help_has_all_names(command, capsys):
+    main([command, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for names in (SCHEMES, PRESETS, OUTLIER_MODES):
+        assert ", ".join(names) in out
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"jint8 {jint8.__version__}\n"
@@ -70,6 +87,73 @@ ARGUMENTS = {
     "dtype_no_float": (["quantize", "LLAMA", "DST", "--dtype", "int8"], "float"),
     "dtype_unknown": (["quantize", "LLAMA", "DST", "--dtype", "float33"], "float33"),
 }
+
+
+# Said before anything is loaded: there is no model at SRC. TEXT is one, PLACE a directory.
+FIRST = {
+    "no_tokens": ("generate SRC --prompt x --max-tokens 0", "--max-tokens to be at least 1, got 0"),
+    "temperature": ("generate SRC --prompt x --temperature nan", "temperature"),
+    "temperature_of_the_demo": ("demo --temperature inf", "temperature"),
+    "top_p": ("generate SRC --prompt x --top-p 2", "top_p"),
+    "top_k": ("generate SRC --chat --top-k=-1", "top_k"),
+    "stop": ("generate SRC --prompt x --stop=", "stop"),
+    "bytes_of_the_prompt": ("generate SRC --prompt \udcff", "--prompt: Expected a text in UTF-8"),
+    "bytes_of_the_system_message": ("generate SRC --chat --system \udcff", "--system: Expected a text in UTF-8"),
+    "prompt_file": ("generate SRC --prompt-file PLACE/none", "none"),
+    "adapter": ("generate SRC --prompt x --adapter PLACE", "Expected a LoRA adapter that PEFT saved"),
+    "dtype": ("generate SRC --prompt x --dtype int8", "--dtype"),
+    "calibrate": ("generate SRC --prompt x --preset static --calibrate PLACE/none", "none"),
+    "calibrate_what": ("eval SRC --text TEXT --calibrate TEXT", "Expected --calibrate with what is calibrated"),
+    "threshold": ("eval SRC --text TEXT --threshold nan", "threshold"),
+    "text": ("eval SRC --text PLACE/none", "none"),
+    "seq_len": ("eval SRC --text TEXT --seq-len 1", "--seq-len to be at least 2, got 1"),
+    "batch_size": ("eval SRC --text TEXT --batch-size 0", "--batch-size to be at least 1, got 0"),
+    "limit": ("eval SRC --text TEXT --limit 0", "--limit to be at least 1, got 0"),
+    "tokens": ("eval SRC --tokens TEXT", "Expected a .npy file of token ids"),
+    "outliers_text": ("outliers SRC --text PLACE/none", "none"),
+    "outliers_seq_len": ("outliers SRC --seq-len 0", "--seq-len to be at least 2, got 0"),
+    "outliers_threshold": ("outliers SRC --threshold=-1", "threshold"),
+    "layer_share": ("outliers SRC --layer-share 2", "layer_share"),
+    "position_share": ("outliers SRC --position-share nan", "position_share"),
+    "outliers_dtype": ("outliers SRC --dtype float33", "--dtype"),
+    "plot": ("outliers SRC --plot PLACE/none/x.png", "x.png: Expected a directory to write to, got no"),
+    "plot_suffix": ("outliers SRC --plot PLACE/x.gif", "Expected a name that ends in .png, .svg, .pdf"),
+    "magnitudes": ("outliers SRC --plot-magnitudes PLACE/none/x.svg", "Expected a directory to write to"),
+    "html": ("outliers SRC --html PLACE", "Expected the name of a file to write, got a directory"),
+    "prompt_tokens": ("bench SRC --prompt-tokens 0", "--prompt-tokens"),
+    "bench_batch_size": ("bench SRC --batch-size 4 --batch-size 0", "--batch-size"),
+    "repeats": ("bench SRC --repeats 0", "--repeats"),
+    "context": ("fit SRC --mesh 8x24GiB --context 0", "--context"),
+    "fit_threshold": ("fit SRC --mesh 8x24GiB --threshold=-1", "threshold"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), FIRST.values(), ids=FIRST)
+def test_arguments_come_before_the_model(argv, message, tmp_path, run_error):
+    (tmp_path / "text.txt").write_text("a text")
+    names = {"PLACE": str(tmp_path), "TEXT": str(tmp_path / "text.txt"), "SRC": str(tmp_path / "no_model")}
+    for name, value in names.items():
+        argv = argv.replace(name, value)
+    error = run_error(*argv.split())
+    assert message in error
+    assert "no_model" not in error
+
+
+@pytest.mark.parametrize("option", ["--plot", "--plot-magnitudes", "--html"])
+def test_no_matplotlib(option, tmp_path, monkeypatch, run_error):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "jint8[plots]" in run_error("outliers", tmp_path / "no_model", option, tmp_path / "x.svg")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_plot_that_cannot_be_written(there, tmp_path, monkeypatch, run_error):
+    """Nor is anything written by finding that out."""
+    if there:
+        (tmp_path / "x.svg").touch()
+    monkeypatch.setattr(_common.os, "access", lambda path, mode: False)
+    error = run_error("outliers", tmp_path / "no_model", "--plot", tmp_path / "x.svg")
+    assert "x.svg: Expected a file that can be written" in error
+    assert (tmp_path / "x.svg").exists() == there
 
 
 @pytest.mark.parametrize(("argv", "message"), ARGUMENTS.values(), ids=ARGUMENTS)

@@ -69,6 +69,19 @@ def test_patterns(argv, quantized, source, tmp_path, run_json):
     assert sum(name.endswith("#q") for name in tensors) == quantized
 
 
+def test_patterns_take_no_paths(source, tmp_path, run_json, run_error):
+    """Each option takes one pattern, wherever it stands; several only behind both paths."""
+    paths = (source, tmp_path / "dst")
+    for argv in (
+        ("--skip", "mlp/down", "--skip", "layers_0", *paths),
+        (paths[0], "--skip", "mlp/down", paths[1], "--skip", "layers_0"),
+        ("--skip=mlp/down", *paths, "--skip", "layers_0"),
+        (*paths, "--json", "--skip", "mlp/down", "layers_0"),
+    ):
+        assert run_json("quantize", *argv, "--dry-run")["quantized"] == 3
+    assert "unrecognized arguments: more" in run_error("quantize", "--skip", "mlp/down", *paths, "more")
+
+
 def test_bitsandbytes(source, tmp_path, run_json, run_error):
     run_json("quantize", source, tmp_path / "dst", "--format", "bitsandbytes")
     assert DOWN.replace("weight", "SCB") in safetensors.numpy.load_file(tmp_path / "dst" / "model.safetensors")
@@ -169,7 +182,9 @@ def test_something_at_the_destination(dry_run, source, tmp_path, run_error):
 
 def test_int8_is_not_quantized_again(source, tmp_path, run, run_error):
     run("quantize", source, tmp_path / "dst")
-    assert "one that jint8 wrote" in run_error("quantize", tmp_path / "dst", tmp_path / "again")
+    error = run_error("quantize", tmp_path / "dst", tmp_path / "again")
+    assert "one that jint8 wrote" in error
+    assert "use it as it is, or quantize the one that it was made from" in error
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("disk full"), 2)], ids=["^C", "disk"])
