@@ -1,7 +1,11 @@
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import stat
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +15,12 @@ import safetensors.numpy
 from tiny_model import make_llama_directory
 
 import jint8
-from jint8.checkpoints import open_checkpoint
+from jint8._inference import save as save_module
+from jint8.checkpoints import _directory, open_checkpoint
 from jint8.checkpoints._directory import _shards
 from jint8.checkpoints._sums import checksum
+
+FILES = ("SHA256SUMS", "chat_template.jinja", "config.json", "jint8.json", "model.safetensors", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +199,52 @@ def test_occupied_destination(occupy, model, tmp_path):
     assert os.listdir(tmp_path) == ["saved"]
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "model.safetensors"])
+def test_full_disk(name, model, tmp_path, monkeypatch):
+    """The tokenizers package would raise a bare Exception; that of arrays is tested with the command line."""
+    write_text = Path.write_text
+
+    def full(self, text, **options):
+        if self.name == name:
+            write_text(self, text[: len(text) // 2], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does it, without a name
+        return write_text(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '.*/new/saved/{name}'"):
+        jint8.save(tmp_path / "new" / "saved", model)
+    assert os.listdir(tmp_path) == []
+
+
+def test_space_is_looked_for_first(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(_directory, "_save_arrays", lambda *args: pytest.fail("written nevertheless"))
+    with pytest.raises(OSError, match=r"Expected .* MB of free space, got 0\.0 MB: '.*/saved'"):
+        jint8.save(tmp_path / "saved", model)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", ["jint8", "bitsandbytes"])
+def test_current_directory(format, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jint8.save(".", model, format=format)
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    assert_same_bits(jint8.load(".", verify=True).params, jint8.load(tmp_path).params)
+
+
+def test_nothing_is_converted_for_a_place_that_is_taken(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(save_module, "to_arrays", lambda *args, **options: pytest.fail("converted nevertheless"))
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError, match="'mine' is in it"):
+        jint8.save(tmp_path, model)
+
+
 def test_bad_arguments(model, tmp_path):
     with pytest.raises(ValueError, match="shard_bytes"):
         jint8.save(tmp_path / "saved", model, shard_bytes=0)
     with pytest.raises(ValueError, match="hf_config"):
         jint8.save(tmp_path / "saved", dataclasses.replace(model, hf_config=None))
     assert os.listdir(tmp_path) == []
-
-
-FILES = ("SHA256SUMS", "chat_template.jinja", "config.json", "jint8.json", "model.safetensors", "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", FILES)
