@@ -10,6 +10,8 @@ import numpy as np
 
 from jint8.analysis._statistics import Statistics
 
+CROWD = 200  # dimensions of a projection with outliers, from which on a map of points shows nothing
+
 
 def require_matplotlib() -> Any:
     """`matplotlib.figure`. Raises ImportError, with what to install, where it isn't there."""
@@ -27,6 +29,10 @@ def _figure(**options: Any) -> Any:
 def plot_features(statistics: Statistics) -> Any:
     """A map of layers and feature dimensions for each projection: at what share of positions there is an outlier.
 
+    Where hundreds of dimensions have some, as those of down projections do, points would cover each other. Then each
+    layer has the median of these shares, a band from the 10th to the 90th percentile, the largest, and how many there
+    are.
+
     Args:
       statistics: of a model.
 
@@ -37,18 +43,38 @@ def plot_features(statistics: Statistics) -> Any:
       ImportError: matplotlib isn't there.
     """
     names = list(statistics.projections)
-    figure = _figure(figsize=(10, 2.2 * len(names)))
+    figure = _figure(figsize=(10, 2.5 * len(names)))
     axes = figure.subplots(len(names), 1, squeeze=False)[:, 0]
     for name, ax in zip(names, axes, strict=True):
         p = statistics.projections[name]
         share = p.outliers / np.maximum(p.positions, 1)
+        ax.set(title=name, ylim=(p.numbers[0] - 0.5, p.numbers[-1] + 0.5), ylabel="layer")
+        if (share > 0).any(axis=0).sum() > CROWD:
+            _draw_crowd(ax, p.numbers, share)
+            continue
         layer, dimension = np.nonzero(share)
-        points = ax.scatter(dimension, layer, c=share[layer, dimension], s=6, vmin=0, vmax=1, cmap="viridis")
-        ax.set(title=name, xlim=(0, share.shape[1]), ylim=(-0.5, len(share) - 0.5), ylabel="layer")
+        shares = share[layer, dimension]
+        points = ax.scatter(dimension, p.numbers[layer], c=shares, s=6, vmin=0, vmax=1, cmap="viridis")
+        ax.set(xlim=(0, share.shape[1]), xlabel="feature dimension")
         figure.colorbar(points, ax=ax, label="share of positions")
-    axes[-1].set_xlabel("feature dimension")
     figure.suptitle(f"values of magnitude {_threshold(statistics)} or more")
     return figure
+
+
+def _draw_crowd(ax: Any, numbers: np.ndarray, share: np.ndarray) -> None:
+    """By layer, shares of positions `[layers, k]` of the dimensions that have outliers, and how many those are."""
+    rows = [row[row > 0] if row.any() else np.array([np.nan]) for row in share]
+    low, median, high, largest = np.transpose([np.quantile(row, (0.1, 0.5, 0.9, 1.0)) for row in rows])
+    ax.fill_betweenx(numbers, low, high, alpha=0.3, label="10th to 90th percentile")
+    ax.plot(median, numbers, marker=".", label="median")
+    ax.plot(largest, numbers, linestyle=":", color="C0", label="largest")
+    ax.set(xscale="log", xlabel="share of positions, of a feature dimension that has outliers")
+    count = ax.twiny()
+    count.plot((share > 0).sum(axis=1), numbers, color="C1", label="dimensions")
+    count.tick_params(axis="x", labelcolor="C1")
+    count.set_xlabel("dimensions that have outliers", color="C1")
+    lines = [*ax.get_legend_handles_labels()[0], *count.get_lines()]
+    ax.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize="small")
 
 
 def plot_magnitudes(statistics: Statistics) -> Any:
@@ -66,10 +92,10 @@ def plot_magnitudes(statistics: Statistics) -> Any:
     figure = _figure(figsize=(8, 5))
     ax = figure.subplots()
     for name, p in statistics.projections.items():
-        (line,) = ax.plot(p.largest.max(axis=1), marker=".", label=name)
+        (line,) = ax.plot(p.numbers, p.largest.max(axis=1), marker=".", label=name)
         count = p.outliers.sum(axis=1)
         mean = np.where(count > 0, p.outlier_sum.sum(axis=1) / np.maximum(count, 1), np.nan)
-        ax.plot(mean, linestyle=":", color=line.get_color())
+        ax.plot(p.numbers, mean, linestyle=":", color=line.get_color())
     ax.set(xlabel="layer", ylabel="magnitude", yscale="log")
     ax.set_title("largest magnitude; dotted: mean of the outliers")
     ax.legend()

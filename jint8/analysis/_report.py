@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jint8.analysis._plots import plot_features, plot_magnitudes
-from jint8.analysis._statistics import Statistics
+from jint8.analysis._statistics import SUMMARY, Statistics
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
@@ -47,17 +47,7 @@ def html_report(
         )
         for f in found["features"]
     ]
-    projections = [
-        (
-            name,
-            p["columns"],
-            p["layers"],
-            f"{sum(p['outlier_columns']) / p['layers']:.1f}",
-            f"{sum(p['outlier_values']) / p['layers']:.2%}",
-            f"{max(p['largest']):.1f}",
-        )
-        for name, p in found["projections"].items()
-    ]
+    projections = [(name, *p.summary()) for name, p in statistics.projections.items()]
     title = html.escape(title)
     return "\n".join(
         (
@@ -68,7 +58,8 @@ def html_report(
             "<h2>Features</h2>",
             _table(("projection", "dimension", "layers", "positions", "mean", "largest"), features),
             "<h2>Projections</h2>",
-            _table(("projection", "columns", "layers", "outlier columns", "outlier values", "largest"), projections),
+            "<p>Outlier columns: in how many layers there are any, their median over layers, and most in which.</p>",
+            _table(("projection", *SUMMARY), projections),
             "<h2>Layers and dimensions</h2>",
             _svg(plot_features(statistics)),
             "<h2>Magnitudes</h2>",

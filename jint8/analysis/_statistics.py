@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from jint8._ops.observe import Seen
 from jint8._trees.paths import Patterns, Selection, path_group
 from jint8.analysis._calibrate import statistics
 from jint8.analysis._criteria import Criteria, shares
+
+SUMMARY = ("columns", "layers", "median", "most", "values", "largest")  # of a projection
+WIDTHS = (10, 12, 10, 12, 10, 16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Projection:
     """Statistics of the inputs of one projection, over its layers; arrays are float64 `[layers, k]`.
 
     Attributes:
+      numbers: the layers' numbers, int `[layers]`.
       positions: how many positions there were.
       outliers: at how many of them the dimension had an outlier.
       outlier_sum: sum of the outliers' magnitudes.
@@ -47,6 +52,7 @@ class Projection:
       largest: largest magnitude.
     """
 
+    numbers: np.ndarray
     positions: np.ndarray
     outliers: np.ndarray
     outlier_sum: np.ndarray
@@ -57,6 +63,19 @@ class Projection:
     def outlier_columns(self) -> np.ndarray:
         """By layer, how many dimensions have any outlier."""
         return (self.outliers > 0).sum(axis=1)
+
+    def summary(self) -> tuple[str, ...]:
+        """As a row of a table, below `SUMMARY`: what few layers have is not averaged away."""
+        columns, largest = self.outlier_columns, self.largest.max(axis=1)
+        most, at = columns.argmax(), largest.argmax()
+        return (
+            str(self.outliers.shape[1]),
+            f"{(columns > 0).sum()} of {len(columns)}",
+            f"{np.median(columns):g}",
+            f"{columns[most]} in {self.numbers[most]}" if columns[most] else "0",
+            f"{self.outliers.sum() / self.positions.sum():.2%}",
+            f"{largest[at]:.1f} in {self.numbers[at]}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,14 +95,18 @@ class Statistics:
     @classmethod
     def of(cls, seen: Mapping[str, Seen], *, threshold: float = 6.0, relative: bool = False) -> Statistics:
         """From statistics by leaf path, as `jint8.nnx.statistics` has them for nnx models."""
-        groups: dict[str, list[Seen]] = {}
-        for path, s in seen.items():
-            groups.setdefault(path_group(path), []).append(s)
+        groups: dict[str, list[str]] = {}
+        for path in seen:
+            groups.setdefault(path_group(path), []).append(path)
         projections = {}
-        for name, layers in groups.items():
-            by_field = zip(*layers, strict=True)
+        for name, paths in groups.items():
+            paths = sorted(paths, key=_numbers)  # a tree has layer 10 before layer 2
+            by_field = zip(*(seen[path] for path in paths), strict=True)
             arrays = [np.concatenate([a.reshape(-1, a.shape[-1]) for a in field]) for field in by_field]
-            projections[name] = Projection(**dict(zip(Seen._fields, arrays, strict=True)))
+            found = [_numbers(path) for path in paths]
+            named = len(found) == len(arrays[0]) and all(len(numbers) == 1 for numbers in found)
+            numbers = np.ravel(found) if named else np.arange(len(arrays[0]))  # of stacked layers, or experts in layers
+            projections[name] = Projection(numbers=numbers, **dict(zip(Seen._fields, arrays, strict=True)))
         return cls(threshold=threshold, relative=relative, projections=projections)
 
     def features(self, *, layer_share: float = 0.25, position_share: float = 0.06) -> list[Feature]:
@@ -119,6 +142,7 @@ class Statistics:
             "projections": {
                 name: {
                     "layers": len(p.outliers),
+                    "numbers": p.numbers.tolist(),
                     "columns": p.outliers.shape[1],
                     "outlier_columns": p.outlier_columns.tolist(),
                     "outlier_values": (p.outliers.sum(axis=1) / p.positions.sum(axis=1)).tolist(),
@@ -135,16 +159,19 @@ class Statistics:
         ]
         header = ("outlier feature", "dimension", "layers", "positions", "mean", "largest")
         lines = [_row(header), *(_row((*row[:-1], f"{row[-1]:.1f}")) for row in features)]
-        lines += ["", _row(("projection", "columns", "layers", "outliers", "values", "largest"))]
-        for name, p in self.projections.items():
-            share = p.outliers.sum() / p.positions.sum()
-            mean, k = p.outlier_columns.mean(), p.outliers.shape[1]
-            lines.append(_row((name, k, len(p.outliers), f"{mean:.1f}", f"{share:.2%}", f"{p.largest.max():.1f}")))
+        lines += ["", "outlier columns: in how many layers there are any, their median over layers, and most in which"]
+        lines += [_row(("projection", *SUMMARY))]
+        lines += [_row((name, *p.summary())) for name, p in self.projections.items()]
         return "\n".join(lines)
 
 
 def _row(cells: Sequence[Any]) -> str:
-    return f"{cells[0]:36}" + "".join(f"{cell:>11}" for cell in cells[1:])
+    return f"{cells[0]:32}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], WIDTHS, strict=False))
+
+
+def _numbers(path: str) -> list[int]:
+    """The numbers of layers and the like in a path, which `path_group` leaves out."""
+    return [int(number) for number in re.findall(r"(?<![^_/])\d+(?![^/])", path)]
 
 
 def outlier_statistics(

@@ -3,7 +3,8 @@
 By the paper's criteria: magnitude of --threshold or more in at least --layer-share of the layers and, there,
 --position-share of the positions. The text goes through the model in sequences of --seq-len tokens; what remains is
 dropped. JSON: threshold, relative, tokens, features (projection, dimension, layer_share, position_share, mean,
-largest), projections (by name: layers, columns, and by layer outlier_columns, outlier_values, largest), plots, html.
+largest), projections (by name: layers, columns, and by layer numbers, outlier_columns, outlier_values, largest), plots,
+html.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 import jint8
 from jint8 import analysis
+from jint8._ops.observe import Seen
 
 
 class Block(nn.Module):
@@ -30,6 +31,61 @@ MODEL = Net()
 PARAMS = MODEL.init(jax.random.key(1), X)
 PLANTED = analysis.inject_outliers(PARAMS, [2, 9], 32.0, norms={"mlp_norm": ["up"]})
 FOUND = analysis.outlier_statistics(MODEL.apply, PLANTED, [X, -X])
+
+
+def layers(outliers, largest=7.0):
+    """`Seen` by path in a tree's order, in which layer 10 comes before layer 2, of counts `[layers, k]` out of 100."""
+    counts = np.asarray(outliers, np.float64)
+    seen = {}
+    for number in sorted(range(len(counts)), key=str):
+        ones = np.ones(counts.shape[1])
+        size = np.where(counts[number] > 0, largest + number, 1.0)
+        seen[f"layers_{number}/down/kernel"] = Seen(100 * ones, counts[number], counts[number] * size, ones, size)
+    return analysis.Statistics.of(seen)
+
+
+def test_layers_are_in_their_order():
+    counts = np.zeros((12, 5))
+    counts[2, :3], counts[10, :1] = 50, 20
+    p = layers(counts).projections["layers_*/down/kernel"]
+    np.testing.assert_array_equal(p.outliers, counts)
+    assert p.numbers.tolist() == list(range(12))
+    assert p.outlier_columns.tolist() == [0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert p.summary() == ("5", "2 of 12", "0", "3 in 2", "2.83%", "17.0 in 10")
+    found = layers(counts).to_dict()["projections"]["layers_*/down/kernel"]
+    assert (found["numbers"], found["largest"][10], found["largest"][2]) == (list(range(12)), 17, 9)
+
+
+def test_layers_have_the_numbers_of_their_names():
+    seen = {f"layers_{number}/up/kernel": Seen(*np.ones((5, 4))) for number in (13, 4)}
+    seen |= {"stack/up/kernel": Seen(*np.ones((5, 3, 4)))}
+    seen |= {
+        f"layers_{number}/expert_{expert}/kernel": Seen(*np.ones((5, 4))) for number in (3, 4) for expert in (0, 1)
+    }
+    found = {name: p.numbers.tolist() for name, p in analysis.Statistics.of(seen).projections.items()}
+    assert found == {
+        "layers_*/up/kernel": [4, 13],
+        "stack/up/kernel": [0, 1, 2],
+        "layers_*/expert_*/kernel": [0, 1, 2, 3],
+    }
+
+
+def test_a_crowd_is_a_band():
+    """Hundreds of dimensions: by layer the median and quantiles over those that have outliers."""
+    pytest.importorskip("matplotlib")
+    counts = np.zeros((3, 400))
+    counts[0, :101] = np.arange(101)[::-1]  # of which one has none
+    counts[2, :] = 40
+    counts[2, 7] = 90
+    figure = analysis.plot_features(layers(counts))
+    ax = figure.axes[0]
+    median, largest = ax.get_lines()
+    np.testing.assert_allclose(median.get_xdata(), [0.505, np.nan, 0.4])
+    np.testing.assert_allclose(largest.get_xdata(), [1.0, np.nan, 0.9])
+    assert median.get_ydata().tolist() == [0, 1, 2]
+    assert figure.axes[1].get_lines()[0].get_xdata().tolist() == [100, 0, 400]
+    points = analysis.plot_features(layers(counts[:, :200])).axes[0].collections[0].get_offsets()
+    assert len(points) == 300
 
 
 def test_planted_outliers_keep_the_function():
@@ -56,6 +112,8 @@ def test_relative_thresholds_know_the_scale():
 
 def test_table_and_dict():
     text = str(FOUND)
+    row = next(line for line in text.splitlines()[5:] if line.startswith("layers_*/up/kernel"))
+    assert row.split()[1:8] == ["16", "4", "of", "4", "2", "2", "in"]
     assert "layers_*/up/kernel" in text
     assert "100%" in text
     found = FOUND.to_dict()
@@ -87,8 +145,8 @@ def test_html_report(tmp_path):
     page = analysis.html_report(FOUND, title="<planted>")
     assert "<title>&lt;planted&gt;</title>" in page
     up = FOUND.projections["layers_*/up/kernel"]
-    assert "<td>layers_*/up/kernel</td><td>16</td><td>4</td><td>2.0</td>" in page
-    assert f"<td>{up.largest.max():.1f}</td></tr>" in page
+    assert "<td>layers_*/up/kernel</td><td>16</td><td>4 of 4</td><td>2</td><td>2 in 0</td>" in page
+    assert f"<td>{up.largest.max():.1f} in {up.largest.max(axis=1).argmax()}</td></tr>" in page
     rows = [line for line in page.splitlines() if line.startswith("<tr><td>layers_*/up/kernel</td><td>")]
     assert {row.split("<td>")[2] for row in rows} == {"2</td>", "9</td>", "16</td>"}
     assert page.count("<svg") == page.count("</svg>") == 2
