@@ -55,9 +55,7 @@ class LayerCache(NamedTuple):
 
     def updated(self, own: LayerCache, slot: jax.Array | int, first: jax.Array | None) -> LayerCache:
         """With the keys and values `own` of a call in the slots from `slot` on."""
-        key = lax.dynamic_update_slice(self.key, own.key.astype(self.key.dtype), (0, 0, 0, slot))
-        value = lax.dynamic_update_slice(self.value, own.value.astype(self.value.dtype), (0, 0, slot, 0))
-        return LayerCache(key, value)
+        return LayerCache(write(self.key, own.key, slot, axis=3), write(self.value, own.value, slot, axis=2))
 
     def part(self, slots: slice) -> LayerCache:
         """Some of the slots."""
@@ -111,12 +109,11 @@ class Int8Cache(NamedTuple):
             key = key - shift[:, :, None]
         key, key_scale = symmetric(key, -1)
         value, value_scale = symmetric(own.value, -1)
-        write = lambda old, new: lax.dynamic_update_slice(old, new, (0, 0, slot, 0)[: old.ndim])
         return Int8Cache(
-            write(self.key, key),
-            write(self.key_scale, key_scale[..., 0]),
-            write(self.value, value),
-            write(self.value_scale, value_scale[..., 0]),
+            write(self.key, key, slot),
+            write(self.key_scale, key_scale[..., 0], slot),
+            write(self.value, value, slot),
+            write(self.value_scale, value_scale[..., 0], slot),
             shift,
         )
 
@@ -155,6 +152,21 @@ Cache = LayerCache | Int8Cache
 # Products of `[b, kv_heads, rows, contracted]` with `[b, kv_heads, contracted, n]`, and with `[.., n, contracted]`.
 KEYS_FIRST = (((3,), (2,)), ((0, 1), (0, 1)))
 KEYS_LAST = (((3,), (3,)), ((0, 1), (0, 1)))
+
+
+def write(held: jax.Array, own: jax.Array, slot: jax.Array | int, axis: int = 2) -> jax.Array:
+    """`held` with `own` in the slots from `slot` on, which are its `axis`."""
+    own = own.astype(held.dtype)
+    if own.shape[axis] == 1 < held.shape[axis] and jax.default_backend() == "cpu":
+        # A slot and the one after it (or before the last one), which stays as it is. XLA's CPU backend regards an
+        # update of one slot as so cheap that it would rather compute it once for each that reads the result. Then each
+        # holds a copy of all keys or values, and makes it again with every token. (In JAX 0.10: its backend drops
+        # barriers before it decides that. A later one needs neither.)
+        start = jnp.minimum(slot, held.shape[axis] - 2)
+        before = lax.dynamic_slice_in_dim(held, start, 2, axis)
+        own = jnp.where(lax.broadcasted_iota(jnp.int32, before.shape, axis) == slot - start, own, before)
+        slot = start
+    return lax.dynamic_update_slice_in_dim(held, own, slot, axis)
 
 
 def digit_product(x: jax.Array, q: jax.Array, dimension_numbers, count: int) -> jax.Array:

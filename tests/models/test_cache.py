@@ -108,6 +108,19 @@ def test_entries(ends, first):
         assert not np.any(left[:, :, slot:])
 
 
+@pytest.mark.parametrize("count", [1, 2, SLOTS])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_only_the_slots_of_a_call_are_written(count, axis):
+    """Also the last one, and in a cache of one slot."""
+    for slots in (1, SLOTS):
+        before = np.random.default_rng(0).standard_normal((B, HEADS, slots, slots)).astype(np.float32)
+        for slot in {0, 7 % slots, slots - 1} if count == 1 else {0, slots - count} if slots == SLOTS else {}:
+            new = np.full_like(before, 9).take(range(count), axis)
+            want = before.copy()
+            want[(slice(None),) * axis + (slice(slot, slot + count),)] = 9
+            np.testing.assert_array_equal(jax.jit(_cache.write, static_argnums=3)(before, new, slot, axis), want)
+
+
 def test_no_shift_under_a_softcap():
     key, value = keys_and_values(20, 64)
     cache = updated(empty(64, softcap=50.0), own(key, value))
