@@ -193,6 +193,8 @@ def _load_fields(
     if verify:
         verify_files(Path(path))
     with open_checkpoint(path) as checkpoint, _on_the_host(mesh):
+        if mesh is None:  # with one, another process may read most of it
+            checkpoint.read_ahead()
         if isinstance(checkpoint, Jint8Checkpoint):
             if not quantize or selection != Selection() or outliers is not None or calibrate is not None:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")

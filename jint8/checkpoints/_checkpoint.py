@@ -14,6 +14,7 @@ from jint8.checkpoints._source import SourceFile
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 Format = Literal["gguf", "safetensors", "jint8"]
+READ_AHEAD = 2**30  # bytes: as much as is read while a model is traced, and not so much that it fills the cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,14 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` of a tensor, which are known to be in it; a scalar counts as one row."""
+
+    def read_ahead(self) -> None:
+        """Have the system begin to read the files, as someone does who is going to read all values in their order."""
+        left = READ_AHEAD
+        for file in (self._sources or {}).values():
+            if left > 0:
+                file.read_ahead(min(left, file.size))
+            left -= file.size
 
     def check_unchanged(self) -> None:
         """Check that what was read is what the files hold.

@@ -4,6 +4,7 @@ Files aren't mapped into memory: one that becomes shorter would end the process 
 and what others write later would change values that were read. Reading into memory that JAX takes over costs no more.
 """
 
+import contextlib
 import errno
 import os
 import threading
@@ -83,6 +84,12 @@ class SourceFile:
                 break
             done += got
         return done
+
+    def read_ahead(self, nbytes: int) -> None:
+        """Have the system read so many bytes into its cache, while this process does something else."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # it is only advice
+                os.posix_fadvise(self._descriptor, 0, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Raise OSError if the file was written to or replaced since it was opened, or there is none any more."""

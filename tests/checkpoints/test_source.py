@@ -82,6 +82,27 @@ def test_without_preadv(file, monkeypatch):
     assert SourceFile(file).read(3, 100).tobytes() == file.read_bytes()[3:103]
 
 
+def test_reading_ahead(tmp_path, monkeypatch):
+    """Of the first bytes of all files; advice that the system doesn't take is no error."""
+    asked = []
+
+    def advise(descriptor, begin, nbytes, advice):
+        asked.append((begin, nbytes))
+        raise OSError
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    files = {f"{i}.safetensors": {f"w{i}": np.ones(100, np.float32)} for i in range(3)}
+    write_directory(tmp_path, files, index=False)
+    size = (tmp_path / "0.safetensors").stat().st_size
+    monkeypatch.setattr("jint8.checkpoints._checkpoint.READ_AHEAD", size + 10)
+    with open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.read_ahead()
+        assert asked == [(0, size), (0, 10)]
+        monkeypatch.delattr(os, "posix_fadvise")
+        checkpoint.read_ahead()
+
+
 def test_too_short(file):
     with pytest.raises(OSError, match=r"file: tensor 'w': Expected 100 bytes from byte 10200 on, got 40: .* shorter"):
         SourceFile(file).read(10200, 100, "tensor 'w'")
