@@ -268,6 +268,28 @@ def test_a_flipped_weight_is_seen_by_its_checksum(saved):
     jint8.load(saved)
 
 
+def test_half_of_a_model_of_0_1_0(saved):
+    """It has no checksums. Zeros make its SHA-256 worth the time."""
+    file = saved / "model.safetensors"
+    metadata(lambda m: m.pop("checksums"))(saved)
+    jint8.load(saved)
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    with pytest.raises(ValueError, match=r"model\.safetensors: Expected SHA-256 .* the file is damaged"):
+        jint8.load(saved)
+
+
+def test_zeros_may_be_meant(model, tmp_path):
+    """A bias, or a layer that somebody has taken out."""
+    zeros = jax.tree.map(jnp.zeros_like, model.params["layers_1"])
+    jint8.save(tmp_path / "saved", dataclasses.replace(model, params=model.params | {"layers_1": zeros}))
+    for edit in (lambda m: None, lambda m: m.pop("checksums")):
+        metadata(edit)(tmp_path / "saved")
+        sums = (tmp_path / "saved" / "SHA256SUMS").read_text()
+        assert "model.safetensors" in sums
+        assert_same_bits(jint8.load(tmp_path / "saved").params["layers_1"], zeros)
+
+
 @pytest.mark.parametrize("size", [0, 1, 4096, 4096 * 2 + 3])
 def test_checksum(size):
     x = np.random.default_rng(size).integers(0, 256, size, np.uint8)
@@ -310,6 +332,7 @@ def arrays(**changes):
                 del tensors[name]
         safetensors.numpy.save_file(tensors, path / "model.safetensors")
         metadata(lambda m: m.pop("checksums"))(path)
+        (path / "SHA256SUMS").unlink()
 
     return fault
 
