@@ -7,6 +7,7 @@ import pytest
 import jint8
 from jint8._core.config import OUTLIER_MODES, PRESETS, SCHEMES
 from jint8.cli import _common, _eval, main
+from jint8.cli._compile_cache import SUFFIX, Programs
 from jint8.cli._main import COMMANDS
 
 
@@ -38,9 +39,29 @@ def test_compiled_programs_are_kept(llama, tmp_path):
     argv = ("generate", llama, "--prompt", "hi", "--max-tokens", 2)
     first = shell(*argv, JINT8_CACHE=str(tmp_path))
     assert first.returncode == 0
-    assert any((tmp_path / "compiled").iterdir())
+    programs = Programs(tmp_path / "compiled", print)
+    keys = [file.name.removesuffix(SUFFIX) for file in (tmp_path / "compiled").iterdir()]
+    assert all(map(programs.get, keys))
+    for key in keys:  # as a full disk cuts them
+        file = tmp_path / "compiled" / (key + SUFFIX)
+        file.write_bytes(file.read_bytes()[:-9])
     second = shell(*argv, JINT8_CACHE=str(tmp_path))
     assert (second.returncode, second.stdout) == (0, first.stdout)
+    assert "Warning" not in second.stderr
+    assert all(map(programs.get, keys))
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_cache(llama, tmp_path):
+    argv = [sys.executable, "-m", "jint8", "generate", llama, "--prompt", "hi", "--max-tokens", "2"]
+    env = os.environ | {"JINT8_CACHE": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    both = [subprocess.Popen(list(map(str, argv)), **pipes) for _ in range(2)]
+    (first, first_err), (second, second_err) = (process.communicate() for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert first == second
+    assert "kept:" not in first_err + second_err
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
