@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-file", action="append", metavar="FILE", help="a file with a prompt; may be repeated")
     parser.add_argument("--chat", action="store_true", help="prompts are messages for the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message, with which each chat begins")
+    parser.add_argument("--warm", action="store_true", help="compile before the first turn of a conversation")
     add_sampling_arguments(parser)
     add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("Expected a --prompt or a --prompt-file (or --chat, without --json), got none")
     if args.system is not None and not args.chat:
         raise ValueError("Expected --system with --chat, got it without")
+    if args.warm and (prompts or not args.chat):
+        raise ValueError("Expected --warm with a conversation (--chat without a prompt), got it without")
     for text, name in [*((prompt, "--prompt") for prompt in prompts), (args.system or "", "--system")]:
         _common.check_text(text, name)
     check_sampling(args)
@@ -86,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
     model = _common.load(args, _common.find_source(args, args.source), config=config)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     if not prompts:
+        if args.warm:
+            model.warm(max_tokens=args.max_tokens, cache=args.cache)
         converse(args, model, system)
         return
     tokenizer = model.require_tokenizer()

@@ -135,6 +135,15 @@ def test_jax_has_the_hook():
     assert isinstance(_compile_cache._file_cache(Path("x"), print), CacheInterface)
 
 
+@pytest.fixture
+def unused():
+    """JAX without a cache, whatever ran in this process before."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 def no_home():
     raise RuntimeError("Could not determine home directory.")
 
@@ -147,16 +156,15 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("place", "message"), PLACES.values(), ids=PLACES)
-def test_no_place_for_it(place, message, tmp_path, monkeypatch, capsys):
+def test_no_place_for_it(place, message, unused, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     for name in ("JINT8_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_compile_cache.Path, "home", no_home)
     for name, value in place(tmp_path).items():
         monkeypatch.setenv(name, value)
-    before = jax.config.jax_compilation_cache_dir
     _common.use_compile_cache(argparse.Namespace(no_compile_cache=False, quiet=False))
-    assert jax.config.jax_compilation_cache_dir == before
+    assert jax.config.jax_compilation_cache_dir is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("compiled programs are not kept: ")
     assert message in line

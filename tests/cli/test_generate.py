@@ -176,6 +176,36 @@ def test_conversation(tmp_path, monkeypatch, run):
     assert run(*argv) == (0, f"{first}\n{second}\n", "")
 
 
+def test_warm(tmp_path, monkeypatch, run):
+    """Compiles before the first turn is read."""
+    directory = make_llama_directory(tmp_path / "llama", seed=0)
+    calls = []
+    warm = lambda self, **options: calls.append(("warm", options))
+    monkeypatch.setattr(jint8.LanguageModel, "warm", warm, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: calls.append("turn") or exec("raise EOFError"))
+    assert run("generate", directory, "--chat", "--warm", "--max-tokens", 7, "--cache", "int8")[0] == 0
+    assert calls == [("warm", {"max_tokens": 7, "cache": "int8"}), "turn"]
+
+
+@pytest.mark.parametrize("option", [[], ["--verify"]])
+def test_verify(option, llama, model, tmp_path, run):
+    """A part of the tokenizer that is damaged is found when it's asked for."""
+    jint8.save(tmp_path / "saved", model)
+    file = tmp_path / "saved" / "tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    status, _, err = run("generate", tmp_path / "saved", "--prompt", "a", "--max-tokens", 1, *option)
+    assert (status, "tokenizer.json: Expected" in err) == ((2, True) if option else (0, False))
+
+
+@pytest.mark.parametrize(
+    "argv", [("eval", "--tokens", "TOKENS"), ("outliers",), ("generate", "--prompt", "a")], ids=lambda argv: argv[0]
+)
+def test_verify_needs_sums(argv, llama, tmp_path, run_error):
+    np.save(tmp_path / "t.npy", np.ones((1, 4), int))
+    command, *rest = (tmp_path / "t.npy" if arg == "TOKENS" else arg for arg in argv)
+    assert "SHA256SUMS: Expected this file" in run_error(command, llama, *rest, "--verify")
+
+
 ERRORS = {
     "empty_prompt": (["--prompt", ""], "empty"),
     "no_prompt": ([], "--prompt"),

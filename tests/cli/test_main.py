@@ -121,6 +121,7 @@ FIRST = {
     "bytes_of_the_prompt": ("generate SRC --prompt \udcff", "--prompt: Expected a text in UTF-8"),
     "bytes_of_the_system_message": ("generate SRC --chat --system \udcff", "--system: Expected a text in UTF-8"),
     "prompt_file": ("generate SRC --prompt-file PLACE/none", "none"),
+    "warm": ("generate SRC --prompt x --warm", "Expected --warm with a conversation"),
     "adapter": ("generate SRC --prompt x --adapter PLACE", "Expected a LoRA adapter that PEFT saved"),
     "dtype": ("generate SRC --prompt x --dtype int8", "--dtype"),
     "calibrate": ("generate SRC --prompt x --preset static --calibrate PLACE/none", "none"),
