@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.dry_run:
             place.check_space(plan.bytes)
             write_model(place, _common.load(args, source, **options), format=args.format)
+            _common.complete(args)
             sizes = [file.stat().st_size for file in destination.iterdir()]
             result |= {"files": len(sizes), "bytes_out": sum(sizes)}
     if args.json:

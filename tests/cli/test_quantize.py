@@ -13,6 +13,7 @@ from tiny_model import make_llama_directory
 
 import jint8
 from jint8.checkpoints import _directory, _jint8
+from jint8.cli import _common
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
@@ -196,6 +197,18 @@ def test_interrupted_save_leaves_nothing(function, error, status, source, tmp_pa
     monkeypatch.setattr(_jint8 if function == "write_json" else _directory, function, fail)
     assert run("quantize", source, tmp_path / "dst", "--quiet")[0] == status
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_interrupted_after_the_save(source, tmp_path, monkeypatch, run):
+    """DST is there: whoever asks by the status has to know."""
+
+    def interrupt(count):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_common, "megabytes", interrupt)
+    status, _, err = run("quantize", source, tmp_path / "dst")
+    assert (status, err) == (0, "")
+    jint8.load(tmp_path / "dst", verify=True)
 
 
 KILLED = """
