@@ -44,12 +44,12 @@ class Runner:
 
     def __call__(self) -> jax.Array:
         """`STEPS` more tokens."""
-        self.state = decode(self.model, self.params, self.state, self.state.slot + STEPS, Sampling.of())
+        self.state = decode(self.model, self.params, self.state, self.state.slot + STEPS, Sampling.of().known())
         return self.state.slot
 
     def memory(self) -> dict[str, int]:
         """Bytes of the cache, and of the decode loop's temporaries."""
-        program = decode.lower(self.model, self.params, self.state, jnp.int32(0), Sampling.of()).compile()
+        program = decode.lower(self.model, self.params, self.state, jnp.int32(0), Sampling.of().known()).compile()
         analysis: Any = program.memory_analysis()
         return {
             "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.cache)),
@@ -61,7 +61,7 @@ def prefill(model: jint8.LanguageModel, kind: str | None, context: int) -> State
     """A generation of one row behind a prompt of `context` tokens."""
     prompt = np.random.default_rng(0).integers(100, 40000, context).tolist()
     room = STEPS * (REPEATS + 1) + 1
-    return start(model.model, {"params": model.params}, [prompt], room, Sampling.of(), 0, kind)
+    return start(model.model, {"params": model.params}, [prompt], room, Sampling.of().known(), 0, kind)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from conversion import write_checkpoint
 from harness import alternate, write
 
 import jint8
-from jint8._inference.generate import decode, start
+from jint8._inference.by_layers import ByLayers
 from jint8._inference.sampling import Sampling
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
@@ -35,22 +35,25 @@ class Runner:
     """A model in the middle of a generation."""
 
     def __init__(self, model: jint8.LanguageModel, batch: int):
-        self.model, self.params = model.model, {"params": model.params}
         rng = np.random.default_rng(0)
         prompts = [list(map(int, rng.integers(100, 40000, PROMPT))) for _ in range(batch)]
-        self.state = start(self.model, self.params, prompts, ROOM, Sampling.of(), 0)
+        self.generation = begin(model, prompts, ROOM)
 
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> np.ndarray:
         """`STEPS` more tokens."""
-        until = self.state.slot + STEPS
-        self.state = decode(self.model, self.params, self.state, until, Sampling.of())
-        return self.state.slot
+        return self.generation.advance(STEPS)
 
 
-def prefill(model: jint8.LanguageModel) -> jax.Array:
+def begin(model: jint8.LanguageModel, prompts: list[list[int]], room: int) -> ByLayers:
+    """A generation of `room` tokens, up to the first."""
+    params = {"params": model.params}
+    return ByLayers(model.model, params, prompts, max_tokens=room, sampling=Sampling.of(), seed=0)
+
+
+def prefill(model: jint8.LanguageModel) -> np.ndarray:
     """From `PREFILL` tokens to the first new one."""
     prompt = list(map(int, np.random.default_rng(1).integers(100, 40000, PREFILL)))
-    return start(model.model, {"params": model.params}, [prompt], STEPS, Sampling.of(), 0).tokens
+    return begin(model, [prompt], STEPS).first
 
 
 def main() -> None:

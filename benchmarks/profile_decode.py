@@ -49,9 +49,9 @@ def profile(model: jint8.LanguageModel) -> list[dict]:
     """Milliseconds per token of each kind of operation, the longest first."""
     params = {"params": model.params}
     prompt = list(map(int, np.random.default_rng(0).integers(100, 40000, PROMPT)))
-    state = start(model.model, params, [prompt], ROOM, Sampling.of(), 0)
-    program = decode.lower(model.model, params, state, jnp.int32(0), Sampling.of()).compile().as_text()
-    step = lambda state, until: decode(model.model, params, state, jnp.int32(until), Sampling.of())
+    state = start(model.model, params, [prompt], ROOM, Sampling.of().known(), 0)
+    program = decode.lower(model.model, params, state, jnp.int32(0), Sampling.of().known()).compile().as_text()
+    step = lambda state, until: decode(model.model, params, state, jnp.int32(until), Sampling.of().known())
     state = jax.block_until_ready(step(state, PROMPT + 8))
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):

@@ -242,10 +242,11 @@ def measure(
         before = jax.eval_shape(lambda: make_cache(config, batch, slots, cache or model.dtype))
         before = jax.tree.map(lambda leaf: _with_sharding(leaf, sharding), before)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = prefill_at_once.lower(model, params, prompt, None, key, before, slots, Sampling.of(), cache)
+    sampling = Sampling.of().known()
+    lowered = prefill_at_once.lower(model, params, prompt, None, key, before, slots, sampling, cache)
     begin = lowered.compile(_QUICKLY)
     state = jax.tree.map(_with_sharding, lowered.out_info, begin.output_shardings)
-    step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), Sampling.of()).compile(_QUICKLY)
+    step = decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), sampling).compile(_QUICKLY)
     of_prefill: Any = begin.memory_analysis()
     of_decode: Any = step.memory_analysis()
     return {

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jint8._inference.language_model import LanguageModel
+from jint8._inference.programs import PROGRAMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,10 @@ def evaluate(
     for begin in range(0, len(tokens), batch_size):
         rows = tokens[begin : begin + batch_size]
         logits = model.logits(rows, cache=cache)
-        scores = _scores(logits, rows) if reference is None else _compare(reference.logits(rows), logits, rows)
+        if reference is None:
+            scores = PROGRAMS.run(_scores, (), (logits, rows))
+        else:
+            scores = PROGRAMS.run(_compare, (), (reference.logits(rows), logits, rows))
         totals += [np.sum(np.asarray(score), dtype=np.float64) for score in scores]
         if progress is not None:
             progress(begin + len(rows), len(tokens))
@@ -127,14 +131,12 @@ def chunks(ids: Sequence[int], length: int) -> np.ndarray:
     return np.asarray(ids[: n * length], np.int32).reshape(n, length)
 
 
-@jax.jit
 def _scores(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
     """As `_compare`, without a reference: only the first of the four sums isn't 0."""
     zero = jnp.zeros(())
     return _loss(_log_softmax(logits), tokens), zero, zero, zero
 
 
-@jax.jit
 def _compare(reference: jax.Array, logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
     """For each scored token: the model's `-log q`, the reference's `-log p`, KL, and whether both argmax are equal."""
     p, q = _log_softmax(reference), _log_softmax(logits)

@@ -6,11 +6,11 @@ unroll all layers into one program, and compile for as many times longer as ther
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 
+from jint8._inference.programs import PROGRAMS
 from jint8.models._attention import Context, context
 from jint8.models._cache import Cache
 from jint8.models._decoder import Block, Decoder
@@ -45,26 +45,26 @@ def forward(
     """
     tree = params["params"]
     rest = {name: leaf for name, leaf in tree.items() if not name.startswith("layers_")}
-    x, at, angles = _begin(model, rest, tokens, slot, first)
+    x, at, angles = PROGRAMS.run(_begin, (model,), (rest, tokens, slot, first))
     caches = [None] * model.config.num_layers if cache is None else cache
     new_cache: list[Any] = []
     for start in range(0, model.config.num_layers, GROUP):
         group = range(start, min(start + GROUP, model.config.num_layers))
         blocks = tuple(map(model.block, group))
         inputs = [(tree[f"layers_{i}"], angles[model.is_local(i)]) for i in group]
-        x, group_cache = _layers(blocks, inputs, x, at, caches[start : group.stop])
+        args = (inputs, x, at, caches[start : group.stop])
+        x, group_cache = PROGRAMS.run(_layers, (blocks,), args, donate=(1, 3))
         new_cache += group_cache
-    return _end(model, rest, x, at, last), None if cache is None else new_cache
+    logits = PROGRAMS.run(_end, (model, last), (rest, x, at))
+    return logits, None if cache is None else new_cache
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _begin(model: Decoder, params: Any, tokens, slot, first) -> tuple[jax.Array, Context, Any]:
     at = context(tokens, slot, first)
     x, angles = model.apply({"params": params}, tokens, at, method="begin")
     return x, at, angles
 
 
-@functools.partial(jax.jit, static_argnames=("blocks",), donate_argnames=("x", "caches"))
 def _layers(blocks: tuple[Block, ...], inputs: list[Any], x: jax.Array, at: Context, caches: list[Any]) -> Any:
     new_caches = []
     for block, (params, angles), cache in zip(blocks, inputs, caches, strict=True):
@@ -73,6 +73,5 @@ def _layers(blocks: tuple[Block, ...], inputs: list[Any], x: jax.Array, at: Cont
     return x, new_caches
 
 
-@functools.partial(jax.jit, static_argnames=("model", "last"))
-def _end(model: Decoder, params: Any, x: jax.Array, at: Context, last: bool) -> Any:
+def _end(model: Decoder, last: bool, params: Any, x: jax.Array, at: Context) -> Any:
     return model.apply({"params": params}, x, at, last, method="end")

@@ -1,4 +1,6 @@
-"""Token generation: `start` runs the prompts, `decode` appends tokens without Python per token, `generate` does both.
+"""Generation on GPUs and over several devices: `start` runs the prompts, `decode` appends tokens in a compiled loop.
+
+`generation` has the loop around both, and says which models go this way; on one CPU it is that of `by_layers`.
 
 Prompts of different lengths are padded on the left to one length, so that all of them end in the same column, and each
 new token is one more column of all rows. Prefill goes through a few layers at a time (see `forward`), which compiles
@@ -8,17 +10,17 @@ fast; decoding is a compiled `while_loop` over tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jint8._core.qtensor import is_qtensor
+from jint8._inference.by_layers import ended
 from jint8._inference.forward import forward
 from jint8._inference.sampling import Sampling, sample
 from jint8.models._attention import Context, context
@@ -158,10 +160,7 @@ def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = Fals
 def _append(logits: jax.Array, state: State, sampling: Sampling) -> State:
     """Chooses a token of each row from `logits[b, v]` and writes it into the next column."""
     key, subkey = jax.random.split(state.key)
-    token = sample(logits, subkey, sampling)
-    eos = sampling.end_tokens
-    token = jnp.where(state.done, eos[0] if eos else 0, token)
-    done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
+    token, done = ended(sample(logits, subkey, sampling), state.done, sampling)
     tokens = lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.slot))
     return state._replace(tokens=tokens, slot=jnp.int32(state.slot + 1), done=done, key=key)
 
@@ -221,43 +220,6 @@ def start(
             slot = jnp.int32(begin) if begin else None
             cache = run_part(model, params, padded[:, begin:end], slot, first, cache)
     return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, kind)
-
-
-def generate(
-    model: Decoder,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    every: int,
-    kind: str | None = None,
-) -> Iterator[np.ndarray]:
-    """Yields the tokens that follow `prompts`, int32 `[b, n]`: first one of each row, then up to `every` at a time.
-
-    `kind` is that of the cache: `"int8"`, or None for the activations' dtype.
-    """
-    state = start(model, params, prompts, max_tokens, sampling, seed, kind)
-    prompt_end = int(state.slot) - 1
-    # This takes no step, but compiles before the first token is out: what comes after it then shows decoding's speed.
-    state = decode(model, params, state, jnp.int32(0), sampling)
-    sent = prompt_end
-    while True:
-        filled = int(state.slot)
-        yield _on_host(state.tokens[:, sent:filled])
-        sent = filled
-        if filled == prompt_end + max_tokens or _on_host(state.done).all():
-            return
-        until = min(filled + every, prompt_end + max_tokens)
-        state = decode(model, params, state, jnp.int32(until), sampling)
-
-
-def _on_host(x: jax.Array) -> np.ndarray:
-    """The values of an array, wherever they are: with devices in several processes, a part may be in each."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def is_long(prompts: Sequence[Sequence[int]]) -> bool:

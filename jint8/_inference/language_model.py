@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ import numpy.typing as npt
 
 from jint8._core.calibration import Calibration
 from jint8._core.config import Config
-from jint8._inference.generate import generate, is_long
+from jint8._inference.generation import generate, warm
 from jint8._inference.logits import logits
-from jint8._inference.sampling import Sampling
+from jint8._inference.request import Request, check_ids, check_length, texts
+from jint8._inference.sampling import Sampling, whole
+from jint8._inference.sizes import is_long
 from jint8._inference.text import stop_texts, text_pieces
 from jint8._trees.params import with_config
 from jint8.analysis._calibrate import calibrate
@@ -31,19 +33,6 @@ from jint8.models._cache import check_cache
 STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
 STOP_TOKENS = 16  # and where nothing is streamed, but a stop text may end the answer
 CALIBRATION_LENGTH = 256  # tokens of a sequence
-
-
-class Request(TypedDict, total=False):
-    """What can be asked of `LanguageModel.generate`, besides prompts and `stream`: its keywords, for type checkers."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    stop: str | Sequence[str]
-    config: Config | None
-    cache: str | None
 
 
 @dataclasses.dataclass
@@ -85,8 +74,8 @@ class LanguageModel:
         tokens = np.asarray(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"Expected tokens of shape (b, s), got {tokens.shape}.")
-        self._check_ids(tokens)
-        self._check_length(tokens.shape[1])
+        check_ids(self.config, tokens)
+        check_length(self.config, tokens.shape[1])
         return logits(self.model, {"params": self.params}, jnp.asarray(tokens, jnp.int32), cache)
 
     def calibrate(
@@ -217,8 +206,7 @@ class LanguageModel:
         """
         tokenizer = self.require_tokenizer()
         single = isinstance(prompts, str)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [tokenizer.encode(text) for text in texts]
+        ids = [tokenizer.encode(text) for text in texts("prompts", prompts)]
         stop = stop_texts(stop)
         every = STREAM_TOKENS if stream else STOP_TOKENS if stop else max_tokens
         chunks = self.generate_tokens(
@@ -262,39 +250,51 @@ class LanguageModel:
           int32 `[b, n]`, n at most `every`: the next tokens of each prompt. The first holds one token, from prefill. A
           row that has ended goes on with the end token.
         """
-        if max_tokens < 1:
-            raise ValueError(f"Expected max_tokens to be at least 1, got {max_tokens}.")
+        max_tokens, every = whole("max_tokens", max_tokens, least=1), whole("every", every, least=1)
+        seed = whole("seed", seed, least=-(2**63))
         eos = self.tokenizer.eos_ids if self.tokenizer else ()
         sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, end_tokens=eos)
-        if every < 1:
-            raise ValueError(f"Expected every to be at least 1, got {every}.")
         for ids in prompts:
-            self._check_ids(np.asarray(ids))
-            self._check_length(len(ids) + max_tokens)
-        several = len(prompts) > 1 or is_long(prompts)
-        if config is None and several and self.quant.decomposes and self.quant.depends_on_batch:
-            config = self.quant.by_token()
-        params = {"params": self.params if config is None else with_config(self.params, config)}
+            check_ids(self.config, np.asarray(ids))
+            check_length(self.config, len(ids) + max_tokens)
+        if config is not None:
+            params = {"params": with_config(self.params, config)}
+        else:
+            params = self._params_for(several=len(prompts) > 1 or is_long(prompts))
         options: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "every": every, "kind": check_cache(cache)}
         return generate(self.model, params, prompts, sampling=sampling, **options)
+
+    def warm(self, *, batch: int = 1, prompt: int = 512, max_tokens: int = 128, cache: str | None = None) -> None:
+        """Compiles ahead what requests need, so that none of them waits for it.
+
+        Args:
+          batch: the most prompts of a request.
+          prompt: their most tokens.
+          max_tokens: the most new tokens.
+          cache: its kind, as in `generate`.
+
+        On a CPU this covers all requests up to these sizes, with any sampling settings; on GPUs and over several
+        devices those of just these sizes.
+
+        Raises:
+          TypeError: a size that isn't a whole number.
+          ValueError: a size below 1, more tokens than the model has positions for, or an unknown cache.
+        """
+        batch, prompt = whole("batch", batch, least=1), whole("prompt", prompt, least=1)
+        max_tokens = whole("max_tokens", max_tokens, least=1)
+        check_length(self.config, prompt + max_tokens)
+        single, several = self._params_for(several=False), self._params_for(several=True)
+        sizes: Any = {"batch": batch, "prompt": prompt, "max_tokens": max_tokens, "kind": check_cache(cache)}
+        warm(self.model, single, several, **sizes)
+
+    def _params_for(self, *, several: bool) -> dict[str, Any]:
+        """The parameters as `generate` takes them for one short prompt, or for several and long ones."""
+        if several and self.quant.decomposes and self.quant.depends_on_batch:
+            return {"params": with_config(self.params, self.quant.by_token())}
+        return {"params": self.params}
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none."""
         if self.tokenizer is None:
             raise ValueError("Expected a checkpoint with a tokenizer, got one without.")
         return self.tokenizer
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        """A lookup in the embedding clamps ids that it has no row for, which would give a wrong answer silently."""
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise TypeError(f"Expected integer tokens, got {ids.dtype}.")
-        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise ValueError(
-                f"Expected token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}."
-            )
-
-    def _check_length(self, length: int) -> None:
-        """Learned positions are a table, which ends. Rotary positions and ALiBi go on, with falling quality."""
-        longest = self.config.max_positions
-        if self.config.learned_positions is not None and length > longest:
-            raise ValueError(f"Expected at most {longest} tokens, which this model has positions for, got {length}.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+import math
+import numbers
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from jax import lax
 
 from jint8._core.platform import on_one_cpu
 
-Number = jax.Array | np.float32
-STATIC = {"static": True}  # a field that is part of the program: another value is another program
+Number = jax.Array | np.number[Any]
+END_TOKENS = 8  # there is room for a multiple of so many, so that models with one and with three share programs
+NO_TOKEN = -1
+LONGEST_BISECTION = 32  # halvings of the range of float32, after which one value is left
 
 
 @jax.tree_util.register_dataclass
@@ -21,24 +25,22 @@ STATIC = {"static": True}  # a field that is part of the program: another value 
 class Sampling:
     """How the next token is chosen, and which tokens end a text.
 
-    A pytree of two numbers, so that requests which differ in those alone run the same compiled program. What decides
-    which operations there are is static. `Sampling.of` derives both from a request.
+    A pytree of numbers, so that one compiled program serves all requests. `Sampling.of` makes one of a request.
 
     Attributes:
-      temperature: float32; logits are divided by it before a token is drawn. Unused where `greedy`.
-      top_p: float32; the most likely tokens that together hold this probability can be drawn. Unused without `nucleus`.
-      greedy: take the most likely token, and draw nothing.
-      top_k: only so many most likely tokens can be drawn; 0 means all.
-      nucleus: whether `top_p` is below 1. Without it, nothing has to be sorted for its sake.
-      end_tokens: tokens after which a row is done. It is filled with the first of them from there on.
+      temperature: float32; logits are divided by it before a token is drawn. 0 takes the most likely one.
+      top_k: int32; only so many most likely tokens can be drawn; 0 means all.
+      top_p: float32; the most likely tokens that together hold this probability can be drawn.
+      end_tokens: int32 `[n]`: tokens after which a row is done, then `NO_TOKEN`. A row is filled with the first of
+        them from there on.
+      greedy: whether it is known, as part of the program, that the most likely token is taken.
     """
 
     temperature: Number
+    top_k: Number
     top_p: Number
-    greedy: bool = dataclasses.field(metadata=STATIC)
-    top_k: int = dataclasses.field(metadata=STATIC)
-    nucleus: bool = dataclasses.field(metadata=STATIC)
-    end_tokens: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+    end_tokens: jax.Array | np.ndarray
+    greedy: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(
@@ -47,22 +49,50 @@ class Sampling:
         """What a request asks for; see `LanguageModel.generate`. The default is greedy.
 
         Raises:
+          TypeError: what isn't a number, or for `top_k` a whole one.
           ValueError: a number out of its range.
         """
-        if not 0 <= temperature < float("inf"):
+        for name, value in {"temperature": temperature, "top_p": top_p}.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"Expected {name} to be a number, got {value!r}.")
+        top_k = whole("top_k", top_k, least=0)
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"Expected temperature to be finite and at least 0, got {temperature}.")
-        if top_k < 0:
-            raise ValueError(f"Expected top_k to be at least 0, got {top_k}.")
         if not 0 < top_p <= 1:
             raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")
+        room = -(-len(end_tokens) // END_TOKENS) * END_TOKENS or END_TOKENS
+        ends = np.full(room, NO_TOKEN, np.int32)
+        ends[: len(end_tokens)] = end_tokens
+        # A temperature that float32 has no number for other than 0 would become greedy decoding, silently.
+        temperature = max(temperature, float(np.finfo(np.float32).tiny)) if temperature else 0.0
         return cls(
-            temperature=np.float32(temperature),
+            temperature=np.float32(min(temperature, float(np.finfo(np.float32).max))),
+            top_k=np.int32(min(top_k, 2**31 - 1)),
             top_p=np.float32(top_p),
-            greedy=temperature == 0,
-            top_k=top_k,
-            nucleus=top_p < 1,
-            end_tokens=end_tokens,
+            end_tokens=ends,
         )
+
+    def known(self) -> Self:
+        """The same with `greedy` set where it holds.
+
+        For programs over several devices: drawing needs the probabilities of all tokens, of which each may have some,
+        while for the most likely one they exchange a number each.
+        """
+        return dataclasses.replace(self, greedy=bool(self.temperature == 0))
+
+
+def whole(name: str, value: Any, *, least: int) -> int:
+    """An argument that has to be a whole number.
+
+    Raises:
+      TypeError: it isn't one.
+      ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"Expected {name} to be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"Expected {name} to be at least {least}, got {value}.")
+    return int(value)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -78,18 +108,60 @@ def most_likely(logits: jax.Array) -> jax.Array:
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Chooses a token from each row of float32 `logits[b, v]` -> int32 `[b]`."""
+    """Chooses a token from each row of float32 `logits[b, v]` -> int32 `[b]`.
+
+    All ways of choosing are in the program, and a number decides which of them runs.
+    """
     if sampling.greedy:
         return most_likely(logits)
-    logits = logits / sampling.temperature
-    if sampling.top_k == 0 and not sampling.nucleus:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    top, index = lax.top_k(logits, min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
-    if sampling.nucleus:
-        # `top` is sorted: a token stays where those before it hold less than top_p. The first one always does, also
-        # where top_p is so small that it rounds to 0.
-        share = jax.nn.softmax(top, axis=-1)
-        before = jnp.cumsum(share, axis=-1) - share
-        top = jnp.where(before < sampling.top_p, top, -jnp.inf).at[:, 0].set(top[:, 0])
-    choice = jax.random.categorical(key, top)
-    return jnp.take_along_axis(index, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    filters = (sampling.top_k > 0) | (sampling.top_p < 1)
+    way = jnp.where(sampling.temperature == 0, 0, jnp.where(filters, 2, 1))
+    draw = lambda logits: jax.random.categorical(key, logits).astype(jnp.int32)
+    scaled = lambda logits: logits / sampling.temperature
+    return lax.switch(
+        way,
+        [
+            most_likely,
+            lambda logits: draw(scaled(logits)),
+            lambda logits: draw(filtered(scaled(logits), sampling.top_k, sampling.top_p)),
+        ],
+        logits,
+    )
+
+
+def filtered(logits: jax.Array, top_k: Number, top_p: Number) -> jax.Array:
+    """`logits[b, v]` with -inf for tokens that can't be drawn.
+
+    A token stays where fewer than `top_k` tokens are more likely (all, where it is 0), and where those that are, of
+    these, hold less than `top_p`. So the most likely one always stays, and equal ones stay or go together.
+    """
+    # How many tokens are above a value, and what they hold, falls with the value. So the least value that stays is
+    # found by bisection, without sorting the vocabulary: over the integers that floats of the same order have.
+    rank = _ordered(logits)
+    all_of_them = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    least = _bisect(rank, lambda above: jnp.sum(above, axis=-1) < all_of_them)
+    logits = jnp.where(rank >= least[:, None], logits, -jnp.inf)
+    share = jax.nn.softmax(logits, axis=-1)
+    least = _bisect(rank, lambda above: jnp.sum(jnp.where(above, share, 0), axis=-1) < top_p)
+    return jnp.where((rank >= least[:, None]) | (top_p >= 1), logits, -jnp.inf)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """int32 in the same order as float32 `x`."""
+    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # adding 0 makes -0 the same as 0
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _bisect(rank: jax.Array, allowed: Any) -> jax.Array:
+    """The least integer, for each row, for which `allowed(rank > integer)` holds. It does at the row's largest rank."""
+    high = jnp.max(rank, axis=-1)
+    low = jnp.min(rank, axis=-1) - 1  # int32 has room below: the lowest rank is that of -inf, or of NaN
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # without overflow
+        holds = allowed(rank > middle[:, None])
+        return jnp.where(holds, low, middle), jnp.where(holds, middle, high)
+
+    # The answer stays in (low, high]: high is allowed, low is below what is looked for.
+    return lax.fori_loop(0, LONGEST_BISECTION, halve, (low, high))[1]

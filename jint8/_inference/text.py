@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from jint8._inference.request import texts
 from jint8.checkpoints import Tokenizer
 
 
 def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Texts before which an answer ends. Raises ValueError for an empty one."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    """Texts before which an answer ends. Raises ValueError for an empty one, TypeError for what isn't text."""
+    stop = tuple(texts("stop", stop))
     if not all(stop):
         raise ValueError("Expected stop texts that aren't empty, got an empty one.")
     return stop

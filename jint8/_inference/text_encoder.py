@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from jint8._core.config import Config
 from jint8._inference.generate import bucket
+from jint8._inference.programs import PROGRAMS
 from jint8._trees.params import with_config
 from jint8.checkpoints import Tokenizer
 from jint8.models import Encoder, ModelConfig, context
@@ -90,13 +90,12 @@ class TextEncoder:
         if len(ids) > 1 and self.quant.decomposes and self.quant.depends_on_batch:
             params = with_config(params, self.quant.by_token())
         first = np.array([length - len(row) for row in ids], np.int32)
-        vectors = np.asarray(_means(self.model, {"params": params}, tokens, first))
+        vectors = np.asarray(PROGRAMS.run(_means, (self.model,), ({"params": params}, tokens, first)))
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
 def _means(model: Encoder, params: Any, tokens: jax.Array, first: jax.Array) -> jax.Array:
     """The mean over the tokens of each row that aren't padding, float32 `[b, d]`. The encoder's padding is zeros."""
     hidden = model.apply(params, tokens, context(tokens, None, first))

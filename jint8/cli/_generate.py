@@ -191,6 +191,8 @@ class Meter:
     Attributes:
       new_tokens: of all rows, up to and with their end tokens.
       first_token_s: seconds until the first token of each row.
+
+    The second chunk waits for decoding to be compiled, so speed counts from there, where there are more.
     """
 
     def __init__(self, chunks: Iterator[np.ndarray], rows: int, end_tokens: tuple[int, ...]):
@@ -199,7 +201,7 @@ class Meter:
         self._end_tokens = end_tokens
         self._begin = time.perf_counter()
         self._last_s = 0.0
-        self._first_tokens = 0
+        self._counted: list[tuple[int, float]] = []  # tokens and seconds after each of the first two chunks
         self.new_tokens = 0
         self.first_token_s = 0.0
 
@@ -210,12 +212,16 @@ class Meter:
                 for token in tokens:
                     self.new_tokens += self._running[row]
                     self._running[row] &= token not in self._end_tokens
-            if self._first_tokens == 0:
-                self._first_tokens, self.first_token_s = self.new_tokens, self._last_s
+            if not self._counted:
+                self.first_token_s = self._last_s
+            if len(self._counted) < 2:
+                self._counted.append((self.new_tokens, self._last_s))
             yield chunk
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens after the first of each row, per second; None where there are none."""
-        later = self.new_tokens - self._first_tokens
-        return later / (self._last_s - self.first_token_s) if later else None
+        """Tokens per second of those after the second chunk, or where it is the last, the first; None without any."""
+        for tokens, seconds in reversed(self._counted):
+            if self.new_tokens > tokens:
+                return (self.new_tokens - tokens) / (self._last_s - seconds)
+        return None

@@ -48,7 +48,9 @@ def context(tokens: jax.Array, slot: jax.Array | None = None, first: jax.Array |
     if first is None:
         return Context(slot, None, slots, None)
     positions = slots - first[:, None]
-    return Context(slot, first, jnp.maximum(positions, 0), (positions >= 0)[..., None])
+    # A call of one token is a step of decoding, in which every row has a token of its own.
+    valid = None if s == 1 else (positions >= 0)[..., None]
+    return Context(slot, first, jnp.maximum(positions, 0), valid)
 
 
 class Attention(nn.Module):

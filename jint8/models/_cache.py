@@ -57,6 +57,11 @@ class LayerCache(NamedTuple):
         """With the keys and values `own` of a call in the slots from `slot` on."""
         return LayerCache(write(self.key, own.key, slot, axis=3), write(self.value, own.value, slot, axis=2))
 
+    def with_row(self, row: LayerCache, index: jax.Array, move: jax.Array) -> LayerCache:
+        """With `row`, of batch 1 and as many slots, as row `index`: its slots `move` further back, round the end."""
+        key, value = jnp.roll(row.key, move, axis=3), jnp.roll(row.value, move, axis=2)
+        return LayerCache(_with_row(self.key, key, index), _with_row(self.value, value, index))
+
     def part(self, slots: slice) -> LayerCache:
         """Some of the slots."""
         return LayerCache(self.key[:, :, :, slots], self.value[:, :, slots])
@@ -117,6 +122,13 @@ class Int8Cache(NamedTuple):
             shift,
         )
 
+    def with_row(self, row: Int8Cache, index: jax.Array, move: jax.Array) -> Int8Cache:
+        """With `row`, of batch 1 and as many slots, as row `index`: its slots `move` further back, round the end."""
+        moved = lambda old, new: _with_row(old, jnp.roll(new, move, axis=2), index)
+        key, key_scale, value, value_scale = map(moved, self[:4], row[:4])
+        shift = None if self.shift is None or row.shift is None else _with_row(self.shift, row.shift, index)
+        return Int8Cache(key, key_scale, value, value_scale, shift)
+
     def part(self, slots: slice) -> Int8Cache:
         """Some of the slots."""
         key, key_scale, value, value_scale = (array[:, :, slots] for array in self[:4])
@@ -167,6 +179,10 @@ def write(held: jax.Array, own: jax.Array, slot: jax.Array | int, axis: int = 2)
         own = jnp.where(lax.broadcasted_iota(jnp.int32, before.shape, axis) == slot - start, own, before)
         slot = start
     return lax.dynamic_update_slice_in_dim(held, own, slot, axis)
+
+
+def _with_row(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(rows, row, index, axis=0)
 
 
 def digit_product(x: jax.Array, q: jax.Array, dimension_numbers, count: int) -> jax.Array:
@@ -249,14 +265,16 @@ def _cache_maker(
     config: ModelConfig, batch: int, length: int, dtype: np.dtype, sharding: NamedSharding | None
 ) -> Callable[[], list[Cache]]:
     """One jitted program that makes all arrays: dispatching one for each takes longer than filling them with zeros."""
+    make = lambda: [empty_layer(config, batch, length, dtype) for _ in range(config.num_layers)]
+    return jax.jit(make, out_shardings=sharding)
+
+
+def empty_layer(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
+    """The cache of one layer, for `make_cache` and for programs that begin with an empty one."""
     heads, d = (batch, config.num_kv_heads), config.head_dim
-
-    def layer() -> Cache:
-        if dtype != jnp.int8:
-            return LayerCache(jnp.zeros((*heads, d, length), dtype), jnp.zeros((*heads, length, d), dtype))
-        values = functools.partial(jnp.zeros, (*heads, length, d), jnp.int8)
-        scales = functools.partial(jnp.zeros, (*heads, length), jnp.float32)
-        shift = None if config.attention_softcap else jnp.zeros((*heads, d), jnp.float32)
-        return Int8Cache(values(), scales(), values(), scales(), shift)
-
-    return jax.jit(lambda: [layer() for _ in range(config.num_layers)], out_shardings=sharding)
+    if dtype != jnp.int8:
+        return LayerCache(jnp.zeros((*heads, d, length), dtype), jnp.zeros((*heads, length, d), dtype))
+    values = functools.partial(jnp.zeros, (*heads, length, d), jnp.int8)
+    scales = functools.partial(jnp.zeros, (*heads, length), jnp.float32)
+    shift = None if config.attention_softcap else jnp.zeros((*heads, d), jnp.float32)
+    return Int8Cache(values(), scales(), values(), scales(), shift)

@@ -60,7 +60,7 @@ def program(config, kind, devices, rows, outliers):
     cache = empty_cache(model, params, rows, SLOTS, kind)
     shardings = jax.tree.map(lambda _: whole, abstract._replace(cache=[]))
     shardings = shardings._replace(cache=jax.tree.map(lambda leaf: leaf.sharding, cache))
-    sampling = Sampling.of(end_tokens=(3,))
+    sampling = Sampling.of(end_tokens=(3,)).known()
     begin = placed(abstract, shardings)
     return decode.lower(model, {"params": params}, begin, jnp.int32(SLOTS), sampling).compile().as_text()
 

@@ -6,6 +6,7 @@ from family_files import DIRECTORY
 
 import jint8
 from jint8._inference import generate as _generate
+from jint8._inference import generation, sizes
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(3, 96, n).tolist() for n in (30, 17)]
@@ -17,6 +18,7 @@ def generated(model, prompts, **options):
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["float", "int8"])
 def test_same_tokens(quantize, monkeypatch):
+    monkeypatch.setattr(generation, "runs_by_layers", lambda *_: False)
     model = jint8.load(DIRECTORY / "mistral", quantize=quantize, dtype="float32")
     at_once = generated(model, PROMPTS)
     calls = []
@@ -30,11 +32,11 @@ def test_same_tokens(quantize, monkeypatch):
 def test_outliers_of_a_long_prompt_are_decided_by_token(monkeypatch):
     model = jint8.load(DIRECTORY / "llama", config=jint8.Config(threshold=1.0), dtype="float32")
     seen = []
-    start = _generate.start
+    way = generation.ByLayers
     leaf = lambda params: params["params"]["layers_0"]["mlp"]["down"]["weight"]
-    spy = lambda m, p, *args: seen.append(leaf(p).config.outliers) or start(m, p, *args)
-    monkeypatch.setattr(_generate, "start", spy)
+    spy = lambda m, p, *args, **options: seen.append(leaf(p).config.outliers) or way(m, p, *args, **options)
+    monkeypatch.setattr(generation, "ByLayers", spy)
     list(model.generate_tokens(PROMPTS[:1], max_tokens=1))
-    monkeypatch.setattr(_generate, "CHUNK", 16)
+    monkeypatch.setattr(sizes, "PIECES", (16,))
     list(model.generate_tokens(PROMPTS[:1], max_tokens=1))
     assert seen == ["batch", "token"]

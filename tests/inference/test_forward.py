@@ -8,6 +8,7 @@ from family_files import DIRECTORY
 
 import jint8
 from jint8._inference import forward as _forward
+from jint8._inference.programs import Programs
 from jint8.models import context, make_cache
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 11)).astype(np.int32)
@@ -36,8 +37,10 @@ def test_equals_apply(family, quantize, monkeypatch):
 def test_layers_share_a_program(monkeypatch):
     monkeypatch.setattr(_forward, "GROUP", 1)
     model = jint8.load(DIRECTORY / "llama", dtype="float32")
-    before = _forward._layers._cache_size()
+    programs = Programs()
+    monkeypatch.setattr(_forward, "PROGRAMS", programs)
     logits = model.logits(TOKENS)
     assert model.config.num_layers > 1
-    assert _forward._layers._cache_size() == before + 1
+    assert len(programs) == programs.made == 3  # the embedding, one for all layers, the head
     np.testing.assert_array_equal(logits, model.logits(TOKENS))
+    assert programs.made == 3

@@ -36,7 +36,7 @@ def test_nan_chooses_a_token(monkeypatch):
     assert 0 <= int(most_likely(logits)[0]) < 3
 
 
-def test_numbers_are_arguments_and_choices_are_the_program():
+def test_one_program_for_all_settings():
     traces = []
 
     @jax.jit
@@ -45,12 +45,41 @@ def test_numbers_are_arguments_and_choices_are_the_program():
         return sample(logits, jax.random.key(0), sampling)
 
     logits = jax.random.normal(jax.random.key(1), (2, 9))
-    for temperature, top_p in ((1.0, 0.5), (0.5, 0.5), (2.0, 0.9)):
-        draw(logits, Sampling.of(temperature=temperature, top_p=top_p))
+    for options in ({}, {"temperature": 1.0}, {"temperature": 0.5, "top_p": 0.5}, {"temperature": 2.0, "top_k": 3}):
+        for end_tokens in ((), (1,), (1, 2, 3)):
+            draw(logits, Sampling.of(**options, end_tokens=end_tokens))
     assert len(traces) == 1
-    draw(logits, Sampling.of(temperature=1.0, top_p=0.5, top_k=3))
-    draw(logits, Sampling.of())
-    assert len(traces) == 3
+
+
+def can_be_drawn(logits, top_k, top_p):
+    """Which tokens stay, in float64: fewer than top_k are above them, and those hold less than top_p of the top_k's."""
+    out = np.zeros(logits.shape, bool)
+    for row, kept in zip(logits.astype(np.float64), out, strict=True):
+        above = np.array([np.sum(row > value) for value in row])
+        few = above < (top_k or len(row))
+        share = np.where(few, np.exp(row - row.max()), 0)
+        share /= share.sum()
+        mass = np.array([share[row > value].sum() for value in row])
+        kept[:] = few & ((mass < top_p) | (top_p >= 1))
+    return out
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 40, 5000, 2**40])
+def test_filtered(top_k, top_p):
+    logits = RNG.normal(size=(4, 1001)).astype(np.float32) * 3
+    logits[1, ::2] = logits[1, 0]  # ties
+    logits[2, 5:] = -np.inf
+    logits[3] = np.abs(logits[3])  # no bit of a sign
+    numbers = Sampling.of(temperature=1.0, top_k=top_k, top_p=top_p)
+    got = np.asarray(jax.jit(sampling.filtered)(logits, numbers.top_k, numbers.top_p))
+    want = can_be_drawn(logits, top_k, top_p) & np.isfinite(logits)
+    np.testing.assert_array_equal(np.isfinite(got), want)
+    np.testing.assert_array_equal(got[want], logits[want])
+
+
+def test_a_tiny_temperature_is_not_greedy_by_rounding():
+    assert Sampling.of(temperature=1e-300).temperature > 0
 
 
 def test_temperature_divides_the_logits():
@@ -72,4 +101,19 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 def test_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=f"Expected {message}"):
+        Sampling.of(**options)
+
+
+NOT_NUMBERS = {
+    "temperature=True": ({"temperature": True}, "temperature to be a number, got True"),
+    "temperature=text": ({"temperature": "1"}, "temperature to be a number, got '1'"),
+    "top_p=None": ({"top_p": None}, "top_p to be a number, got None"),
+    "top_k=1.5": ({"top_k": 1.5}, "top_k to be a whole number, got 1.5"),
+    "top_k=True": ({"top_k": True}, "top_k to be a whole number, got True"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), NOT_NUMBERS.values(), ids=NOT_NUMBERS)
+def test_what_is_not_a_number(options, message):
+    with pytest.raises(TypeError, match=f"Expected {message}"):
         Sampling.of(**options)

@@ -1,0 +1,221 @@
+"""Generation on one CPU: prompts one after the other, then a token of all rows at a time, by programs of a few layers.
+
+A decoder's layers have the same shapes, so one small program serves all of them. It compiles in a second where all
+layers in one program take ten, and its speed is within a few percent of that.
+
+A request of any prompts runs the same few programs, because all sizes come from short lists: a prompt is padded on the
+left to one of `sizes.PIECES` (a longer one goes through in pieces of the largest), rows to a power of two, and the
+cache has `sizes.SLOTS` times a power of two slots. How a token is chosen, and where the padding ends, are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._inference.programs import PROGRAMS
+from jint8._inference.sampling import NO_TOKEN, Sampling, sample
+from jint8._inference.sizes import check_memory, empty_arrays, padded_length, pieces, rows_for, sizes
+from jint8.models._attention import Context, context
+from jint8.models._cache import Cache, check_cache, empty_layer
+from jint8.models._decoder import Block, Decoder
+from jint8.models._rope import Rotary
+
+# How many layers a program has. More compile longer; fewer are started more often. A step of decoding is short beside
+# starting a program, and so is a short prompt beside compiling one: the first answer waits for it.
+DECODE_LAYERS = 10
+PREFILL_LAYERS, LONG_PREFILL_LAYERS = {64: 1, 128: 2}, 3  # by the padded length of the prompt
+CHECK_EVERY = 16  # steps between looks at whether all rows have ended, each of which waits for the steps before it
+
+Array: TypeAlias = Any  # of JAX or of NumPy
+Angles = tuple[Rotary | None, Rotary | None]
+
+
+class Step(NamedTuple):
+    """Where a generation stands."""
+
+    token: Array  # int32[b, 1]: the latest
+    slot: Array  # int32: its column in the cache
+    first: Array  # int32[b]: the column of each row's first token
+    done: Array  # bool[b]
+    key: Array  # uint32[2]: of the random numbers
+
+
+class Group(NamedTuple):
+    """Layers that are one program, and their parameters as a list: to start it, nothing has to be flattened."""
+
+    layers: range
+    static: tuple[Any, ...]
+    leaves: list[jax.Array]
+
+
+class ByLayers:
+    """A generation, in the middle of which its object is.
+
+    Attributes:
+      first: int32 `[b, 1]`, the first new token of each row.
+      cache_bytes: of keys and values, in the host's memory.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        kind: str | None = None,
+    ):
+        """Runs the prompts (token ids, at least one each), with room for `max_tokens` more, and adds one token to each.
+
+        `kind` is that of the cache: `"int8"`, or None for the activations' dtype.
+        """
+        tree = params["params"]
+        self._model, self._sampling = model, sampling
+        self._rest = {name: leaf for name, leaf in tree.items() if not name.startswith("layers_")}
+        self._dtype = jnp.dtype(model.dtype if check_cache(kind) is None else jnp.int8)
+        rows = rows_for(len(prompts))
+        filled = [*prompts, *[prompts[-1]] * (rows - len(prompts))]  # a copy of a row changes nothing for the others
+        length, slots = sizes(max(map(len, prompts)), max_tokens)
+        check_memory(model.config, rows, slots, self._dtype, max_tokens)
+        if rows == 1:
+            x, caches, padded = self._prompt(tree, prompts[0], slots)
+            length, starts = padded, [padded - len(prompts[0])]
+        else:
+            caches, x = empty_arrays(model.config, rows, slots, self._dtype), None
+            for index, prompt in enumerate(filled):
+                if index < len(prompts):
+                    last, row, padded = self._prompt(tree, prompt, slots)
+                x = np.zeros((rows, *last.shape[1:]), last.dtype) if x is None else x
+                args = (caches, x, row, last, np.int32(index), np.int32(length - padded))
+                caches, x = PROGRAMS.run(_insert, (), args, donate=(0, 1))
+            starts = [length - len(prompt) for prompt in filled]
+        done = np.arange(rows) >= len(prompts)
+        key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+        token = np.zeros((rows, 1), np.int32)
+        step = Step(token, np.int32(length - 1), np.asarray(starts, np.int32), done, key)
+        self._rows = len(prompts)
+        self._next: Callable[..., Any] = PROGRAMS.get(_next, (model,), (self._rest, x, step, sampling), ())
+        self._step, self._x, self._at, self._angles = self._next(self._rest, x, step, sampling)
+        self._groups = groups(model, tree, DECODE_LAYERS)
+        self._caches = [caches[group.layers.start : group.layers.stop] for group in self._groups]
+        self.first = np.asarray(self._step.token)[: self._rows]
+        self.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows have ended."""
+        return bool(np.asarray(self._step.done).all())
+
+    def advance(self, count: int) -> np.ndarray:
+        """Up to `count` more tokens of each row, int32 `[b, n]`; fewer only where all rows have ended."""
+        tokens: list[jax.Array] = []
+        programs = [
+            PROGRAMS.get(_layers, group.static, self._inputs(group, caches), (1, 4))
+            for group, caches in zip(self._groups, self._caches, strict=True)
+        ]
+        while len(tokens) < count and not (len(tokens) % CHECK_EVERY == 0 and self.done):
+            x = self._x
+            for i, (program, group) in enumerate(zip(programs, self._groups, strict=True)):
+                x, self._caches[i] = program(group.leaves, x, self._at, self._angles, self._caches[i])
+            self._step, self._x, self._at, self._angles = self._next(self._rest, x, self._step, self._sampling)
+            tokens.append(self._step.token)
+        columns = [np.asarray(token)[: self._rows] for token in tokens]
+        return np.concatenate([np.zeros((self._rows, 0), np.int32), *columns], axis=1)
+
+    def _inputs(self, group: Group, caches: list[Cache]) -> tuple[Any, ...]:
+        return group.leaves, self._x, self._at, self._angles, caches
+
+    def _prompt(self, tree: Any, prompt: Sequence[int], slots: int) -> tuple[np.ndarray, list[Cache], int]:
+        """What comes out of the last layer for a prompt's last token, `[1, 1, d]`, its cache, and its padded length."""
+        padded = padded_length(len(prompt))
+        tokens = np.zeros((1, padded), np.int32)
+        start = padded - len(prompt)
+        tokens[0, start:] = prompt
+        first = np.array([start], np.int32)
+        prefill = groups(self._model, tree, PREFILL_LAYERS.get(padded, LONG_PREFILL_LAYERS))
+        caches: list[Any] = [None] * len(prefill)
+        for begin, end in pieces(padded):
+            inputs: tuple[Any, ...] = (self._rest, tokens[:, begin:end], np.int32(begin), first)
+            x, at, angles = PROGRAMS.run(_begin, (self._model,), inputs)
+            for i, group in enumerate(prefill):
+                if begin == 0:
+                    static = (*group.static, self._model.config, slots, self._dtype)
+                    inputs = (group.leaves, x, at._replace(slot=None), angles)
+                    x, caches[i] = PROGRAMS.run(_first_layers, static, inputs, donate=(1,))
+                else:
+                    inputs = (group.leaves, x, at, angles, caches[i])
+                    x, caches[i] = PROGRAMS.run(_layers, group.static, inputs, donate=(1, 4))
+        return np.asarray(x)[:, -1:], [cache for group in caches for cache in group], padded
+
+
+def groups(model: Decoder, tree: Any, most: int) -> list[Group]:
+    """The layers in groups of about `most`, all alike where the number of layers and their windows allow it."""
+    count = model.config.num_layers
+    blocks = [model.block(i) for i in range(count)]
+    period = next(p for p in range(1, count + 1) if all(blocks[i] == blocks[i % p] for i in range(count)))
+    sizes = range(period, max(most, period) + 1, period)
+    even = [size for size in sizes if count % size == 0]
+    size = even[-1] if even and 2 * even[-1] >= most else sizes[-1]
+    out = []
+    for start in range(0, len(blocks), size):
+        layers = range(start, min(start + size, len(blocks)))
+        leaves, structure = jax.tree.flatten([tree[f"layers_{i}"] for i in layers])
+        local = tuple(model.is_local(i) for i in layers)
+        out.append(Group(layers, (tuple(blocks[i] for i in layers), local, structure), leaves))
+    return out
+
+
+def _begin(model: Decoder, rest: Any, tokens: Any, slot: Any, first: Any) -> tuple[jax.Array, Context, Angles]:
+    """The first layer's input for `tokens[b, s]`, the first of which stands at `slot`."""
+    at = context(tokens, slot, first)
+    begun: Any = model.apply({"params": rest}, tokens, at, method="begin")
+    return begun[0], at, begun[1]
+
+
+def _layers(
+    blocks: tuple[Block, ...], local: tuple[bool, ...], structure: Any, leaves: Any, x, at: Context, angles, caches
+) -> tuple[jax.Array, list[Cache | None]]:
+    """What comes out of a few layers for `x[b, s, d]`, and their caches."""
+    params = jax.tree.unflatten(structure, leaves)
+    out: list[Any] = []
+    for i, block in enumerate(blocks):
+        x, cache = block.apply({"params": params[i]}, x, at, angles[local[i]], caches[i])
+        out.append(cache)
+    return x, out
+
+
+def _first_layers(blocks, local, structure, config, slots: int, dtype, leaves, x, at: Context, angles):
+    """The same of a prompt's beginning, with new caches of so many slots."""
+    caches = [empty_layer(config, len(x), slots, dtype) for _ in blocks]
+    return _layers(blocks, local, structure, leaves, x, at, angles, caches)
+
+
+def _insert(caches: list[Any], x: jax.Array, row: list[Any], last: jax.Array, index: jax.Array, move: jax.Array):
+    """`caches` and `x[b, 1, d]` with one row's, whose columns `move` to end where those of all rows do."""
+    new = [cache.with_row(one, index, move) for cache, one in zip(caches, row, strict=True)]
+    return new, jax.lax.dynamic_update_slice_in_dim(x, last, index, axis=0)
+
+
+def _next(model: Decoder, rest: Any, x: jax.Array, step: Step, sampling: Sampling) -> Any:
+    """The token that follows from `x[b, 1, d]`, which came out of the last layer, and its input of the first layer."""
+    at = context(step.token, step.slot, step.first)
+    logits: Any = model.apply({"params": rest}, x, at, True, method="end")
+    key, subkey = jax.random.split(jax.random.wrap_key_data(step.key, impl="threefry2x32"))
+    token, done = ended(sample(logits[:, -1], subkey, sampling), step.done, sampling)
+    step = Step(token[:, None], step.slot + 1, step.first, done, jax.random.key_data(key))
+    return step, *_begin(model, rest, step.token, step.slot, step.first)
+
+
+def ended(token: jax.Array, done: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The tokens `token[b]`, with the end token in rows that are done, and which are done after them."""
+    ends = sampling.end_tokens
+    fill = jnp.where(ends[0] == NO_TOKEN, 0, ends[0])
+    token = jnp.where(done, fill, token)
+    return token, done | jnp.any(token[:, None] == ends, axis=-1)
