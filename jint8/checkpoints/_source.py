@@ -74,7 +74,7 @@ class SourceFile:
 
     def read_into(self, out: np.ndarray, begin: int) -> int:
         """Fill a uint8 array from byte `begin` on; returns how many bytes there were."""
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         while done < len(view):
             try:
                 got = self._read_some(view[done : done + MOST], begin + done)

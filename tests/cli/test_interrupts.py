@@ -1,5 +1,6 @@
 """Ctrl-C: before the command line is there, in an answer, between answers, and when the result is out."""
 
+import functools
 import io
 import os
 import signal
@@ -28,8 +29,10 @@ jint8_main.run()
 
 
 def process(code, *before):
+    """In front, wherever the tests run: a shell has what it starts in the background ignore SIGINT."""
     argv = [*before, sys.executable, "-c", code, "--help"]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    in_front = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=in_front)
 
 
 def stub(body, *before):
