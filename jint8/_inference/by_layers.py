@@ -82,20 +82,13 @@ class ByLayers:
         self._dtype = jnp.dtype(model.dtype if check_cache(kind) is None else jnp.int8)
         rows = rows_for(len(prompts))
         filled = [*prompts, *[prompts[-1]] * (rows - len(prompts))]  # a copy of a row changes nothing for the others
-        length, slots = sizes(max(map(len, prompts)), max_tokens)
+        length, slots = sizes(max(map(len, prompts)), max_tokens, alone=rows == 1)
         check_memory(model.config, rows, slots, self._dtype, max_tokens)
         if rows == 1:
-            x, caches, padded = self._prompt(tree, prompts[0], slots)
-            length, starts = padded, [padded - len(prompts[0])]
+            x, caches, _ = self._prompt(tree, prompts[0], slots)
         else:
-            caches, x = empty_arrays(model.config, rows, slots, self._dtype), None
-            for index, prompt in enumerate(filled):
-                if index < len(prompts):
-                    last, row, padded = self._prompt(tree, prompt, slots)
-                x = np.zeros((rows, *last.shape[1:]), last.dtype) if x is None else x
-                args = (caches, x, row, last, np.int32(index), np.int32(length - padded))
-                caches, x = PROGRAMS.run(_insert, (), args, donate=(0, 1))
-            starts = [length - len(prompt) for prompt in filled]
+            caches, x = self._several(tree, filled, len(prompts), length, slots)
+        starts = [length - len(prompt) for prompt in filled]
         done = np.arange(rows) >= len(prompts)
         key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
         token = np.zeros((rows, 1), np.int32)
@@ -105,6 +98,7 @@ class ByLayers:
         self._step, self._x, self._at, self._angles = self._next(self._rest, x, step, sampling)
         self._groups = groups(model, tree, DECODE_LAYERS)
         self._caches = [caches[group.layers.start : group.layers.stop] for group in self._groups]
+        self._programs: list[Callable[..., Any]] = []  # of the groups, once there is a step
         self.first = np.asarray(self._step.token)[: self._rows]
         self.cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
 
@@ -116,21 +110,36 @@ class ByLayers:
     def advance(self, count: int) -> np.ndarray:
         """Up to `count` more tokens of each row, int32 `[b, n]`; fewer only where all rows have ended."""
         tokens: list[jax.Array] = []
-        programs = [
-            PROGRAMS.get(_layers, group.static, self._inputs(group, caches), (1, 4))
-            for group, caches in zip(self._groups, self._caches, strict=True)
-        ]
+        if not self._programs:
+            for group, caches in zip(self._groups, self._caches, strict=True):
+                args = (group.leaves, self._x, self._at, self._angles, caches)
+                self._programs.append(PROGRAMS.get(_layers, group.static, args, (1, 4)))
         while len(tokens) < count and not (len(tokens) % CHECK_EVERY == 0 and self.done):
             x = self._x
-            for i, (program, group) in enumerate(zip(programs, self._groups, strict=True)):
+            for i, (program, group) in enumerate(zip(self._programs, self._groups, strict=True)):
                 x, self._caches[i] = program(group.leaves, x, self._at, self._angles, self._caches[i])
             self._step, self._x, self._at, self._angles = self._next(self._rest, x, self._step, self._sampling)
             tokens.append(self._step.token)
         columns = [np.asarray(token)[: self._rows] for token in tokens]
         return np.concatenate([np.zeros((self._rows, 0), np.int32), *columns], axis=1)
 
-    def _inputs(self, group: Group, caches: list[Cache]) -> tuple[Any, ...]:
-        return group.leaves, self._x, self._at, self._angles, caches
+    def _several(
+        self, tree: Any, prompts: Sequence[Sequence[int]], distinct: int, length: int, slots: int
+    ) -> tuple[list[Cache], np.ndarray]:
+        """The cache of several rows that end in column `length`, and what comes out of the last layer for each's end.
+
+        Prompts behind the first `distinct` ones are copies of the last of those.
+        """
+        empty = empty_arrays(self._model.config, len(prompts), slots, self._dtype)
+        caches, lasts = [empty] * self._model.config.num_layers, []
+        for index, prompt in enumerate(prompts):
+            if index < distinct:
+                last, row, padded = self._prompt(tree, prompt, slots)
+            lasts.append(last)
+            for i, cache in enumerate(caches):  # a layer at a time, so that there are never two of the whole
+                args = (cache, row[i], np.int32(index), np.int32(length - padded))
+                caches[i] = PROGRAMS.run(_insert, (), args, donate=(0,))
+        return caches, np.concatenate(lasts)
 
     def _prompt(self, tree: Any, prompt: Sequence[int], slots: int) -> tuple[np.ndarray, list[Cache], int]:
         """What comes out of the last layer for a prompt's last token, `[1, 1, d]`, its cache, and its padded length."""
@@ -197,10 +206,9 @@ def _first_layers(blocks, local, structure, config, slots: int, dtype, leaves, x
     return _layers(blocks, local, structure, leaves, x, at, angles, caches)
 
 
-def _insert(caches: list[Any], x: jax.Array, row: list[Any], last: jax.Array, index: jax.Array, move: jax.Array):
-    """`caches` and `x[b, 1, d]` with one row's, whose columns `move` to end where those of all rows do."""
-    new = [cache.with_row(one, index, move) for cache, one in zip(caches, row, strict=True)]
-    return new, jax.lax.dynamic_update_slice_in_dim(x, last, index, axis=0)
+def _insert(cache: Any, row: Any, index: jax.Array, move: jax.Array) -> Cache:
+    """A layer's cache with one row's, whose columns `move` to end where those of all rows do."""
+    return cache.with_row(row, index, move)
 
 
 def _next(model: Decoder, rest: Any, x: jax.Array, step: Step, sampling: Sampling) -> Any:

@@ -14,7 +14,7 @@ from jint8._inference import generate as at_once
 from jint8._inference.by_layers import ByLayers
 from jint8._inference.programs import LIMIT, PROGRAMS, give_back
 from jint8._inference.sampling import Sampling
-from jint8._inference.sizes import is_long, reachable, rows_for
+from jint8._inference.sizes import is_long, padded_length, reachable, rows_for
 from jint8.models._decoder import Decoder
 
 LARGE = 64 * 2**20  # bytes of a cache whose memory goes back to the system when the generation ends
@@ -75,7 +75,7 @@ def generate(
     Raises:
       ValueError: an empty prompt.
     """
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError("Expected prompts of at least one token, got an empty one.")
     way = ByLayers if runs_by_layers(model, params) else AtOnce
     before = PROGRAMS.made
@@ -121,11 +121,11 @@ def warm(
         run(several if batch > 1 or is_long([[0] * prompt]) else single, batch, prompt, max_tokens).advance(1)
         return
     for slots, length, alone in reachable(prompt, max_tokens):
-        params = several if is_long([[0] * length]) else single
+        params, room = several if is_long([[0] * length]) else single, slots - padded_length(length)
         if alone:
-            run(params, 1, length, slots - length).advance(1)
+            run(params, 1, length, room).advance(1)
         if batch > 1:
-            run(several, 1, length, slots - length)
+            run(several, 1, length, room)
         rows = 2
         while batch > 1 and rows <= rows_for(batch):
             run(several, rows, 1, slots - 1).advance(1)

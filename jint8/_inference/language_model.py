@@ -30,7 +30,7 @@ from jint8.checkpoints import Tokenizer
 from jint8.models import Decoder, ModelConfig
 from jint8.models._cache import check_cache
 
-STREAM_TOKENS = 4  # tokens per run of the compiled loop while streaming
+STREAM_TOKENS = 4  # tokens at a time while streaming
 STOP_TOKENS = 16  # and where nothing is streamed, but a stop text may end the answer
 CALIBRATION_LENGTH = 256  # tokens of a sequence
 

@@ -30,9 +30,15 @@ def slots_for(length: int) -> int:
     return slots
 
 
-def sizes(longest: int, max_tokens: int) -> tuple[int, int]:
-    """The column where the longest prompt ends, and the slots of a cache with room for `max_tokens` more."""
-    return longest, slots_for(max(padded_length(longest), longest + max_tokens))
+def sizes(longest: int, max_tokens: int, *, alone: bool) -> tuple[int, int]:
+    """The column where the longest prompt ends, and the slots of a cache with room for `max_tokens` more.
+
+    A prompt that is alone stays where it is, behind its padding; rows of several are moved, and have none in common.
+    """
+    padded = padded_length(longest)
+    if alone:
+        return padded, slots_for(padded + max_tokens)
+    return longest, slots_for(max(padded, longest + max_tokens))
 
 
 class Reached(NamedTuple):
@@ -48,12 +54,12 @@ def reachable(prompt: int, max_tokens: int) -> list[Reached]:
     most, found = PIECES[-1], []
     starts = [(more + before, more + piece) for more in (0, most) for before, piece in pairwise((0, *PIECES))]
     slots = SLOTS
-    while slots <= sizes(prompt, max_tokens)[1]:
+    while slots <= sizes(prompt, max_tokens, alone=True)[1]:
         for before, padded in starts:  # prompts of before + 1 to padded tokens
             if before < prompt and padded <= slots:
-                fewest = slots_for(max(padded, before + 2))
-                largest = slots_for(max(padded, min(padded if padded <= most else prompt, prompt) + max_tokens))
-                found.append(Reached(slots, before + 1, fewest <= slots <= largest))
+                longest = padded if padded <= most else padded_length(prompt)
+                alone = slots_for(padded + 1) <= slots <= slots_for(longest + max_tokens)
+                found.append(Reached(slots, before + 1, alone))
         slots *= 2
     return found
 
@@ -97,10 +103,10 @@ def _abstract_layer(config: ModelConfig, rows: int, slots: int, dtype: Any) -> A
     return jax.eval_shape(lambda: empty_layer(config, rows, slots, dtype))
 
 
-def empty_arrays(config: ModelConfig, rows: int, slots: int, dtype: Any) -> list[Any]:
-    """An empty cache in NumPy, which needs no program, and no memory until something is written."""
-    layer = _abstract_layer(config, rows, slots, dtype)
-    return [jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), layer) for _ in range(config.num_layers)]
+def empty_arrays(config: ModelConfig, rows: int, slots: int, dtype: Any) -> Any:
+    """A layer's empty cache in NumPy, which needs no program, and no memory of its own."""
+    zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # pages that nothing is written to are all the same one
+    return jax.tree.map(zeros, _abstract_layer(config, rows, slots, dtype))
 
 
 def padded_length(length: int) -> int:
