@@ -101,6 +101,9 @@ def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling
     return _replicated(state, model.mesh)
 
 
+COMPILED: tuple[Any, ...] = (prefill_at_once, extend_at_once, decode)  # what keeps programs for shapes of requests
+
+
 def empty_cache(model: Decoder, params: Any, batch: int, slots: int, kind: str | None = None) -> list[Cache]:
     """A cache for a generation, on the devices of the model's mesh: sharded by key-value heads and by batch.
 

@@ -35,8 +35,7 @@ class AtOnce:
         kind: str | None = None,
     ):
         """As `ByLayers`."""
-        programs: list[Any] = [at_once.prefill_at_once, at_once.extend_at_once, at_once.decode]
-        for program in programs:
+        for program in at_once.COMPILED:
             if program._cache_size() > LIMIT:  # their shapes are the requests' own, so that no memory is wasted
                 program.clear_cache()
         self._model, self._params, self._sampling = model, params, sampling.known()

@@ -1,6 +1,5 @@
 """Ctrl-C: before the command line is there, in an answer, between answers, and when the result is out."""
 
-import functools
 import io
 import os
 import signal
@@ -30,9 +29,9 @@ jint8_main.run()
 
 def process(code, *before):
     """In front, wherever the tests run: a shell has what it starts in the background ignore SIGINT."""
-    argv = [*before, sys.executable, "-c", code, "--help"]
-    in_front = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=in_front)
+    in_front = "" if before else "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    argv = [*before, sys.executable, "-c", in_front + code, "--help"]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def stub(body, *before):
