@@ -70,12 +70,7 @@ def generate(
     """Yields the tokens that follow `prompts`, int32 `[b, n]`: first one of each row, then up to `every` at a time.
 
     `options` are `sampling`, `seed` and `kind`, as in `ByLayers`.
-
-    Raises:
-      ValueError: an empty prompt.
     """
-    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
-        raise ValueError("Expected prompts of at least one token, got an empty one.")
     way = ByLayers if runs_by_layers(model, params) else AtOnce
     before = PROGRAMS.made
     generation = way(model, params, prompts, max_tokens=max_tokens, **options)
@@ -104,7 +99,15 @@ def runs_by_layers(model: Decoder, params: Any) -> bool:
 
 
 def warm(
-    model: Decoder, single: Any, several: Any, *, batch: int, prompt: int, max_tokens: int, kind: str | None
+    model: Decoder,
+    single: Any,
+    several: Any,
+    *,
+    batch: int,
+    prompt: int,
+    max_tokens: int,
+    kind: str | None,
+    end_tokens: tuple[int, ...],
 ) -> None:
     """Compiles what requests up to these sizes run, by running it once.
 
@@ -112,22 +115,26 @@ def warm(
     """
     way = ByLayers if runs_by_layers(model, single) else AtOnce
 
-    def run(params: Any, rows: int, length: int, room: int) -> ByLayers | AtOnce:
-        prompts = [[0] * length] * rows
-        return way(model, params, prompts, max_tokens=room, sampling=Sampling.of(), seed=0, kind=kind)
+    def run(params: Any, rows: int, length: int, room: int, temperature: float = 0.0) -> ByLayers | AtOnce:
+        prompts, sampling = [[0] * length] * rows, Sampling.of(temperature=temperature, end_tokens=end_tokens)
+        return way(model, params, prompts, max_tokens=room, sampling=sampling, seed=0, kind=kind)
 
     if way is AtOnce:
-        run(several if batch > 1 or is_long([[0] * prompt]) else single, batch, prompt, max_tokens).advance(1)
+        params = several if batch > 1 or is_long([[0] * prompt]) else single
+        for temperature in (0.0, 1.0):
+            run(params, batch, prompt, max_tokens, temperature).advance(1)
         return
-    for slots, length, alone in reachable(prompt, max_tokens):
-        params, room = several if is_long([[0] * length]) else single, slots - padded_length(length)
-        if alone:
-            run(params, 1, length, room).advance(1)
-        if batch > 1:
-            run(several, 1, length, room)
+    with PROGRAMS.keeping():
+        for slots, length, alone in reachable(prompt, max_tokens):
+            params, room = several if is_long([[0] * length]) else single, slots - padded_length(length)
+            if alone:
+                run(params, 1, length, room).advance(1)
+            if batch > 1:
+                run(several, 1, length, room)
         rows = 2
         while batch > 1 and rows <= rows_for(batch):
-            run(several, rows, 1, slots - 1).advance(1)
+            for slots in sorted({slots for slots, _, _ in reachable(prompt, max_tokens)}):
+                run(several, rows, 1, slots - 1).advance(1)
             rows *= 2
     give_back()
 

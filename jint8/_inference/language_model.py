@@ -19,7 +19,7 @@ from jint8._core.calibration import Calibration
 from jint8._core.config import Config
 from jint8._inference.generation import generate, warm
 from jint8._inference.logits import logits
-from jint8._inference.request import Request, check_ids, check_length, texts
+from jint8._inference.request import Request, check_ids, check_length, check_prompts, check_seed, texts
 from jint8._inference.sampling import Sampling, whole
 from jint8._inference.sizes import is_long
 from jint8._inference.text import stop_texts, text_pieces
@@ -251,12 +251,9 @@ class LanguageModel:
           row that has ended goes on with the end token.
         """
         max_tokens, every = whole("max_tokens", max_tokens, least=1), whole("every", every, least=1)
-        seed = whole("seed", seed, least=-(2**63))
-        eos = self.tokenizer.eos_ids if self.tokenizer else ()
+        seed, eos = check_seed(seed), self._end_tokens
         sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, end_tokens=eos)
-        for ids in prompts:
-            check_ids(self.config, np.asarray(ids))
-            check_length(self.config, len(ids) + max_tokens)
+        check_prompts(self.config, prompts, max_tokens)
         if config is not None:
             params = {"params": with_config(self.params, config)}
         else:
@@ -273,8 +270,7 @@ class LanguageModel:
           max_tokens: the most new tokens.
           cache: its kind, as in `generate`.
 
-        On a CPU this covers all requests up to these sizes, with any sampling settings; on GPUs and over several
-        devices those of just these sizes.
+        On a CPU this covers all requests up to these sizes; on GPUs and over several devices those of just these.
 
         Raises:
           TypeError: a size that isn't a whole number.
@@ -285,7 +281,11 @@ class LanguageModel:
         check_length(self.config, prompt + max_tokens)
         single, several = self._params_for(several=False), self._params_for(several=True)
         sizes: Any = {"batch": batch, "prompt": prompt, "max_tokens": max_tokens, "kind": check_cache(cache)}
-        warm(self.model, single, several, **sizes)
+        warm(self.model, single, several, end_tokens=self._end_tokens, **sizes)
+
+    @property
+    def _end_tokens(self) -> tuple[int, ...]:
+        return self.tokenizer.eos_ids if self.tokenizer else ()
 
     def _params_for(self, *, several: bool) -> dict[str, Any]:
         """The parameters as `generate` takes them for one short prompt, or for several and long ones."""

@@ -7,15 +7,17 @@ a limited number, so one that answers for hours with other shapes in each reques
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 
+SPARE = 16  # programs that may come on top of those compiled ahead
 LIMIT = 64  # more than one model's requests reach, whose shapes come from short lists
 
 
@@ -33,6 +35,15 @@ class Programs:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """A context in which none is dropped; what was made in it is within the limit from then on, with some more."""
+        before, self.limit = self.limit, sys.maxsize
+        try:
+            yield
+        finally:
+            self.limit = max(before, len(self) + SPARE)
 
     def get(
         self, function: Callable[..., Any], static: tuple[Hashable, ...], args: tuple[Any, ...], donate: tuple[int, ...]

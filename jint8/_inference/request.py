@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from jint8._core.config import Config
+from jint8._inference.sampling import whole
 from jint8.models import ModelConfig
 
 
@@ -61,6 +62,34 @@ def check_ids(config: ModelConfig, ids: np.ndarray) -> None:
         raise TypeError(f"Expected integer tokens, got {ids.dtype}.")
     if ids.size and not (ids.min() >= 0 and ids.max() < config.vocab_size):
         raise ValueError(f"Expected token ids in [0, {config.vocab_size}), got {int(ids.min())} to {int(ids.max())}.")
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """At least one, of tokens that the model has, with room for `max_tokens` more.
+
+    Raises:
+      TypeError: ids that aren't integers.
+      ValueError: no prompt, an empty one, ids outside of the vocabulary, or too many.
+    """
+    if len(prompts) == 0 or not all(len(ids) for ids in prompts):
+        got = "an empty one" if len(prompts) else "no prompt"
+        raise ValueError(f"Expected prompts of at least one token, got {got}.")
+    for ids in prompts:
+        check_ids(config, np.asarray(ids))
+        check_length(config, len(ids) + max_tokens)
+
+
+def check_seed(seed: Any) -> int:
+    """A whole number that 64 bits hold.
+
+    Raises:
+      TypeError: it isn't a whole number.
+      ValueError: it has more bits.
+    """
+    seed = whole("seed", seed, least=-(2**63))
+    if seed >= 2**64:
+        raise ValueError(f"Expected seed to be below 2**64, got {seed}.")
+    return seed
 
 
 def check_length(config: ModelConfig, length: int) -> None:

@@ -117,7 +117,12 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     filters = (sampling.top_k > 0) | (sampling.top_p < 1)
     way = jnp.where(sampling.temperature == 0, 0, jnp.where(filters, 2, 1))
     draw = lambda logits: jax.random.categorical(key, logits).astype(jnp.int32)
-    scaled = lambda logits: logits / sampling.temperature
+
+    def scaled(logits: jax.Array) -> jax.Array:
+        # Of what the largest is above, so that no temperature makes several of them infinite.
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        return (logits - jnp.where(jnp.isfinite(top), top, 0)) / sampling.temperature
+
     return lax.switch(
         way,
         [

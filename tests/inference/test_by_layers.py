@@ -137,6 +137,17 @@ def test_least_recently_used_programs_go():
     assert (len(programs), programs.made) == (2, 4)
 
 
+def test_what_is_compiled_ahead_is_kept():
+    programs = Programs(limit=2)
+    with programs.keeping():
+        for size in range(1, 6):
+            programs.run(abs, (), (np.zeros(size, np.float32),))
+    for size in range(1, 6):
+        programs.run(abs, (), (np.zeros(size, np.float32),))
+    assert (len(programs), programs.made) == (5, 5)
+    assert programs.limit < 30
+
+
 def test_groups_of_layers():
     for family, most, want in [("llama", 1, 1), ("gemma3", 10, None)]:
         model = jint8.load(DIRECTORY / family, dtype="float32")
@@ -167,6 +178,8 @@ REFUSED = {
     "stop": ({"stop": [None]}, TypeError, "stop to be a text or a list of texts, got None in it"),
     "max_tokens=0": ({"max_tokens": 0}, ValueError, "max_tokens to be at least 1, got 0"),
     "max_tokens=2.5": ({"max_tokens": 2.5}, TypeError, "max_tokens to be a whole number, got 2.5"),
+    "prompts=[]": ({"prompts": []}, ValueError, "prompts of at least one token, got no prompt"),
+    "seed=2**64": ({"seed": 2**64}, ValueError, r"seed to be below 2\*\*64, got 18446744073709551616"),
     "seed=1.5": ({"seed": 1.5}, TypeError, "seed to be a whole number, got 1.5"),
     "temperature=True": ({"temperature": True}, TypeError, "temperature to be a number, got True"),
 }

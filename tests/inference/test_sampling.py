@@ -78,8 +78,14 @@ def test_filtered(top_k, top_p):
     np.testing.assert_array_equal(got[want], logits[want])
 
 
-def test_a_tiny_temperature_is_not_greedy_by_rounding():
-    assert Sampling.of(temperature=1e-300).temperature > 0
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=["all", "top_k", "top_p"])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature, options):
+    """Logits divided by it are infinite, several of them."""
+    numbers = Sampling.of(temperature=temperature, **options)
+    assert numbers.temperature > 0
+    logits = np.array([[4, 5, 30, 20], [-40, -30, -5, -20], [-np.inf, 1, 3, -np.inf]], np.float32)
+    assert sample(logits, jax.random.key(0), numbers).tolist() == [2, 2, 2]
 
 
 def test_temperature_divides_the_logits():
