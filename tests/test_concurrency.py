@@ -110,6 +110,7 @@ def check_threads(functions, rounds):
             np.testing.assert_array_equal(found, alone[name], name)
 
 
+@pytest.mark.slow
 def test_threads_with_different_configs():
     check_threads({name: job for name, job in jobs().items() if name.split()[1] in ("1.0", "2.0")}, 1)
 
