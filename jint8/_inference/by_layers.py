@@ -1,7 +1,8 @@
 """Generation on one CPU: prompts one after the other, then a token of all rows at a time, by programs of a few layers.
 
 A decoder's layers have the same shapes, so one small program serves all of them. It compiles in a second where all
-layers in one program take ten; starting several for each token costs about a fifth of a step of one row (docs/speed.md).
+layers in one program take ten; starting several for each token costs about a fifth of a step of one row
+(docs/speed.md).
 
 A request of any prompts runs the same few programs, because all sizes come from short lists: a prompt is padded on the
 left to one of `sizes.PIECES` (a longer one goes through in pieces of the largest), rows to a power of two, and the
