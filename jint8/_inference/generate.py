@@ -101,7 +101,8 @@ def decode(model: Decoder, params: Any, state: State, until: jax.Array, sampling
     return _replicated(state, model.mesh)
 
 
-COMPILED: tuple[Any, ...] = (prefill_at_once, extend_at_once, decode)  # what keeps programs for shapes of requests
+# What keeps programs for shapes of requests.
+COMPILED: tuple[Any, ...] = (prefill_at_once, extend_at_once, _first_token, decode)
 
 
 def empty_cache(model: Decoder, params: Any, batch: int, slots: int, kind: str | None = None) -> list[Cache]:

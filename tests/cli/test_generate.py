@@ -181,7 +181,7 @@ def test_warm(tmp_path, monkeypatch, run):
     directory = make_llama_directory(tmp_path / "llama", seed=0)
     calls = []
     warm = lambda self, **options: calls.append(("warm", options))
-    monkeypatch.setattr(jint8.LanguageModel, "warm", warm, raising=False)
+    monkeypatch.setattr(jint8.LanguageModel, "warm", warm)
     monkeypatch.setattr("builtins.input", lambda prompt: calls.append("turn") or exec("raise EOFError"))
     assert run("generate", directory, "--chat", "--warm", "--max-tokens", 7, "--cache", "int8")[0] == 0
     assert calls == [("warm", {"max_tokens": 7, "cache": "int8"}), "turn"]
