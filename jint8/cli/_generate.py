@@ -6,7 +6,8 @@ ends an answer, and between answers the conversation.
 
 JSON: text (a list for several prompts), prompt_tokens, new_tokens (with the end token), tokens_per_s (of decoding,
 without the first token; from the second block of tokens on, as the first one waits for compilation, where there are
-more; null where there was only one token), first_token_s (with compilation), weight_bytes {int8, float}: of all parameters as they are, and all in floating point.
+more; null where there was only one token), first_token_s (with compilation), weight_bytes {int8, float}: of all
+parameters as they are, and all in floating point.
 """
 
 from __future__ import annotations
