@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 import numpy as np
 
 from jint8._core.config import Config
@@ -92,7 +93,10 @@ def split_with_digits(x: jax.Array, config: Config) -> Split:
         step = digit_step(parts[1], 1, OUTLIER_DIGITS)
         rows = digits(parts[1], step, OUTLIER_DIGITS)
         return Split(*_quantize(parts[0], config), Outliers(columns, limit, rows, step))
-    largest = jnp.array([largest_in(config.digits), largest_in(OUTLIER_DIGITS)], jnp.float32)[:, None, None]
+    # Chosen by a comparison rather than given as an array: XLA's CPU backend would allocate the array in each call of
+    # the program, and a decoder has one for each product (docs/speed.md).
+    part = lax.broadcasted_iota(jnp.int32, (2, 1, 1), 0)
+    largest = jnp.where(part == 0, jnp.float32(largest_in(config.digits)), jnp.float32(largest_in(OUTLIER_DIGITS)))
     scale = divide_by(absmax(parts, 2), largest)
     steps = round_to_int8(parts, scale, largest)
     q, rows = digit_rows(steps[0], config.digits), digit_rows(steps[1], OUTLIER_DIGITS)
