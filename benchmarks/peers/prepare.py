@@ -19,6 +19,7 @@ import numpy as np
 from rows import ENGINES
 
 from jint8.checkpoints import open_checkpoint
+from jint8.checkpoints._destination import Destination
 from jint8.checkpoints._huggingface import write_huggingface
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
@@ -52,7 +53,8 @@ def dequantize(source: Path, target: Path, change: Callable[[Arrays], Arrays] = 
     with open_checkpoint(source) as checkpoint:
         arrays = change({name: np.asarray(checkpoint.read(name), np.float32) for name in checkpoint.tensors})
         config = {**checkpoint.config, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-        write_huggingface(target, arrays, config=config, tokenizer=checkpoint.tokenizer(), shard_bytes=2**40)
+        with Destination(target) as destination:
+            write_huggingface(destination, arrays, config=config, tokenizer=checkpoint.tokenizer(), shard_bytes=2**40)
 
 
 def add_python_argument(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 A decoder's layers have the same shapes, so one small program serves all of them. It compiles in a second where all
 layers in one program take ten; starting several for each token costs about a fifth of a step of one row
-(docs/speed.md).
+(docs/speed.md). So `warm`, which has the time, compiles a loop over tokens of all layers for one row.
 
 A request of any prompts runs the same few programs, because all sizes come from short lists: a prompt is padded on the
 left to one of `sizes.PIECES` (a longer one goes through in pieces of the largest), rows to a power of two, and the
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jint8._inference.programs import PROGRAMS
 from jint8._inference.sampling import NO_TOKEN, Sampling, sample
@@ -31,6 +32,7 @@ from jint8.models._rope import Rotary
 DECODE_LAYERS = 10
 PREFILL_LAYERS, LONG_PREFILL_LAYERS = {64: 1, 128: 2}, 3  # by the padded length of the prompt
 CHECK_EVERY = 16  # steps between looks at whether all rows have ended, each of which waits for the steps before it
+LOOP_STEPS = 32  # at most, of a start of the loop over tokens
 
 Array: TypeAlias = Any  # of JAX or of NumPy
 Angles = tuple[Rotary | None, Rotary | None]
@@ -110,6 +112,9 @@ class ByLayers:
 
     def advance(self, count: int) -> np.ndarray:
         """Up to `count` more tokens of each row, int32 `[b, n]`; fewer only where all rows have ended."""
+        loop = self._loop(PROGRAMS.find)
+        if loop is not None:
+            return self._advance_in_loop(loop, count)
         tokens: list[jax.Array] = []
         if not self._programs:
             for group, caches in zip(self._groups, self._caches, strict=True):
@@ -123,6 +128,32 @@ class ByLayers:
             tokens.append(self._step.token)
         columns = [np.asarray(token)[: self._rows] for token in tokens]
         return np.concatenate([np.zeros((self._rows, 0), np.int32), *columns], axis=1)
+
+    def prepare_loop(self) -> None:
+        """Compiles the loop over tokens, which takes several seconds; `advance` of the same sizes uses it from then on.
+
+        It holds some 130 MB of the host's memory for 30 layers, the small programs 10.
+        """
+        self._advance_in_loop(self._loop(PROGRAMS.get), 0)
+
+    def _loop(self, look: Callable[..., Any]) -> Any:
+        """The loop over tokens, as `look`, a method of `PROGRAMS`, finds or makes it."""
+        static = tuple(group.static for group in self._groups)
+        return look(_token_loop, (self._model, static), (*self._loop_arguments(), np.int32(0)), (3,))
+
+    def _loop_arguments(self) -> tuple[Any, ...]:
+        leaves = [group.leaves for group in self._groups]
+        return self._rest, leaves, (self._x, self._at, self._angles, self._step), self._caches, self._sampling
+
+    def _advance_in_loop(self, loop: Callable[..., Any], count: int) -> np.ndarray:
+        """`advance` by the loop over tokens."""
+        parts, left = [np.zeros((self._rows, 0), np.int32)], count
+        while not parts[1:] or (left and not self.done):
+            state, self._caches, tokens, done = loop(*self._loop_arguments(), np.int32(min(left, LOOP_STEPS)))
+            self._x, self._at, self._angles, self._step = state
+            parts.append(np.asarray(tokens)[: self._rows, : int(done)])
+            left -= int(done)
+        return np.concatenate(parts, axis=1)
 
     def _several(
         self, tree: Any, prompts: Sequence[Sequence[int]], distinct: int, length: int, slots: int
@@ -220,6 +251,29 @@ def _next(model: Decoder, rest: Any, x: jax.Array, step: Step, sampling: Samplin
     token, done = ended(sample(logits[:, -1], subkey, sampling), step.done, sampling)
     step = Step(token[:, None], step.slot + 1, step.first, done, jax.random.key_data(key))
     return step, *_begin(model, rest, step.token, step.slot, step.first)
+
+
+def _token_loop(model: Decoder, static: Any, rest: Any, leaves: Any, state: Any, caches: Any, sampling, count) -> Any:
+    """Up to `count` steps of all layers: the state and caches after them, their tokens, and how many there are.
+
+    Fewer than `count` where all rows have ended.
+    """
+
+    def body(carry: Any) -> Any:
+        done, (x, at, angles, step), caches, tokens = carry
+        caches = list(caches)
+        for i, (blocks, local, structure) in enumerate(static):
+            x, caches[i] = _layers(blocks, local, structure, leaves[i], x, at, angles, caches[i])
+        step, x, at, angles = _next(model, rest, x, step, sampling)
+        tokens = lax.dynamic_update_slice(tokens, step.token, (jnp.int32(0), done))
+        return done + 1, (x, at, angles, step), caches, tokens
+
+    def goes_on(carry: Any) -> jax.Array:
+        return (carry[0] < count) & ~jnp.all(carry[1][3].done)
+
+    tokens = jnp.zeros((len(state[3].token), LOOP_STEPS), jnp.int32)
+    done, state, caches, tokens = lax.while_loop(goes_on, body, (jnp.int32(0), state, caches, tokens))
+    return state, caches, tokens, done
 
 
 def ended(token: jax.Array, done: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

@@ -128,7 +128,8 @@ def warm(
         for slots, length, alone in reachable(prompt, max_tokens):
             params, room = several if is_long([[0] * length]) else single, slots - padded_length(length)
             if alone:
-                run(params, 1, length, room).advance(1)
+                one: Any = run(params, 1, length, room)
+                one.prepare_loop()
             if batch > 1:
                 run(several, 1, length, room)
         rows = 2

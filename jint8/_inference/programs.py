@@ -59,8 +59,7 @@ class Programs:
         Returns:
           The program. Whoever calls it many times keeps it meanwhile.
         """
-        leaves, structure = jax.tree.flatten(args)
-        key = (function, static, donate, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = _key(function, static, args, donate)
         with self._lock:
             program = self._kept.pop(key, None)
             if program is None:
@@ -72,6 +71,16 @@ class Programs:
                 self._kept.popitem(last=False)
         return program
 
+    def find(
+        self, function: Callable[..., Any], static: tuple[Hashable, ...], args: tuple[Any, ...], donate: tuple[int, ...]
+    ) -> Callable[..., Any] | None:
+        """What `get` returns, if it is kept already."""
+        key = _key(function, static, args, donate)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
     def run(
         self,
         function: Callable[..., Any],
@@ -81,6 +90,11 @@ class Programs:
     ) -> Any:
         """The result of `get` called with `args`."""
         return self.get(function, static, args, donate)(*args)
+
+
+def _key(function: Any, static: tuple[Hashable, ...], args: tuple[Any, ...], donate: tuple[int, ...]) -> Hashable:
+    leaves, structure = jax.tree.flatten(args)
+    return function, static, donate, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 PROGRAMS = Programs()  # of all models of the process

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 import numpy as np
+from jax import lax
 
 from jint8._core.config import Config
 from jint8._core.rounding import SMALLEST_NORMAL, absmax, affine, divide_by, round_to_int8, symmetric

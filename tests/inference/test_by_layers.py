@@ -127,6 +127,36 @@ def test_reachable_is_what_requests_need(longest, most):
     assert needed[False] <= set(found)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "bloom"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20, "seed": 7}], ids=["greedy", "drawn"])
+def test_loop_over_tokens(family, options, programs, monkeypatch):
+    """The tokens of the small programs, in one start or several; a row that ends, ends the loop."""
+    monkeypatch.setattr(by_layers, "LOOP_STEPS", 4)
+    model = jint8.load(DIRECTORY / family, quantize=False, dtype="float32")
+    prompts, params, seed = [PROMPTS[0]], model._params_for(several=False), options.pop("seed", 0)
+
+    def begun(*ends):
+        sampling = by_layers.Sampling.of(**options, end_tokens=ends)
+        return by_layers.ByLayers(model.model, params, prompts, max_tokens=20, sampling=sampling, seed=seed)
+
+    by_steps = begun().advance(15)
+    assert by_layers._token_loop not in {key[0] for key in programs._kept}
+    prepared = begun()
+    prepared.prepare_loop()
+    made = programs.made
+    in_loop = begun()
+    parts = [in_loop.advance(count) for count in (1, 4, 10)]
+    assert programs.made == made
+    assert [part.shape[1] for part in parts] == [1, 4, 10]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), by_steps)
+    np.testing.assert_array_equal(prepared.advance(15), by_steps)
+    answer = [int(in_loop.first[0, 0]), *map(int, by_steps[0])]
+    ending = begun(answer[6])
+    assert [*ending.first[0], *ending.advance(15)[0]] == answer[: answer.index(answer[6]) + 1]
+    assert ending.done
+    assert ending.advance(3).shape == (1, 0)
+
+
 def test_least_recently_used_programs_go():
     programs = Programs(limit=2)
     double = lambda x: x * 2
