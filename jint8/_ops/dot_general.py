@@ -16,6 +16,7 @@ from jint8._core.qtensor import QTensor, config_for, is_qtensor, storage_axes
 from jint8._ops.checks import check_activations, check_bias, check_result_type
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
+from jint8._ops.stand_ins import no_stand_ins
 from jint8._ops.weight import Weight
 
 Axes = Sequence[int]
@@ -73,6 +74,7 @@ def dot_general(
         if isinstance(precision, tuple):  # one for each side
             precision = precision[::-1]
     else:
+        no_stand_ins()
         if bias is not None or config is not None or implementation is not None:
             raise TypeError("Expected a QTensor beside bias, config or implementation, got none.")
         return lax.dot_general(

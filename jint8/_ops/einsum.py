@@ -14,6 +14,7 @@ from jint8._core.qtensor import config_for, is_qtensor
 from jint8._ops.checks import check_activations, check_result_type
 from jint8._ops.dot_general import DimensionNumbers, activations_first
 from jint8._ops.product import Implementation
+from jint8._ops.stand_ins import no_stand_ins
 
 
 def einsum(
@@ -55,6 +56,7 @@ def einsum(
       (5, 2, 3)
     """
     if not any(is_qtensor(operand) for operand in operands):
+        no_stand_ins()
         if bias is not None or config is not None or implementation is not None:
             raise TypeError("Expected a QTensor beside bias, config or implementation, got none.")
         return jnp.einsum(

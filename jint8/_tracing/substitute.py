@@ -18,15 +18,13 @@ from jax.extend.core import Literal
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._ops.dot_general import dot_general
 from jint8._ops.ragged_dot import ragged_dot
+from jint8._tracing import loops
 from jint8._tracing import rearrange as _rearrange
+from jint8._tracing.loops import UnsupportedUse
 
 __all__ = ["UnsupportedUse", "with_int8"]
 
 _ARRAY = object()  # in the place of an array in what the function returned: only arrays come out of a jaxpr
-
-
-class UnsupportedUse(TypeError):
-    """An int8 weight meets an operation that would need its float values."""
 
 
 def with_int8(function: Callable[[dict[str, jax.Array]], Any], weights: Mapping[str, QTensor]) -> Any:
@@ -99,11 +97,16 @@ def _with_weight(eqn: Any, operands: list[Any]) -> list[Any]:
         return [_PRODUCTS[name](eqn, operands)]
     if name in _REARRANGED and not any(map(is_qtensor, operands[1:])):
         return _REARRANGED[name](eqn.params, *operands)
+    if name in _CONTROL_FLOW:
+        return _CONTROL_FLOW[name](_evaluate, eqn, operands)
     # Calls (jit, remat, custom derivatives) have other names in other versions: know them by what they hold.
     bodies = [param for param in eqn.params.values() if hasattr(param, "eqns")]
-    if len(bodies) == 1 and name not in ("scan", "while"):
+    if len(bodies) == 1:
         return _evaluate(bodies[0], operands)
     raise UnsupportedUse(f"Expected an int8 weight to be multiplied, rearranged or looked up, got {name}.")
+
+
+_CONTROL_FLOW = {"scan": loops.scan, "while": loops.while_loop, "cond": loops.cond}
 
 
 # Products

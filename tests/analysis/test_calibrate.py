@@ -105,6 +105,13 @@ def test_heads_and_vmap():
     np.testing.assert_allclose(got.largest, abs(x).max(1).mean(0).reshape(-1), rtol=1e-6)
 
 
+def test_a_plain_function():
+    """Its own products, of float weights or of int8 ones."""
+    run = lambda params, x: jnp.tanh(x @ params["w"])
+    for w in (W, jint8.quantize(W)):
+        assert_seen(statistics(run, {"w": w}, [X], counted=COUNTED)["w"], expected(X))
+
+
 def test_a_weight_that_is_used_twice():
     run = lambda params, x: jint8.matmul(x, params["w"]) + jint8.matmul(2 * x, params["w"])
     got = statistics(run, {"w": jint8.quantize(W)}, [X], counted=COUNTED)["w"]
@@ -216,11 +223,6 @@ ERRORS = {
         lambda: jint8.calibrate(lambda params, x: x + params["b"], {"b": np.ones(K, np.float32)}, [X]),
         ValueError,
         "Expected parameters with projections, got none",
-    ),
-    "not_a_flax_layer": (
-        lambda: jint8.calibrate(lambda params, x: x @ params["kernel"], {"kernel": W}, [X]),
-        TypeError,
-        "unsupported operand",
     ),
     "not_differentiable": (
         lambda: jint8.calibrate(lambda p, x: jax.lax.stop_gradient(jint8.matmul(x, p["kernel"])), PLAIN, [X]),

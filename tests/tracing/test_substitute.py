@@ -175,8 +175,7 @@ def test_under_transforms():
         pytest.param(lambda w: w.sum(), "got reduce_sum", id="sum"),
         pytest.param(lambda w: w.astype(int), "stay floating point, got int", id="cast to integers"),
         pytest.param(lambda w: jnp.broadcast_to(w, (3, 8, 8)), "repeated", id="broadcast"),
-        pytest.param(lambda w: lax.scan(lambda x, w: (x + x @ w, None), X, w[None])[0], "got scan", id="loop"),
-        pytest.param(lambda w: lax.cond(X.sum() > 0, lambda w: X @ w, lambda w: X, w), "got cond", id="condition"),
+        pytest.param(lambda w: jnp.pad(w, 1)[1:-1, 1:-1], "got pad", id="padded"),
     ],
 )
 def test_refuses_what_needs_the_values(function, message):
