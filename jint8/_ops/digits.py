@@ -47,6 +47,6 @@ def digit_rows(value: jax.Array, count: int) -> jax.Array:
 def join_digits(sums, m: int):
     """float32 sums of the digits of `m` rows, `[digits m, n]`, to sums of what the rows stand for, `[m, n]`."""
     total = sums[:m]
-    for start in range(m, len(sums), m):
-        total = total * DIGIT_BASE + sums[start : start + m]
+    for place in range(1, sums.shape[0] // m):
+        total = total * DIGIT_BASE + sums[place * m : (place + 1) * m]
     return total

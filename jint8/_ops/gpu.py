@@ -43,6 +43,8 @@ def unsupported(m: int, w: Weight, config: Config) -> str | None:
         return f"{config.digits} digits per activation"
     if k > MAX_K:
         return f"k = {k}, where sums of more than {MAX_K} products exceed int32"
+    if not isinstance(m, int):  # as in an exported program with symbolic shapes
+        return "a number of rows that isn't known when the program is made"
     if max(n * k, 3 * m * k, m * n) >= 2**31:
         return f"m = {m}, n = {n}, k = {k}, with arrays of 2**31 elements or more"
     return None

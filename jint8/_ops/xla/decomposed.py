@@ -49,7 +49,7 @@ def _product_of_split(x: jax.Array, parts: Split, w: Weight, sharding: ContractS
     """The product before it is multiplied by the weight's scales, float32 `[m, n]`."""
     # All int8 rows that meet the weights go into one product, because reading the weights is what takes the time:
     # the regular values, the digits of the outliers, and a row of ones that sums up the weights for the zero points.
-    rows, m, outliers = [parts.q], len(x), parts.outliers
+    rows, m, outliers = [parts.q], x.shape[0], parts.outliers
     if outliers is not None and outliers.digits is not None:
         rows.append(outliers.digits)
     if parts.zero is not None:
@@ -59,7 +59,7 @@ def _product_of_split(x: jax.Array, parts: Split, w: Weight, sharding: ContractS
     def regular(acc, row_sums):
         """The regular values' product, out of the exact sums of all rows."""
         sums = without_zero((acc, row_sums), w)
-        values = sums[: len(parts.q)]
+        values = sums[: parts.q.shape[0]]
         if parts.zero is not None:  # sum_k (q - zero) w = sum_k q w - zero sum_k w
             values = values - parts.zero * sums[-1:]
         return join_digits(values, m) * parts.scale
@@ -72,5 +72,5 @@ def _product_of_split(x: jax.Array, parts: Split, w: Weight, sharding: ContractS
         return regular(*exact)
     if outliers.digits is None:
         return add_gathered(x, outliers, w, exact, regular)
-    sums = without_zero(exact, w)[len(parts.q) :][: len(outliers.digits)]
+    sums = without_zero(exact, w)[parts.q.shape[0] :][: outliers.digits.shape[0]]
     return regular(*exact) + join_digits(sums, m) * outliers.step

@@ -25,7 +25,7 @@ CHANNEL_GROUPS = 4  # operands of the reduction over features; docs/speed.md has
 
 def fits_row(m: int, w: Weight, config: Config) -> bool:
     """Whether `"xla_row"` can compute the product of `m` rows and `w`."""
-    return m == 1 and w.k_last and row_pieces(w.k, config) > 0
+    return isinstance(m, int) and m == 1 and w.k_last and row_pieces(w.k, config) > 0
 
 
 def row_by_row(config: Config) -> Callable[[jax.Array, Weight], jax.Array]:

@@ -19,7 +19,9 @@ from jint8._ops.xla.plain import float_product
 
 
 def choose_xla_path(m: int, w: Weight, config: Config) -> str:
-    """The path for `m` rows."""
+    """The path for `m` rows; a number that isn't known (symbolic shapes, in an exported program) may be large."""
+    if not isinstance(m, int):
+        return "xla_gather"
     # Not on a GPU: its condition on the data would make the device wait for the host.
     if on_one_cpu() and fits_row(m, w, config):
         return "xla_row"
