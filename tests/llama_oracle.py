@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
-def logits(read, config: dict, tokens: np.ndarray) -> np.ndarray:
-    """float64 `[s, vocab]` of `tokens[s]`; `read(name)` gives a tensor by its Hugging Face name."""
+def logits(read, config: dict, tokens: np.ndarray, rope=None) -> np.ndarray:
+    """float64 `[s, vocab]` of `tokens[s]`; `read(name)` gives a tensor by its Hugging Face name.
+
+    `rope(s)` gives rotary frequencies and the factor of sines and cosines for a sequence of s tokens.
+    """
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     hidden = config["hidden_size"]
     d = config.get("head_dim") or hidden // heads
@@ -19,8 +22,10 @@ def logits(read, config: dict, tokens: np.ndarray) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"]) * get(name)
 
     def rotate(x):  # (s, heads, d)
-        angle = np.arange(s)[:, None] / config["rope_theta"] ** (np.arange(0, d, 2) / d)
-        turn = np.exp(1j * angle)[:, None]
+        frequencies, scale = config["rope_theta"] ** (-np.arange(0, d, 2) / d), 1
+        if rope is not None:
+            frequencies, scale = rope(s)
+        turn = scale * np.exp(1j * np.arange(s)[:, None] * frequencies)[:, None]
         z = (x[..., : d // 2] + 1j * x[..., d // 2 :]) * turn
         return np.concatenate([z.real, z.imag], -1)
 

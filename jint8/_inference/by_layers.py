@@ -25,7 +25,7 @@ from jint8._inference.sizes import check_memory, empty_arrays, padded_length, pi
 from jint8.models._attention import Context, context
 from jint8.models._cache import Cache, check_cache, empty_layer
 from jint8.models._decoder import Block, Decoder
-from jint8.models._rope import Rotary
+from jint8.models._rope import Rotary, depends_on_length
 
 # How many layers a program has. More compile longer; fewer are started more often. A step of decoding is short beside
 # starting a program, and so is a short prompt beside compiling one: the first answer waits for it.
@@ -180,10 +180,11 @@ class ByLayers:
         start = padded - len(prompt)
         tokens[0, start:] = prompt
         first = np.array([start], np.int32)
+        length = np.array([len(prompt)], np.int32) if depends_on_length(self._model.config) else None
         prefill = groups(self._model, tree, PREFILL_LAYERS.get(padded, LONG_PREFILL_LAYERS))
         caches: list[Any] = [None] * len(prefill)
         for begin, end in pieces(padded):
-            inputs: tuple[Any, ...] = (self._rest, tokens[:, begin:end], np.int32(begin), first)
+            inputs: tuple[Any, ...] = (self._rest, tokens[:, begin:end], np.int32(begin), first, length)
             x, at, angles = PROGRAMS.run(_begin, (self._model,), inputs)
             for i, group in enumerate(prefill):
                 if begin == 0:
@@ -213,9 +214,11 @@ def groups(model: Decoder, tree: Any, most: int) -> list[Group]:
     return out
 
 
-def _begin(model: Decoder, rest: Any, tokens: Any, slot: Any, first: Any) -> tuple[jax.Array, Context, Angles]:
-    """The first layer's input for `tokens[b, s]`, the first of which stands at `slot`."""
-    at = context(tokens, slot, first)
+def _begin(
+    model: Decoder, rest: Any, tokens: Any, slot: Any, first: Any, length: Any = None
+) -> tuple[jax.Array, Context, Angles]:
+    """The first layer's input for `tokens[b, s]`, the first of which stands at `slot`; `length` is `Context.length`."""
+    at = context(tokens, slot, first, length)
     begun: Any = model.apply({"params": rest}, tokens, at, method="begin")
     return begun[0], at, begun[1]
 

@@ -28,6 +28,7 @@ def forward(
     first: jax.Array | None = None,
     cache: list[Cache] | None = None,
     last: bool = False,
+    length: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Cache] | None]:
     """Logits and cache, as `model.apply` computes them.
 
@@ -39,13 +40,14 @@ def forward(
       first: where each row's padding ends, int32 `[b]`; None where nothing is padding.
       cache: keys and values of earlier tokens, donated: use the returned one from there on. None runs without one.
       last: only the logits of the last token.
+      length: `Context.length`.
 
     Returns:
       float32 `[b, s, vocab]` (with `last`, `[b, 1, vocab]`), and the cache with these tokens (None without one).
     """
     tree = params["params"]
     rest = {name: leaf for name, leaf in tree.items() if not name.startswith("layers_")}
-    x, at, angles = PROGRAMS.run(_begin, (model,), (rest, tokens, slot, first))
+    x, at, angles = PROGRAMS.run(_begin, (model,), (rest, tokens, slot, first, length))
     caches = [None] * model.config.num_layers if cache is None else cache
     new_cache: list[Any] = []
     for start in range(0, model.config.num_layers, GROUP):
@@ -59,8 +61,8 @@ def forward(
     return logits, None if cache is None else new_cache
 
 
-def _begin(model: Decoder, params: Any, tokens, slot, first) -> tuple[jax.Array, Context, Any]:
-    at = context(tokens, slot, first)
+def _begin(model: Decoder, params: Any, tokens, slot, first, length) -> tuple[jax.Array, Context, Any]:
+    at = context(tokens, slot, first, length)
     x, angles = model.apply({"params": params}, tokens, at, method="begin")
     return x, at, angles
 

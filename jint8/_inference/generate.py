@@ -27,6 +27,7 @@ from jint8.models._attention import Context, context
 from jint8.models._cache import Cache, check_cache, make_cache
 from jint8.models._decoder import Decoder
 from jint8.models._partition import batch_axis, heads_axis
+from jint8.models._rope import depends_on_length
 
 CHUNK = 512  # longest part of a prompt that goes through the model at once: memory of attention's scores grows with it
 SLOTS = 128  # the cache's length is a multiple of this, so that requests of similar length share compiled programs
@@ -53,11 +54,12 @@ def prefill(
     slots: int,
     sampling: Sampling,
     kind: str | None = None,
+    length: jax.Array | None = None,
 ) -> State:
     """Runs the last chunk of `prompt[b, s]`, which may be all of it, and appends the first new token.
 
     `cache` holds the chunks before the last one; None means that there are none, and then one of this `kind` is made.
-    `first`, `key` and `slots` become the state's.
+    `first`, `key` and `slots` become the state's; `length` is `Context.length`.
     """
     b, s = prompt.shape
     begin = 0 if cache is None else s - CHUNK
@@ -65,7 +67,7 @@ def prefill(
         cache = empty_cache(model, params, b, slots, kind)
     run = forward if model.mesh is None else _apply
     slot = jnp.int32(begin) if begin else None
-    logits, cache = run(model, params, prompt[:, begin:], slot, first, cache, last=True)
+    logits, cache = run(model, params, prompt[:, begin:], slot, first, cache, last=True, length=length)
     return _first_token(model, prompt, first, key, cache, logits, slots, sampling)
 
 
@@ -77,10 +79,18 @@ def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, 
     return _replicated(_append(logits[:, -1], state, sampling), model.mesh)
 
 
-def extend(model: Decoder, params: Any, tokens: Any, slot: jax.Array | None, first: jax.Array | None, cache):
+def extend(
+    model: Decoder,
+    params: Any,
+    tokens: Any,
+    slot: jax.Array | None,
+    first: jax.Array | None,
+    cache: Any,
+    length: jax.Array | None = None,
+) -> Any:
     """The cache with keys and values of `tokens[b, s]`, the first of which stands at `slot`."""
     run = forward if model.mesh is None else _apply
-    return run(model, params, tokens, slot, first, cache, last=True)[1]
+    return run(model, params, tokens, slot, first, cache, last=True, length=length)[1]
 
 
 # On a mesh, all layers are one program, so that XLA shards the activations of all of them alike.
@@ -135,7 +145,7 @@ def _batch_axis(model: Decoder, params: Any, batch: int) -> str | None:
     return batch_axis(model.mesh, batch)
 
 
-def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = False) -> Any:
+def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = False, length=None) -> Any:
     """Logits and cache. Where the batch is sharded, each device computes its own rows.
 
     `shard_map` over the batch's axis is what tells XLA that rows don't depend on each other. The model's axis isn't
@@ -145,7 +155,7 @@ def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = Fals
     def apply(params, tokens, at, cache):
         return model.apply(params, tokens, at, cache, last=last)
 
-    at = context(tokens, slot, first)
+    at = context(tokens, slot, first, length)
     axis = _batch_axis(model, params, len(tokens))
     if axis is None:
         return apply(params, tokens, at, cache)
@@ -155,7 +165,7 @@ def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = Fals
         apply,
         mesh=model.mesh,
         axis_names={axis},
-        in_specs=(whole, rows, Context(whole, rows, rows, rows), rows),
+        in_specs=(whole, rows, Context(whole, rows, rows, rows, rows), rows),
         out_specs=rows,
         check_vma=False,  # parameters and positions are the same on each device, which JAX can't infer here
     )(params, tokens, at, cache)
@@ -216,14 +226,15 @@ def start(
     run, run_part = (prefill, extend) if model.mesh is None else (prefill_at_once, extend_at_once)
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     first = jnp.asarray(starts) if starts.any() else None
+    lengths = jnp.asarray(length - starts) if depends_on_length(model.config) else None
     cache = None
     if is_long(prompts):
         cache = empty_cache(model, params, b, slots, kind)
         for end in range(length % CHUNK or CHUNK, length, CHUNK):
             begin = max(0, end - CHUNK)
             slot = jnp.int32(begin) if begin else None
-            cache = run_part(model, params, padded[:, begin:end], slot, first, cache)
-    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, kind)
+            cache = run_part(model, params, padded[:, begin:end], slot, first, cache, lengths)
+    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, kind, lengths)
 
 
 def is_long(prompts: Sequence[Sequence[int]]) -> bool:

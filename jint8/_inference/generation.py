@@ -16,6 +16,7 @@ from jint8._inference.programs import LIMIT, PROGRAMS, give_back
 from jint8._inference.sampling import Sampling
 from jint8._inference.sizes import is_long, padded_length, reachable, rows_for
 from jint8.models._decoder import Decoder
+from jint8.models._rope import depends_on_length, same_until
 
 LARGE = 64 * 2**20  # bytes of a cache whose memory goes back to the system when the generation ends
 
@@ -71,6 +72,55 @@ def generate(
 
     `options` are `sampling`, `seed` and `kind`, as in `ByLayers`.
     """
+    if depends_on_length(model.config):
+        yield from _rebuilding(model, params, prompts, max_tokens, every, options)
+    else:
+        yield from _generate(model, params, prompts, max_tokens, every, options)
+
+
+def _rebuilding(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    every: int,
+    options: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """`generate` where rotary frequencies depend on the length of a row.
+
+    When they change, so do keys and values of all earlier tokens, in all layers: what a layer reads was computed from
+    keys that were rotated otherwise. So the cache is made anew, by a generation whose prompts are the rows so far.
+    """
+    seed, end_tokens = options["seed"], options["sampling"].end_tokens
+    rows, going = [list(map(int, prompt)) for prompt in prompts], list(range(len(prompts)))
+    left = max_tokens
+    while left and going:
+        limits = [(same_until(model.config, len(rows[i])), len(rows[i])) for i in going]
+        # The tokens that a generation gives: one from its prompts, and one for each step at which no row's change.
+        count = min([left, *(1 + limit - length for limit, length in limits if limit is not None)])
+        changes = options | {"seed": seed}
+        for block in _generate(model, params, [rows[i] for i in going], count, every, changes):
+            tokens = np.full((len(rows), block.shape[1]), max(int(end_tokens[0]), 0), np.int32)
+            tokens[going] = block
+            yield tokens
+            left -= block.shape[1]
+            for i in range(len(rows)):
+                rows[i] += tokens[i].tolist()
+        ended = [bool(np.isin(rows[i][len(prompts[i]) :], end_tokens).any()) for i in going]
+        going = [i for i, end in zip(going, ended, strict=True) if not end]
+        # Another seed for each, since a generation begins its random numbers from it.
+        seed = int(np.random.SeedSequence([options["seed"] % 2**64, left]).generate_state(1)[0])
+
+
+def _generate(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    every: int,
+    options: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """`generate` with one cache."""
     way = ByLayers if runs_by_layers(model, params) else AtOnce
     before = PROGRAMS.made
     generation = way(model, params, prompts, max_tokens=max_tokens, **options)

@@ -39,18 +39,26 @@ class Context(NamedTuple):
     first: jax.Array | None  # int32[b]: the slot of each row's first real token; None where nothing is padding
     positions: jax.Array  # int32[b, s]
     valid: jax.Array | None  # bool[b, s, 1]: tokens that aren't padding; None where nothing is padding
+    # int32[b]: of each row, for rotary frequencies that depend on it (`depends_on_length`), where later calls have more
+    # of the row's tokens; None where the call's last token is the row's.
+    length: jax.Array | None = None
 
 
-def context(tokens: jax.Array, slot: jax.Array | None = None, first: jax.Array | None = None) -> Context:
-    """The `Context` of `tokens[b, s]` that start at `slot`, in rows whose padding ends at `first[b]`."""
+def context(
+    tokens: jax.Array,
+    slot: jax.Array | None = None,
+    first: jax.Array | None = None,
+    length: jax.Array | None = None,
+) -> Context:
+    """The `Context` of `tokens[b, s]` that start at `slot`, in rows of `length[b]` whose padding ends at `first[b]`."""
     b, s = tokens.shape
     slots = jnp.broadcast_to((0 if slot is None else slot) + jnp.arange(s, dtype=jnp.int32), (b, s))
     if first is None:
-        return Context(slot, None, slots, None)
+        return Context(slot, None, slots, None, length)
     positions = slots - first[:, None]
     # A call of one token is a step of decoding, in which every row has a token of its own.
     valid = None if s == 1 else (positions >= 0)[..., None]
-    return Context(slot, first, jnp.maximum(positions, 0), valid)
+    return Context(slot, first, jnp.maximum(positions, 0), valid, length)
 
 
 class Attention(nn.Module):

@@ -195,8 +195,8 @@ class Decoder(nn.Module):
             x = x + jnp.take(self.positions, at.positions + c.learned_positions, axis=0).astype(x.dtype)
         if c.embedding_norm:
             x = self.embedding_norm(x)
-        angles = None if c.rope is None else rotary(at.positions, c.rope)
-        return x, (angles, angles if c.local_rope is None else rotary(at.positions, c.local_rope))
+        angles = None if c.rope is None else rotary(at.positions, c.rope, at.length)
+        return x, (angles, angles if c.local_rope is None else rotary(at.positions, c.local_rope, at.length))
 
     def end(self, x: jax.Array, at: Context, last: bool) -> jax.Array:
         """Logits of `x[b, s, d]`, which comes out of the last layer."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jint8.models._config import Rope
+from jint8.models._config import ModelConfig, Rope
 
 
 class Rotary(NamedTuple):
@@ -22,9 +22,10 @@ class Rotary(NamedTuple):
     cos: jax.Array
 
 
-def rotary(positions: jax.Array, rope: Rope) -> Rotary:
-    """`Rotary` of `positions[b, s]`."""
-    angle = positions[..., None, None, None].astype(jnp.float32) * _frequencies(positions, rope)  # [b, s, 1, 1, half]
+def rotary(positions: jax.Array, rope: Rope, length: jax.Array | None = None) -> Rotary:
+    """`Rotary` of `positions[b, s]`, in rows of `length[b]` tokens; None for those up to the last position."""
+    frequencies = _frequencies(positions, rope, length)
+    angle = positions[..., None, None, None].astype(jnp.float32) * frequencies  # [b, s, 1, 1, half]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     if rope.scale != 1:
         sin, cos = sin * rope.scale, cos * rope.scale
@@ -32,12 +33,30 @@ def rotary(positions: jax.Array, rope: Rope) -> Rotary:
     return lax.optimization_barrier(table)  # without it XLA fuses sines and cosines into every layer, and repeats them
 
 
-def _frequencies(positions: jax.Array, rope: Rope) -> jax.Array | np.ndarray:
-    """Frequencies `[half]`, or `[b, 1, 1, 1, half]` where they depend on the length of each row so far."""
+def depends_on_length(config: ModelConfig) -> bool:
+    """Whether a model's frequencies depend on the length of the sequence."""
+    return any(rope is not None and bool(rope.long or rope.ntk) for rope in (config.rope, config.local_rope))
+
+
+def same_until(config: ModelConfig, length: int) -> int | None:
+    """The longest sequence that has the same frequencies as one of `length` tokens; None where all longer ones have."""
+    limits = []
+    for rope in (config.rope, config.local_rope):
+        if rope is None or not (rope.long or rope.ntk):
+            continue
+        if length <= rope.trained:
+            limits.append(rope.trained)
+        elif not rope.long:  # dynamic NTK scaling: every length has frequencies of its own
+            limits.append(length)
+    return min(limits, default=None)
+
+
+def _frequencies(positions: jax.Array, rope: Rope, length: jax.Array | None) -> jax.Array | np.ndarray:
+    """Frequencies `[half]`, or `[b, 1, 1, 1, half]` where they depend on the length of each row."""
     frequencies = np.asarray(rope.frequencies, np.float32)
     if not rope.long and not rope.ntk:
         return frequencies
-    length = (jnp.max(positions, axis=1) + 1)[:, None, None, None, None]
+    length = (jnp.max(positions, axis=1) + 1 if length is None else length)[:, None, None, None, None]
     if rope.long:
         return jnp.where(length > rope.trained, np.asarray(rope.long, np.float32), frequencies)
     # Dynamic NTK scaling replaces the base by base * stretch ** (d / (d - 2)), which divides frequency i by
