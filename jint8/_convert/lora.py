@@ -29,6 +29,25 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = ("lora_a", "lora_b")
 
+OTHER_ARITHMETIC = (  # options of PEFT that make more of an adapter than `B A` beside each weight
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "velora_config",
+)
+
+# Values of `init_lora_weights`, up to PEFT 0.21.2, which initializes also when it loads an adapter, before it reads the
+# factors. With these it changes the factors alone.
+KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal", "mica")
+# With these it takes something out of the weights below, so that the factors aren't a difference from them.
+CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def with_adapter(
     params: dict[str, Any], model: Decoder | Encoder, path: Path, mesh: Mesh | None = None
@@ -107,8 +126,27 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     for key, value in expected.items():
         if (got := config.get(key, value)) != value:
             raise ValueError(f"{file}: Expected {key} to be {value!r}, got {got!r}.")
+    for key in OTHER_ARITHMETIC:
+        if config.get(key):
+            raise ValueError(f"{file}: Expected no {key}, got {config[key]!r}.")
+    _check_init(config.get("init_lora_weights", True), file)
     if not isinstance(config.get("lora_alpha"), (int, float)):
         raise ValueError(f"{file}: Expected lora_alpha to be a number, got {config.get('lora_alpha')!r}.")
+
+
+def _check_init(init: Any, file: Path) -> None:
+    """Raises ValueError for an `init_lora_weights` with which the factors aren't a difference from the weights."""
+    name = init.lower() if isinstance(init, str) else init
+    if isinstance(name, bool) or name is None or name in KEEPS_WEIGHTS:
+        return
+    expected = ", ".join(["true", "false", *map(repr, KEEPS_WEIGHTS)])
+    message = f"{file}: Expected init_lora_weights to be {expected}, got {init!r}"
+    if isinstance(name, str) and (name in CHANGES_WEIGHTS or name.startswith("pissa_niter_")):
+        message += (
+            ", with which PEFT changes the model's own weights. Convert the adapter to plain LoRA: "
+            "save_pretrained of PEFT with path_initial_model_for_weight_conversion, or merge it into the model"
+        )
+    raise ValueError(f"{message}.")
 
 
 def _checked_factors(

@@ -21,6 +21,7 @@ from jint8._convert.read_params import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype
 from jint8._convert.settings import resolve_settings
 from jint8._convert.targets import abstract_float_params
+from jint8._convert.tied import with_own_head
 from jint8._core.calibration import Calibration
 from jint8._core.config import Config, check_config
 from jint8._inference.language_model import LanguageModel
@@ -238,13 +239,16 @@ def _find_outliers(fields: dict[str, Any], text: str | None) -> Calibration:
 
 
 def _fields(checkpoint: Checkpoint, model: Decoder | Encoder, params: dict[str, Any], quant: Config) -> dict[str, Any]:
+    hf_config = text_config(checkpoint.config)
+    if isinstance(model, Decoder) and model_config(hf_config).tie_embeddings != model.config.tie_embeddings:
+        hf_config["tie_word_embeddings"] = model.config.tie_embeddings  # what `save` writes loads as the same model
     return {
         "model": model,
         "params": params,
         "tokenizer": checkpoint.tokenizer(),
         "config": model.config,
         "quant": quant,
-        "hf_config": text_config(checkpoint.config),
+        "hf_config": hf_config,
     }
 
 
@@ -256,7 +260,8 @@ def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 def build_decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = None) -> Decoder:
     """The decoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
-        return Decoder(model_config(checkpoint.config), jnp.dtype(dtype), mesh)
+        config = with_own_head(checkpoint, model_config(checkpoint.config))
+        return Decoder(config, jnp.dtype(dtype), mesh)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 

@@ -87,6 +87,14 @@ FAULTS = {
     "kind": (options(peft_type="IA3"), "Expected peft_type to be 'LORA', got 'IA3'"),
     "dora": (options(use_dora=True), "Expected use_dora to be False"),
     "alpha": (options(lora_alpha=None), "Expected lora_alpha to be a number, got None"),
+    **{
+        f"init_{name}": (options(init_lora_weights=name), f"init_lora_weights to be .*, got '{name}', with which PEFT")
+        for name in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga")
+    },
+    "invocation": (options(alora_invocation_tokens=[1, 2]), r"Expected no alora_invocation_tokens, got \[1, 2\]"),
+    "replication": (options(layer_replication=[[0, 1], [0, 2]]), "Expected no layer_replication"),
+    "init_unknown": (options(init_lora_weights="new"), r"adapter_config\.json: .* init_lora_weights .*, got 'new'\.$"),
+    "init_number": (options(init_lora_weights=1.5), "init_lora_weights .*, got 1.5"),
     "half_a_pair": (tensors(lambda t: t.pop(f"{Q}.lora_A.weight")), f"{Q}': Expected lora_A.weight and lora_B.weight"),
     "wrong_shape": (
         tensors(lambda t: t.update({f"{Q}.lora_B.weight": t[f"{Q}.lora_B.weight"][1:]})),
@@ -106,6 +114,13 @@ def test_fault(fault, message, tmp_path):
     fault(path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load("llama", adapter=path)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_initializations_that_leave_the_weights(init, tmp_path):
+    path = shutil.copytree(ADAPTERS / "llama", tmp_path / "adapter")
+    options(init_lora_weights=init)(path)
+    jax.tree.map(np.testing.assert_array_equal, load("llama", adapter=path).params, load("llama").params)
 
 
 def test_factors_of_experts(tmp_path):
