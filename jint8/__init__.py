@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jint8._inference.language_model import LanguageModel as LanguageModel
     from jint8._inference.load import load as load
     from jint8._inference.load import load_encoder as load_encoder
+    from jint8._inference.merge import merge_adapter as merge_adapter
     from jint8._inference.save import save as save
     from jint8._inference.text_encoder import TextEncoder as TextEncoder
     from jint8.linen import apply as apply
@@ -63,6 +64,7 @@ _LAZY = {
     "evaluate": "jint8._inference.evaluate",
     "load": "jint8._inference.load",
     "load_encoder": "jint8._inference.load",
+    "merge_adapter": "jint8._inference.merge",
     "save": "jint8._inference.save",
 }
 _LAZY_MODULES = ("analysis", "checkpoints", "linen", "models", "nnx")

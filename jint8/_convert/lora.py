@@ -1,5 +1,9 @@
 """LoRA adapters of PEFT on top of a loaded model, int8 or not: `y = x W.T + scaling (x A.T) B.T`.
 
+With DoRA, rows of `W + scaling B A` have the norms that the adapter says: as it is loaded, rows of W and of B are
+scaled. Of an int8 weight these are its scales, so that nothing is rounded. `modules_to_save` are whole tensors in place
+of the model's.
+
 The factors lie beside the weight that they belong to: `lora_a` `[r, k]`, and `lora_b` `[n, r]` with the scaling in it.
 Where several of a checkpoint's weights make up one of ours, as q, k and v do, so do their factors: A are stacked, and B
 are the blocks on a diagonal, so that each output uses its own factors, `[B1 A1; B2 A2] = diag(B1, B2) [A1; A2]`.
@@ -17,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings, place
+from jint8._convert.merge import placed_alike, requantized, row_factors, scaled_rows
 from jint8._convert.quantize_rows import cast
 from jint8._core.qtensor import is_qtensor
 from jint8._trees.paths import leaf_paths
@@ -28,6 +33,7 @@ from jint8.models.families import sources, split_sizes
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = ("lora_a", "lora_b")
+MAGNITUDE = "lora_magnitude_vector"
 
 OTHER_ARITHMETIC = (  # options of PEFT that make more of an adapter than `B A` beside each weight
     "alora_invocation_tokens",
@@ -61,7 +67,8 @@ def with_adapter(
       mesh: the devices that `params` are sharded over; None is one device.
 
     Returns:
-      A tree with `lora_a` and `lora_b` beside the weights that the adapter is for.
+      A tree with `lora_a` and `lora_b` beside the weights that the adapter is for; with DoRA these are scaled, and with
+      `modules_to_save` others replaced.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -70,6 +77,7 @@ def with_adapter(
 
     References:
       Hu et al., LoRA, 2021, arXiv 2106.09685, section 4.1.
+      Liu et al., DoRA, 2024, arXiv 2402.09353, equation 5.
     """
     import scipy.linalg  # here, since it takes a while, and most models are loaded without an adapter
 
@@ -78,9 +86,12 @@ def with_adapter(
     factors = dict(read_arrays(file))
     shapes = {name: leaf.shape for name, leaf in leaf_paths(params, is_leaf=is_qtensor) if name.endswith("/weight")}
     result = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_qtensor)  # new dictionaries around the same arrays
+    if config.get("modules_to_save"):
+        _replace_modules(result, model, factors, file)
     for name, source in sources(model.config, shapes, ()).items():
         modules = [tensor.removesuffix(".weight") for tensor in source.tensors]
         pairs = [[factors.pop(f"{PREFIX}{module}.lora_{f}.weight", None) for f in "AB"] for module in modules]
+        magnitudes = [factors.pop(f"{PREFIX}{module}.{MAGNITUDE}", None) for module in modules]
         if all(factor is None for pair in pairs for factor in pair):
             continue
         if len(shapes[name]) != 2:
@@ -91,18 +102,64 @@ def with_adapter(
             down, up = _checked_factors(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
             a.append(down)
             b.append(up * _scaling(config, module, len(down)))
+        dora, norms = bool(config.get("use_dora")), []
+        for module, n, down, norm in zip(modules, rows, a, magnitudes, strict=True):
+            where, needed = f"{file}: tensor {PREFIX + module!r}", dora and len(down) > 0
+            norms.append(_checked_magnitude(where, norm, n, needed))
         ups = scipy.linalg.block_diag(*b)
         new = {"lora_a": np.concatenate(a), "lora_b": ups if source.order is None else ups[source.order]}
         module = name.removesuffix("weight")
         placed = decoder_shardings({module + leaf: factor for leaf, factor in new.items()}, mesh)
-        *parents, _ = name.split("/")
-        node = result
-        for parent in parents:
-            node = node[parent]
+        node = _node(result, name)
         node |= {leaf: place(cast(factor, model.dtype), placed.get(module + leaf)) for leaf, factor in new.items()}
+        if dora:
+            magnitude = np.concatenate(norms)
+            magnitude = magnitude if source.order is None else magnitude[source.order]
+            factor = row_factors(node["weight"], node["lora_a"], node["lora_b"], magnitude)
+            for leaf in ("weight", "lora_b"):
+                node[leaf] = placed_alike(scaled_rows(node[leaf], factor), node[leaf])
     for name in factors:
         raise ValueError(f"{file}: tensor {name!r}: Expected only factors of projections of this model, got this.")
     return result
+
+
+def _node(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    """The dictionary that holds the parameter at `path`."""
+    for parent in path.split("/")[:-1]:
+        tree = tree[parent]
+    return tree
+
+
+def _replace_modules(
+    params: dict[str, Any], model: Decoder | Encoder, tensors: dict[str, np.ndarray], file: Path
+) -> None:
+    """Replaces parameters of which `tensors` has all that they are made of, and takes these out of it.
+
+    Raises:
+      ValueError: a part of a parameter, a wrong shape, values that aren't finite, or a tied embedding.
+    """
+    leaves = dict(leaf_paths(params, is_leaf=is_qtensor))
+    for path, source in sources(model.config, leaves, ()).items():
+        names = [PREFIX + name for name in source.tensors]
+        found = [tensors.pop(name) for name in names if name in tensors]
+        if not found:
+            continue
+        leaf, where = leaves[path], f"{file}: tensor {names[0]!r}"
+        if len(found) < len(names):
+            raise ValueError(f"{where}: Expected all of {', '.join(names)}, got {len(found)} of them.")
+        if path == "embedding" and model.config.tie_embeddings:
+            raise ValueError(f"{where}: Expected no embedding for a model whose output head is tied to it, got one.")
+        parts = [(part.T if source.transposed else part).astype(np.float32) for part in found]
+        value = parts[0] if len(parts) == 1 else None
+        if value is None and len({part.shape[1:] for part in parts}) == 1 and len(leaf.shape) < 3:
+            value = np.concatenate(parts)
+        if value is None or value.shape != leaf.shape:
+            raise ValueError(f"{where}: Expected shape {leaf.shape}, got {[part.shape for part in parts]}.")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{where}: Expected finite values, got NaN or infinity.")
+        value = value if source.order is None else value[source.order]
+        new = requantized(leaf, jax.numpy.asarray(value)) if is_qtensor(leaf) else cast(value, leaf.dtype)
+        _node(params, path)[path.rpartition("/")[2]] = placed_alike(new, leaf)
 
 
 def saved_factors(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -121,8 +178,8 @@ def saved_factors(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> di
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raises ValueError for an adapter that isn't `B A` alone, such as one that trains biases as well."""
-    expected = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_qalora": False}
+    """Raises ValueError for an adapter that is of another kind, such as one that trains biases as well."""
+    expected = {"peft_type": "LORA", "bias": "none", "use_qalora": False}
     for key, value in expected.items():
         if (got := config.get(key, value)) != value:
             raise ValueError(f"{file}: Expected {key} to be {value!r}, got {got!r}.")
@@ -163,6 +220,21 @@ def _checked_factors(
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise ValueError(f"{where}: Expected finite factors, got NaN or infinity.")
     return down, up
+
+
+def _checked_magnitude(where: str, magnitude: np.ndarray | None, n: int, needed: bool) -> np.ndarray:
+    """DoRA's norms of rows in float32; zeros where they stay. Raises ValueError for ones that don't fit."""
+    if (magnitude is not None) != needed:
+        expected, got = ("a", "none") if needed else ("no", "one")
+        raise ValueError(f"{where}: Expected {expected} {MAGNITUDE}, got {got}.")
+    if magnitude is None:
+        return np.zeros(n, np.float32)
+    magnitude = magnitude.astype(np.float32)
+    if magnitude.shape != (n,):
+        raise ValueError(f"{where}: Expected {MAGNITUDE} of shape ({n},), got {magnitude.shape}.")
+    if not (np.isfinite(magnitude).all() and (magnitude > 0).all()):
+        raise ValueError(f"{where}: Expected {MAGNITUDE} to be positive and finite, got others.")
+    return magnitude
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -39,7 +39,7 @@ def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
     if shape != checkpoint.tensors[b].shape or not shape:
         return False
     for start in range(0, shape[0], ROWS):
-        rows = [checkpoint.read_rows(name, start, min(start + ROWS, shape[0])) for name in (a, b)]
-        if not np.array_equal(*(part.astype(np.float32) for part in rows)):
+        x, y = (checkpoint.read_rows(name, start, min(start + ROWS, shape[0])) for name in (a, b))
+        if not np.array_equal(x.astype(np.float32), y.astype(np.float32)):
             return False
     return True

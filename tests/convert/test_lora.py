@@ -85,7 +85,7 @@ FAULTS = {
     "no_config": (lambda path: (path / "adapter_config.json").unlink(), r"adapter_config\.json"),
     "no_weights": (lambda path: (path / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors"),
     "kind": (options(peft_type="IA3"), "Expected peft_type to be 'LORA', got 'IA3'"),
-    "dora": (options(use_dora=True), "Expected use_dora to be False"),
+    "dora": (options(use_dora=True), "q_proj': Expected a lora_magnitude_vector, got none"),
     "alpha": (options(lora_alpha=None), "Expected lora_alpha to be a number, got None"),
     **{
         f"init_{name}": (options(init_lora_weights=name), f"init_lora_weights to be .*, got '{name}', with which PEFT")

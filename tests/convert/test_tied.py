@@ -32,9 +32,7 @@ def test_a_head_that_differs(tmp_path, monkeypatch):
     weights = WEIGHTS | {HEAD: WEIGHTS[EMBEDDING].copy()}
     weights[HEAD][-1, -1] += 1
     path = directory(tmp_path, weights)
-    with pytest.warns(
-        UserWarning, match=r"model\.safetensors: tensor 'lm_head.weight' differs from 'model.embed"
-    ):
+    with pytest.warns(UserWarning, match=r"model\.safetensors: tensor 'lm_head.weight' differs from 'model.embed"):
         model = jint8.load(path, quantize=False, dtype="float32")
     assert relative_error(model, weights) < 1e-5
     assert relative_error(model, weights, tie_word_embeddings=True) > 1e-4
