@@ -10,6 +10,7 @@ from checkpoint_files import llama_metadata, llama_tensors, write_gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jint8.checkpoints import open_checkpoint
+from jint8.checkpoints._tokenizer.pretokenizers import PRE_TOKENIZERS, build_pre_tokenizer
 
 TEXTS = {
     "empty": "",
@@ -202,7 +203,6 @@ def test_no_tokenizer(tmp_path):
 
 FAULTS = {
     "model": ({"model": "rwkv"}, "tokenizer.ggml.model among gpt2, llama, got 'rwkv'"),
-    "pre": ({"pre": "kimi-k2"}, "tokenizer.ggml.pre among default, gpt-2, .*smollm.*, got 'kimi-k2'"),
     "tokens": ({"tokens": None}, "tokenizer.ggml.tokens, got none"),
     "merges": ({"merges": None}, "tokenizer.ggml.merges, got none"),
     "merge_of_unknown": ({"merges": ["a nothing"]}, "Expected merges"),
@@ -219,6 +219,49 @@ def test_fault(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as e:
         open_tokenizer(tmp_path, metadata)
     assert "m.gguf" in str(e.value)
+
+
+def test_unknown_pre_tokenizer(tmp_path):
+    """The model is of use without its tokenizer; whoever uses it is told once."""
+    metadata = metadata_of(trained("smollm"), "smollm") | {"tokenizer.ggml.pre": "kimi-k2"}
+    tok = open_tokenizer(tmp_path, metadata)
+    with pytest.warns(UserWarning, match=r"m\.gguf: Expected a tokenizer.ggml.pre among .*smollm.*, got 'kimi-k2'"):
+        ids = tok.encode("a word")
+    assert tok.encode("a word") == ids
+    assert tok.decode(ids) == "a word"
+
+
+# What the regular expressions of the models' tokenizer.json make of a text, worked out by hand.
+WORDS = {
+    "bloom": ["Hello", ",", " World's", " 1234", " caf\u00e9s", "\u3002\n\n", " x_y"],
+    "viking": ["Hello", ",", " World's", " ", "1", "2", "3", "4", " caf\u00e9s", "\u3002\n\n", " x_y"],
+    "gpt-4o": ["Hello", ",", " World's", " ", "123", "4", " caf\u00e9s", "\u3002\n\n", " x", "_y"],
+    "seed-coder": ["Hello", ",", " World", "'s", " ", "1", "2", "3", "4", " caf\u00e9s", "\u3002", "\n\n", " x", "_y"],
+    "deepseek-coder": ["Hello", ",", " World", "'", "s", " ", "1", "2", "3", "4", " caf\u00e9s", "\u3002", "\n", "\n",
+                       " x", "_", "y"],
+    "deepseek-llm": ["Hello", ",", " World", "'", "s", " ", "1234", " caf", "\u00e9", "s", "\u3002", "\n", "\n",
+                     " x", "_", "y"],
+    "pixtral": ["Hello", ",", " World", "'s", " ", "123", "4", " caf\u00e9s", "\u3002\n\n", " x", "_y"],
+    "stablelm2": ["Hello", ",", " World", "'s", " ", "1", "2", "3", "4", " caf\u00e9s", "\u3002\n\n", " x", "_y"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_words(pre):
+    text = "Hello, World's 1234 caf\u00e9s\u3002\n\n x_y"
+    cut = build_pre_tokenizer(PRE_TOKENIZERS[pre]).pre_tokenize_str(text)
+    assert [text[slice(*span)] for _, span in cut] == WORDS[pre]
+
+
+def test_a_tag_is_no_end(tmp_path):
+    """`</s>` ends a text where it is a control token; in Gemma's vocabulary it is HTML."""
+    metadata = metadata_of(trained("smollm"), "smollm")
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "</s>"]
+    number = len(metadata["tokenizer.ggml.tokens"]) - 1
+    for kind, ends in ((3, True), (4, False)):
+        types = [*metadata["tokenizer.ggml.token_type"], kind]
+        tok = open_tokenizer(tmp_path, metadata | {"tokenizer.ggml.token_type": types})
+        assert (number in tok.eos_ids) == ends
 
 
 def test_scores_missing(tmp_path):

@@ -99,6 +99,65 @@ def test_damaged(directory, file):
         open_checkpoint(directory).tokenizer()
 
 
+def test_template_for_tools(directory):
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }} tools"}]
+    tok = write(directory, tokenizer_config={"chat_template": named})
+    assert tok.apply_chat_template([]) == tok.apply_chat_template([], tools=None) == "plain"
+    assert tok.apply_chat_template([], tools=[{"type": "function"}]) == "1 tools"
+    asks = "{% if tools is not none or documents is not none %}given{% else %}nothing{% endif %}"
+    tok = write(directory, tokenizer_config={"chat_template": asks})
+    assert tok.apply_chat_template([]) == "nothing"
+    assert tok.apply_chat_template([], documents=[]) == "given"
+
+
+NEW = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+BESIDE = {  # files beside tokenizer.json that name the tokens 7 and 8
+    "added_tokens_decoder": {
+        "tokenizer_config": {
+            "added_tokens_decoder": {"8": NEW | {"content": "<b>"}, "7": NEW | {"content": "<a>"}}, "eos_token": "<b>"
+        }
+    },
+    "added_tokens": {"added_tokens": {"<b>": 8, "<a>": 7}, "tokenizer_config": {"eos_token": "<b>"}},
+    "special_tokens_map": {
+        "special_tokens_map": {"additional_special_tokens": ["<s>", {"content": "<b>"}], "bos_token": "<a>"},
+        "tokenizer_config": {"eos_token": "<b>"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", BESIDE.values(), ids=BESIDE)
+def test_tokens_of_other_files(directory, files):
+    tok = write(directory, config={"vocab_size": 9}, **files)
+    assert tok.encode("<a>hi<b>") == [7, tok.backend.token_to_id("hi"), 8]
+    assert tok.eos_ids == (8,)
+
+
+def test_added_token_of_another_number(directory):
+    with pytest.raises(ValueError, match=r"added token '<a>' to have the number 9, got 7"):
+        write(directory, added_tokens={"<a>": 9})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"<a>": "seven"}},
+        {"tokenizer_config": {"added_tokens_decoder": {"7": {"special": True}}}},
+        {"tokenizer_config": {"added_tokens_decoder": ["<a>"]}},
+        {"special_tokens_map": {"additional_special_tokens": [3]}},
+    ],
+)
+def test_damaged_tokens(directory, files):
+    with pytest.raises(ValueError, match="Expected added tokens with a text and a number each"):
+        write(directory, **files)
+
+
+def test_ends_of_the_configuration(directory):
+    """Beside the tokenizer's own, which they name too; a configuration that contradicts it is an older one."""
+    settings = {"tokenizer_config": {"eos_token": "</s>"}}
+    assert write(directory, config={"eos_token_id": [1, 3, 5]}, **settings).eos_ids == (1, 3, 5)
+    assert write(directory, config={"eos_token_id": [3, 5]}, **settings).eos_ids == (1,)
+
+
 @pytest.mark.parametrize("add_bos", [True, False], ids=["opt", "gpt2"])
 def test_vocabulary_and_merges(directory, add_bos):
     """Without tokenizer.json, as OPT has it."""

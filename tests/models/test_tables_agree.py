@@ -7,6 +7,7 @@ import pytest
 
 from jint8.checkpoints._gguf.architectures import ARCHITECTURES
 from jint8.checkpoints._gguf.config import config_from_metadata
+from jint8.checkpoints._gguf.metadata_keys import HARMLESS, READ
 from jint8.checkpoints._gguf.names import hf_name
 from jint8.models import FAMILIES, model_config
 from jint8.models.families._family import COLUMNS, HEADS
@@ -27,7 +28,9 @@ METADATA = {
 def config(model_type):
     """What the reader of GGUF files makes of a file with all that the architecture may say."""
     name, architecture = CASES[model_type]
-    metadata = {f"{name}.{key}": value for key, value in METADATA.items()} | {"general.architecture": name}
+    known = READ | HARMLESS | {*architecture.keys.values(), *architecture.optional.values()}
+    metadata = {f"{name}.{key}": value for key, value in METADATA.items() if key in known}
+    metadata["general.architecture"] = name
     said = config_from_metadata(
         metadata, architecture, path=Path("x"), vocab_size=32, tied=False, tensors=(), rope_tensors={}
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jint8.checkpoints._gguf.architectures import Architecture
+from jint8.checkpoints._gguf.metadata_keys import check_keys
 
 
 def config_from_metadata(
@@ -37,7 +38,8 @@ def config_from_metadata(
       A dict as in `config.json`.
 
     Raises:
-      ValueError: a value is missing or impossible, or the rotary scaling isn't of a known kind.
+      ValueError: a value is missing or impossible, the rotary scaling isn't of a known kind, or metadata of the
+        architecture isn't understood.
     """
     arch = metadata["general.architecture"]
 
@@ -64,7 +66,9 @@ def config_from_metadata(
         **architecture.constants,
     }
     config |= {name: positive(key) for name, key in architecture.keys.items()}
-    config |= {name: get(key) for name, key in architecture.optional.items() if get(key) is not None}
+    said = {name: get(key) for name, key in architecture.optional.items()}
+    # A window or a cap of 0 is none: Phi-4's files say so.
+    config |= {name: value for name, value in said.items() if value or value is False}
     for name, module in architecture.biases.items():
         config[name] = any(tensor.endswith(f"{module}.bias") for tensor in tensors)
     if architecture.rotary:
@@ -76,6 +80,7 @@ def config_from_metadata(
     if architecture.mean_head_layers:
         mean = get("block_count") in architecture.mean_head_layers
         config["query_pre_attn_scalar"] = width // heads if mean else head_dim
+    check_keys(metadata, architecture, config, path)
     for name in ("bos", "eos", "padding"):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
@@ -91,22 +96,32 @@ def _factor(rotary: int, head_dim: int) -> float:
 def _rope_scaling(
     get: Callable[..., Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray], path: Path
 ) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in tensors:
-        return _llama3_scaling(tensors["rope_freqs.weight"], config, path)
+    """As llama.cpp reads it: a factor without a type is linear, and files from 2023 may have another key for it."""
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0))
+    kind = get("rope.scaling.type", "linear")
+    attention = get("rope.scaling.attn_factor")
     original = get("rope.scaling.original_context_length")
     long, short = (tensors.get(f"rope_factors_{kind}.weight") for kind in ("long", "short"))
-    if long is not None and short is not None:
-        return {
-            "rope_type": "longrope",
-            "long_factor": long.tolist(),
-            "short_factor": short.tolist(),
-            "original_max_position_embeddings": original,
-        }
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor")
-    if kind == "none" or factor is None:
-        return None
-    scaling = {"rope_type": kind, "factor": float(factor)}
-    return scaling if original is None else scaling | {"original_max_position_embeddings": original}
+    scaling: dict[str, Any] | None = None
+    if "rope_freqs.weight" in tensors:
+        if kind != "none" and factor not in (0.0, 1.0):
+            raise ValueError(f"{path}: Expected no rope.scaling.factor beside rope_freqs.weight, got {factor}")
+        scaling = _llama3_scaling(tensors["rope_freqs.weight"], config, path)
+    elif long is not None and short is not None:
+        scaling = {"rope_type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
+        if attention is not None:
+            scaling["attention_factor"] = float(attention)
+    elif kind != "none" and factor not in (0.0, 1.0):
+        scaling = {"rope_type": kind, "factor": float(factor)}
+        betas = {name: get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        scaling |= {name: float(value) for name, value in betas.items() if value is not None and kind == "yarn"}
+        if kind == "yarn" and attention is not None:
+            scaling["attention_factor"] = float(attention) * (0.1 * math.log(factor) + 1)
+    if attention not in (None, 1.0) and (scaling is None or "attention_factor" not in scaling):
+        raise ValueError(f"{path}: Expected 1 as rope.scaling.attn_factor with this rotary scaling, got {attention}")
+    if scaling is not None and original is not None and scaling["rope_type"] != "llama3":
+        scaling["original_max_position_embeddings"] = original
+    return scaling
 
 
 def _llama3_scaling(factors: np.ndarray, config: dict[str, Any], path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import re
 
 from jint8.checkpoints._gguf.architectures import Architecture
 
+_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)(?:\.(\d+))?\.(weight|bias)")  # layer, stem, expert
 # Tensors whose values a Hugging Face config.json has as lists of numbers: they aren't parameters.
 CONFIG_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -24,14 +25,20 @@ def hf_name(name: str, architecture: Architecture) -> str | None:
       >>> hf_name("blk.0.attn_q.weight", ARCHITECTURES["llama"])
       'model.layers.0.self_attn.q_proj.weight'
     """
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    names = {**architecture.names, **architecture.experts}
-    if match is None or match[2] not in names:
+    match = _NAME.fullmatch(name)
+    if match is None:
         return None
-    layer = "" if match[1] is None else f"{architecture.layer}{match[1]}."
-    return f"{layer}{names[match[2]]}.{match[3]}"
+    layer, of_tensor, expert, kind = match.groups()
+    if expert is None:
+        known = {**architecture.names, **architecture.experts}.get(of_tensor)
+    else:  # files from before April 2024 have a tensor for each expert
+        known = architecture.experts.get(f"{of_tensor}_exps", "").replace("{e}", expert) or None
+    if known is None:
+        return None
+    return f"{'' if layer is None else f'{architecture.layer}{layer}.'}{known}.{kind}"
 
 
 def stem(name: str) -> str:
     """The part of llama.cpp's name that says what a tensor is: `attn_q` of `blk.0.attn_q.weight`."""
-    return name.split(".")[-2] if "." in name else name
+    match = _NAME.fullmatch(name)
+    return name if match is None else match[2]

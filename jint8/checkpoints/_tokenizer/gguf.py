@@ -29,7 +29,8 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Token
       The tokenizer, or None where the file has none.
 
     Raises:
-      ValueError: its kind or its pre-tokenizer isn't known, or a part is missing.
+      ValueError: its kind isn't known, or a part is missing. A pre-tokenizer that isn't known is a warning at the first
+        use.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model in (None, "none", "no_vocab"):
@@ -59,21 +60,35 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Token
         bos if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None,
         eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None,
     )
-    turns = [
-        i for t in END_OF_TURN if (i := backend.token_to_id(t)) is not None and types[i] in (CONTROL, USER_DEFINED)
-    ]
+    kinds = {t: (CONTROL,) if t == "</s>" else (CONTROL, USER_DEFINED) for t in END_OF_TURN}  # in Gemma's it is a tag
+    turns = [i for t, of in kinds.items() if (i := backend.token_to_id(t)) is not None and types[i] in of]
     ends = [i for i in (eos, token_id("eot"), token_id("eom"), *turns) if i is not None]
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(backend, bos_id=bos, eos_ids=ends, pad_id=token_id("padding"), chat_template=template)
+    return Tokenizer(
+        backend,
+        bos_id=bos,
+        eos_ids=ends,
+        pad_id=token_id("padding"),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        tool_template=metadata.get("tokenizer.chat_template.tool_use"),
+        doubt=_doubt(metadata, path) if model == "gpt2" else None,
+    )
+
+
+def _doubt(metadata: Mapping[str, Any], path: Path) -> str | None:
+    """Why the tokens of a text may not be those that the model was trained on."""
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name in PRE_TOKENIZERS:
+        return None
+    return (
+        f"{path}: Expected a tokenizer.ggml.pre among {', '.join(PRE_TOKENIZERS)}, got {name!r}: texts are cut into "
+        "words as GPT-2 does, and may become other tokens than those that the model knows."
+    )
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: Path) -> Any:
     """GPT-2's kind: BPE on bytes, which are written as printable characters; earlier merges come first."""
     tokenizers, models, decoders = require("tokenizers"), require("tokenizers.models"), require("tokenizers.decoders")
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
-        raise ValueError(f"{path}: Expected a tokenizer.ggml.pre among {', '.join(PRE_TOKENIZERS)}, got {name!r}")
-    kind = PRE_TOKENIZERS[name]
+    kind = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"), PRE_TOKENIZERS["gpt-2"])
     vocab = {t: i for i, t in enumerate(tokens)}
     merges = [tuple(m.split(" ", 1)) for m in _required(metadata, "merges", path)]
     for merge in merges:

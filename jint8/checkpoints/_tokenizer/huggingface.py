@@ -33,19 +33,75 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer
     else:
         return None
 
+    add_tokens(backend, path, settings, rows=config.get("vocab_size", 0))
+
     def token_id(name: str) -> int | None:
         content = _content(settings.get(name))
         return None if content is None else backend.token_to_id(content)
 
-    eos = [token_id("eos_token"), *_ids(read_json(path / "generation_config.json", optional=True).get("eos_token_id"))]
-    eos_ids = [i for i in eos if i is not None] or _ids(config.get("eos_token_id"))
+    eos, ends = (
+        token_id("eos_token"),
+        _ids(read_json(path / "generation_config.json", optional=True).get("eos_token_id")),
+    )
+    if not ends and (eos is None or eos in _ids(config.get("eos_token_id"))):
+        # The model's configuration, where no file for generation says it. One that contradicts the tokenizer is older.
+        ends = _ids(config.get("eos_token_id"))
+    templates = _chat_templates(path, settings)
     return Tokenizer(
         backend,
         bos_id=token_id("bos_token"),
-        eos_ids=eos_ids,
+        eos_ids=[i for i in (eos, *ends) if i is not None],
         pad_id=token_id("pad_token"),
-        chat_template=_chat_template(path, settings),
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
     )
+
+
+def add_tokens(backend: Any, path: Path, settings: Mapping[str, Any], *, rows: int) -> None:
+    """Add the tokens that only files beside `tokenizer.json` have.
+
+    Args:
+      backend: the tokenizer, which changes.
+      path: the directory.
+      settings: of `special_tokens_map.json` and `tokenizer_config.json`.
+      rows: of the model's embedding; a special token of which only the text is known isn't added beyond.
+
+    Raises:
+      ValueError: a token would get another number than the files say.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    added = read_json(path / "added_tokens.json", optional=True)
+    try:
+        tokens = _tokens(settings, added)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: Expected added tokens with a text and a number each, got {e!r}") from e
+    missing = [pair for content, pair in tokens.items() if content not in known]
+    # Tokens get the next free numbers one after the other. Those that no file has a number for come last.
+    for number, token in sorted(missing, key=lambda pair: (pair[0] is None, pair[0])):
+        if number is None and backend.token_to_id(token.content) is None and backend.get_vocab_size() >= rows:
+            continue
+        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+        if number is not None and backend.token_to_id(token.content) != number:
+            raise ValueError(
+                f"{path}: Expected the added token {token.content!r} to have the number {number}, got "
+                f"{backend.token_to_id(token.content)}, the next after those of tokenizer.json"
+            )
+
+
+def _tokens(settings: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, tuple[int | None, Any]]:
+    """The tokens that the files name: by their text, the number where there is one, and what to add."""
+    added_token = require("tokenizers").AddedToken
+    tokens: dict[str, tuple[int | None, Any]] = {}
+    for number, said in settings.get("added_tokens_decoder", {}).items():
+        options = {name: value for name, value in said.items() if name != "content"}
+        tokens[said["content"]] = (int(number), added_token(said["content"], **options))
+    for content, number in added.items():
+        tokens.setdefault(content, (int(number), added_token(content, normalized=False)))
+    named = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    for value in [*named, *(settings.get("additional_special_tokens") or [])]:
+        if (text := _content(value)) is not None:
+            tokens.setdefault(text, (None, added_token(text, normalized=False, special=True)))
+    return tokens
 
 
 def backend_from_file(file: Path) -> Any:
@@ -81,17 +137,16 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template, of which newer versions of transformers made a file of its own."""
+def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name, of which newer versions of transformers made files of their own."""
     file = path / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
     other = read_json(path / "chat_template.json", optional=True)
     template = settings.get("chat_template") or other.get("chat_template")
-    if isinstance(template, list):  # several templates with names, such as "default" and "tool_use"
-        named = {t["name"]: t["template"] for t in template}
-        return named.get("default")
-    return template
+    # several templates with names, such as "default" and "tool_use"; or one alone
+    named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
+    if file.exists():
+        named["default"] = file.read_text(encoding="utf-8")
+    return {name: template for name, template in named.items() if template is not None}
 
 
 def _ids(value: Any) -> list[int]:

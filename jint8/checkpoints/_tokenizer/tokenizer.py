@@ -1,5 +1,6 @@
 """Text to tokens and back."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ class Tokenizer:
       eos_ids: tokens that end a generated text.
       pad_id: padding token, or None.
       chat_template: Jinja source, or None.
+      tool_template: another one for conversations with tools, or None.
     """
 
     def __init__(
@@ -26,7 +28,10 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         pad_id: int | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
+        doubt: str | None = None,
     ):
+        """`doubt` is a warning for the first text that is encoded."""
         # A tokenizer.json may have been saved with truncation and padding on, which would change a text's tokens.
         backend.no_truncation()
         backend.no_padding()
@@ -35,6 +40,8 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.pad_id = pad_id
         self.chat_template = chat_template
+        self.tool_template = tool_template
+        self._doubt = doubt
         self._special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
 
     @property
@@ -53,6 +60,9 @@ class Tokenizer:
         Returns:
           The tokens' ids.
         """
+        if self._doubt is not None:
+            warnings.warn(self._doubt, stacklevel=2)
+            self._doubt = None
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -90,7 +100,8 @@ class Tokenizer:
         Args:
           messages: such as `[{"role": "user", "content": "Hi"}]`.
           add_generation_prompt: whether to end with the start of the assistant's answer.
-          **variables: more variables for the template, such as `tools` or `enable_thinking`.
+          **variables: more variables for the template, such as `tools`, `documents` or `enable_thinking`. With `tools`,
+            the template is the one for tools where there is one.
 
         Returns:
           The prompt; encode it with `add_special_tokens=False`.
@@ -98,16 +109,20 @@ class Tokenizer:
         Raises:
           ValueError: there is no template, or it refuses the messages.
         """
-        if self.chat_template is None:
+        template = self.chat_template
+        if variables.get("tools") is not None and self.tool_template is not None:
+            template = self.tool_template
+        if template is None:
             raise ValueError("Expected a tokenizer with a chat template, got one without")
+        # Templates ask whether they are None, which in Jinja a variable that isn't there isn't.
+        absent = {"tools": None, "documents": None}
         tokens = {
             "bos_token": self._token(self.bos_id),
             "eos_token": self._token(next(iter(self.eos_ids), None)),
             "pad_token": self._token(self.pad_id),
         }
-        return render_chat(
-            self.chat_template, messages, **{"add_generation_prompt": add_generation_prompt, **tokens, **variables}
-        )
+        given = {"add_generation_prompt": add_generation_prompt, **absent, **tokens, **variables}
+        return render_chat(template, messages, **given)
 
     def _token(self, i: int | None) -> str:
         return "" if i is None else self.backend.id_to_token(i) or ""
