@@ -86,8 +86,14 @@ def with_adapter(
     factors = dict(read_arrays(file))
     shapes = {name: leaf.shape for name, leaf in leaf_paths(params, is_leaf=is_qtensor) if name.endswith("/weight")}
     result = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_qtensor)  # new dictionaries around the same arrays
+    if any(name.endswith(FACTORS) for name, _ in leaf_paths(params, is_leaf=is_qtensor)):
+        raise ValueError(f"{path}: Expected a model without an adapter, got one that has factors already.")
     if config.get("modules_to_save"):
+        given = set(factors)
         _replace_modules(result, model, factors, file)
+        for module in config["modules_to_save"]:
+            if not any(f".{module}." in name for name in given - set(factors)):
+                raise ValueError(f"{file}: Expected a tensor of {module!r}, which is in modules_to_save, got none.")
     for name, source in sources(model.config, shapes, ()).items():
         modules = [tensor.removesuffix(".weight") for tensor in source.tensors]
         pairs = [[factors.pop(f"{PREFIX}{module}.lora_{f}.weight", None) for f in "AB"] for module in modules]

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jint8.cli import _bench, _common, _demo, _eval, _fit, _generate, _outliers, _quantize, _waiting
+from jint8.cli import _bench, _common, _demo, _eval, _fit, _generate, _merge, _outliers, _quantize, _waiting
 
 COMMANDS = {
     "demo": _demo,
     "generate": _generate,
     "quantize": _quantize,
+    "merge": _merge,
     "eval": _eval,
     "outliers": _outliers,
     "bench": _bench,

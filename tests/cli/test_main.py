@@ -69,7 +69,7 @@ def test_help(command, capsys):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert "--json" in out
-    assert "--scheme" in out or command in ("outliers", "bench", "fit")  # which don't choose one
+    assert "--scheme" in out or command in ("outliers", "bench", "fit", "merge")  # which don't choose one
 
 
 def test_nothing_is_asked(capsys):

@@ -132,6 +132,9 @@ FAULTS = {
     "saved shape": (
         {"saved": True, f"{PREFIX}lm_head.weight": SAVED["lm_head.weight"][1:]}, "lm_head.weight': Expected shape"
     ),
+    "saved nothing": (
+        {"saved": True, f"{PREFIX}model.norm.weight": None}, "Expected a tensor of 'norm', which is in modules_to_save"
+    ),
     "saved in part": (
         {"saved": True, f"{PREFIX}{Q}.weight": WEIGHTS[f"{Q}.weight"]}, "q_proj.weight': Expected all of .*v_proj"
     ),
@@ -146,6 +149,13 @@ def test_faults(changes, message, directory, tmp_path):
     path = adapter(tmp_path / "adapter", **changes)
     with pytest.raises(ValueError, match=message):
         jint8.load(directory, adapter=path)
+
+
+def test_a_second_adapter(directory, tmp_path):
+    path = adapter(tmp_path / "adapter")
+    jint8.save(tmp_path / "saved", jint8.load(directory, adapter=path))
+    with pytest.raises(ValueError, match="Expected a model without an adapter, got one that has factors already"):
+        jint8.load(tmp_path / "saved", adapter=path)
 
 
 def test_nothing_to_merge(directory):
