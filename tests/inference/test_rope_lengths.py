@@ -1,5 +1,7 @@
 """Rotary frequencies that depend on the length of a sequence: generated tokens are those of the whole one, uncached."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import llama_oracle
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from checkpoint_files import write_directory
 from tiny_model import CONFIG, VOCAB, llama_weights
+from virtual_devices import run_on_eight_devices
 
 import jint8
 from jint8._inference import generate as at_once
@@ -115,6 +118,12 @@ def test_an_int8_cache(in_pieces, kind):
         for i, token in enumerate(row):
             logits = oracle(kind, [*prompt, *row[:i]])
             assert logits.max() - logits[token] < 0.1 * logits.std()
+
+
+@pytest.mark.slow
+def test_on_a_mesh():
+    script = Path(__file__).parent / "rope_lengths_on_a_mesh.py"
+    assert run_on_eight_devices(script, optimized=False) == dict.fromkeys(SCALINGS, True)
 
 
 def test_by_a_loop_over_tokens(model, whole):
