@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jint8._inference.programs import PROGRAMS
-from jint8._inference.sampling import NO_TOKEN, Sampling, sample
+from jint8._inference.sampling import NO_TOKEN, Sampling, penalized, sample, seen_in, seen_too
 from jint8._inference.sizes import check_memory, empty_arrays, padded_length, pieces, rows_for, sizes
 from jint8.models._attention import Context, context
 from jint8.models._cache import Cache, check_cache, empty_layer
@@ -46,6 +46,7 @@ class Step(NamedTuple):
     first: Array  # int32[b]: the column of each row's first token
     done: Array  # bool[b]
     key: Array  # uint32[2]: of the random numbers
+    seen: Array | None = None  # bool[b, vocab]: which tokens were there, where that has a penalty
 
 
 class Group(NamedTuple):
@@ -95,7 +96,8 @@ class ByLayers:
         done = np.arange(rows) >= len(prompts)
         key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
         token = np.zeros((rows, 1), np.int32)
-        step = Step(token, np.int32(length - 1), np.asarray(starts, np.int32), done, key)
+        seen = seen_in(prompts, rows, model.config.vocab_size, sampling)
+        step = Step(token, np.int32(length - 1), np.asarray(starts, np.int32), done, key, seen)
         self._rows = len(prompts)
         self._next: Callable[..., Any] = PROGRAMS.get(_next, (model,), (self._rest, x, step, sampling), ())
         self._step, self._x, self._at, self._angles = self._next(self._rest, x, step, sampling)
@@ -251,8 +253,10 @@ def _next(model: Decoder, rest: Any, x: jax.Array, step: Step, sampling: Samplin
     at = context(step.token, step.slot, step.first)
     logits: Any = model.apply({"params": rest}, x, at, True, method="end")
     key, subkey = jax.random.split(jax.random.wrap_key_data(step.key, impl="threefry2x32"))
-    token, done = ended(sample(logits[:, -1], subkey, sampling), step.done, sampling)
-    step = Step(token[:, None], step.slot + 1, step.first, done, jax.random.key_data(key))
+    chosen = sample(penalized(logits[:, -1], step.seen, sampling), subkey, sampling)
+    token, done = ended(chosen, step.done, sampling)
+    seen = seen_too(step.seen, token)
+    step = Step(token[:, None], step.slot + 1, step.first, done, jax.random.key_data(key), seen)
     return step, *_begin(model, rest, step.token, step.slot, step.first)
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jint8._core.qtensor import is_qtensor
 from jint8._inference.by_layers import ended
 from jint8._inference.forward import forward
-from jint8._inference.sampling import Sampling, sample
+from jint8._inference.sampling import Sampling, penalized, sample, seen_in, seen_too
 from jint8.models._attention import Context, context
 from jint8.models._cache import Cache, check_cache, make_cache
 from jint8.models._decoder import Decoder
@@ -42,6 +42,7 @@ class State(NamedTuple):
     done: jax.Array  # bool[b]
     cache: list[Cache]
     key: jax.Array
+    seen: jax.Array | None = None  # bool[b, vocab]: which tokens were there, where that has a penalty
 
 
 def prefill(
@@ -55,11 +56,12 @@ def prefill(
     sampling: Sampling,
     kind: str | None = None,
     length: jax.Array | None = None,
+    seen: jax.Array | None = None,
 ) -> State:
     """Runs the last chunk of `prompt[b, s]`, which may be all of it, and appends the first new token.
 
     `cache` holds the chunks before the last one; None means that there are none, and then one of this `kind` is made.
-    `first`, `key` and `slots` become the state's; `length` is `Context.length`.
+    `first`, `key`, `seen` and `slots` become the state's; `length` is `Context.length`.
     """
     b, s = prompt.shape
     begin = 0 if cache is None else s - CHUNK
@@ -68,14 +70,14 @@ def prefill(
     run = forward if model.mesh is None else _apply
     slot = jnp.int32(begin) if begin else None
     logits, cache = run(model, params, prompt[:, begin:], slot, first, cache, last=True, length=length)
-    return _first_token(model, prompt, first, key, cache, logits, slots, sampling)
+    return _first_token(model, prompt, first, key, cache, logits, slots, sampling, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"), donate_argnames=("cache",))
-def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, sampling: Sampling) -> State:
+def _first_token(model: Decoder, prompt, first, key, cache, logits, slots: int, sampling: Sampling, seen) -> State:
     b, s = prompt.shape
     tokens = jnp.zeros((b, slots), jnp.int32).at[:, :s].set(prompt)
-    state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key)
+    state = State(tokens, jnp.int32(s), first, jnp.zeros(b, bool), cache, key, seen)
     return _replicated(_append(logits[:, -1], state, sampling), model.mesh)
 
 
@@ -174,9 +176,11 @@ def _apply(model: Decoder, params, tokens, slot, first, cache, last: bool = Fals
 def _append(logits: jax.Array, state: State, sampling: Sampling) -> State:
     """Chooses a token of each row from `logits[b, v]` and writes it into the next column."""
     key, subkey = jax.random.split(state.key)
-    token, done = ended(sample(logits, subkey, sampling), state.done, sampling)
+    chosen = sample(penalized(logits, state.seen, sampling), subkey, sampling)
+    token, done = ended(chosen, state.done, sampling)
     tokens = lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.slot))
-    return state._replace(tokens=tokens, slot=jnp.int32(state.slot + 1), done=done, key=key)
+    seen = seen_too(state.seen, token)
+    return state._replace(tokens=tokens, slot=jnp.int32(state.slot + 1), done=done, key=key, seen=seen)
 
 
 def _replicated(state: State, mesh: Mesh | None) -> State:
@@ -234,7 +238,8 @@ def start(
             begin = max(0, end - CHUNK)
             slot = jnp.int32(begin) if begin else None
             cache = run_part(model, params, padded[:, begin:end], slot, first, cache, lengths)
-    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, kind, lengths)
+    seen = seen_in(prompts, b, model.config.vocab_size, sampling)
+    return run(model, params, padded, first, jax.random.key(seed), cache, slots, sampling, kind, lengths, seen)
 
 
 def is_long(prompts: Sequence[Sequence[int]]) -> bool:

@@ -19,7 +19,7 @@ from jint8._core.calibration import Calibration
 from jint8._core.config import Config
 from jint8._inference.generation import generate, warm
 from jint8._inference.logits import logits
-from jint8._inference.request import Request, check_ids, check_length, check_prompts, check_seed, texts
+from jint8._inference.request import Choice, Request, check_ids, check_length, check_prompts, check_seed, texts
 from jint8._inference.sampling import Sampling, whole
 from jint8._inference.sizes import is_long
 from jint8._inference.text import stop_texts, text_pieces
@@ -174,6 +174,8 @@ class LanguageModel:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stream: bool = False,
@@ -188,6 +190,9 @@ class LanguageModel:
           temperature: 0 takes the most likely token; above it, tokens are drawn from `softmax(logits / temperature)`.
           top_k: draw among so many most likely tokens; 0 means all.
           top_p: draw among the most likely tokens that together hold this probability.
+          min_p: draw among tokens at least this many times as likely as the most likely one.
+          repetition_penalty: divides positive logits of tokens of the prompt and the answer so far, and multiplies
+            negative ones; 1 means none.
           seed: of the draw.
           stop: a text before which an answer ends, or several.
           stream: yield pieces of text as they come.
@@ -209,17 +214,10 @@ class LanguageModel:
         ids = [tokenizer.encode(text) for text in texts("prompts", prompts)]
         stop = stop_texts(stop)
         every = STREAM_TOKENS if stream else STOP_TOKENS if stop else max_tokens
-        chunks = self.generate_tokens(
-            ids,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            config=config,
-            cache=cache,
-            every=every,
-        )
+        choice: Choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        choice["repetition_penalty"] = repetition_penalty
+        options: Any = {"max_tokens": max_tokens, "seed": seed, "config": config, "cache": cache, "every": every}
+        chunks = self.generate_tokens(ids, **options, **choice)
         pieces = text_pieces(chunks, tokenizer, len(ids), stop)
         if stream:
             return (piece[0] for piece in pieces) if single else pieces
@@ -231,20 +229,19 @@ class LanguageModel:
         prompts: Sequence[Sequence[int]],
         *,
         max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int = 0,
         config: Config | None = None,
         cache: str | None = None,
         every: int = STREAM_TOKENS,
+        **choice: Unpack[Choice],
     ) -> Iterator[np.ndarray]:
         """Continues token sequences; see `generate`.
 
         Args:
           prompts: token ids, with at least one each.
           every: how many tokens to yield at a time.
-          max_tokens, temperature, top_k, top_p, seed, config, cache: as in `generate`.
+          max_tokens, seed, config, cache: as in `generate`.
+          **choice: `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`, as in `generate`.
 
         Yields:
           int32 `[b, n]`, n at most `every`: the next tokens of each prompt. The first holds one token, from prefill. A
@@ -252,7 +249,7 @@ class LanguageModel:
         """
         max_tokens, every = whole("max_tokens", max_tokens, least=1), whole("every", every, least=1)
         seed, eos = check_seed(seed), self._end_tokens
-        sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, end_tokens=eos)
+        sampling = Sampling.of(**choice, end_tokens=eos)
         check_prompts(self.config, prompts, max_tokens)
         if config is not None:
             params = {"params": with_config(self.params, config)}

@@ -12,13 +12,20 @@ from jint8._inference.sampling import whole
 from jint8.models import ModelConfig
 
 
-class Request(TypedDict, total=False):
-    """What can be asked of `LanguageModel.generate`, besides prompts and `stream`: its keywords, for type checkers."""
+class Choice(TypedDict, total=False):
+    """How the next token is chosen: the keywords of `Sampling.of` that are `LanguageModel.generate`'s as well."""
 
-    max_tokens: int
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
+class Request(Choice, total=False):
+    """What can be asked of `LanguageModel.generate`, besides prompts and `stream`: its keywords, for type checkers."""
+
+    max_tokens: int
     seed: int
     stop: str | Sequence[str]
     config: Config | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -31,6 +32,8 @@ class Sampling:
       temperature: float32; logits are divided by it before a token is drawn. 0 takes the most likely one.
       top_k: int32; only so many most likely tokens can be drawn; 0 means all.
       top_p: float32; the most likely tokens that together hold this probability can be drawn.
+      min_p: float32; only tokens that are at least this many times as likely as the most likely one can be drawn.
+      penalty: float32; logits of tokens that were there before are divided by it, negative ones multiplied.
       end_tokens: int32 `[n]`: tokens after which a row is done, then `NO_TOKEN`. A row is filled with the first of
         them from there on.
       greedy: whether it is known, as part of the program, that the most likely token is taken.
@@ -39,12 +42,21 @@ class Sampling:
     temperature: Number
     top_k: Number
     top_p: Number
+    min_p: Number
+    penalty: Number
     end_tokens: jax.Array | np.ndarray
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(
-        cls, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, end_tokens: tuple[int, ...] = ()
+        cls,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        end_tokens: tuple[int, ...] = (),
     ) -> Self:
         """What a request asks for; see `LanguageModel.generate`. The default is greedy.
 
@@ -52,7 +64,8 @@ class Sampling:
           TypeError: what isn't a number, or for `top_k` a whole one.
           ValueError: a number out of its range.
         """
-        for name, value in {"temperature": temperature, "top_p": top_p}.items():
+        reals = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+        for name, value in reals.items():
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"Expected {name} to be a number, got {value!r}.")
         top_k = whole("top_k", top_k, least=0)
@@ -60,6 +73,10 @@ class Sampling:
             raise ValueError(f"Expected temperature to be finite and at least 0, got {temperature}.")
         if not 0 < top_p <= 1:
             raise ValueError(f"Expected top_p to be in (0, 1], got {top_p}.")
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"Expected min_p to be in [0, 1], got {min_p}.")
+        if not 0 < repetition_penalty < math.inf:
+            raise ValueError(f"Expected repetition_penalty to be finite and above 0, got {repetition_penalty}.")
         room = -(-len(end_tokens) // END_TOKENS) * END_TOKENS or END_TOKENS
         ends = np.full(room, NO_TOKEN, np.int32)
         ends[: len(end_tokens)] = end_tokens
@@ -69,6 +86,8 @@ class Sampling:
             temperature=np.float32(min(temperature, float(np.finfo(np.float32).max))),
             top_k=np.int32(min(top_k, 2**31 - 1)),
             top_p=np.float32(top_p),
+            min_p=np.float32(min_p),
+            penalty=np.float32(repetition_penalty),
             end_tokens=ends,
         )
 
@@ -114,7 +133,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.greedy:
         return most_likely(logits)
-    filters = (sampling.top_k > 0) | (sampling.top_p < 1)
+    filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     way = jnp.where(sampling.temperature == 0, 0, jnp.where(filters, 2, 1))
     draw = lambda logits: jax.random.categorical(key, logits).astype(jnp.int32)
 
@@ -128,17 +147,48 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         [
             most_likely,
             lambda logits: draw(scaled(logits)),
-            lambda logits: draw(filtered(scaled(logits), sampling.top_k, sampling.top_p)),
+            lambda logits: draw(filtered(scaled(logits), sampling.top_k, sampling.top_p, sampling.min_p)),
         ],
         logits,
     )
 
 
-def filtered(logits: jax.Array, top_k: Number, top_p: Number) -> jax.Array:
+def penalized(logits: jax.Array, seen: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """`logits[b, v]` with the penalty on tokens that are `seen`, bool `[b, v]`; None where there is none.
+
+    As transformers has it: `logits / penalty` where they are positive, `logits * penalty` where they aren't (Keskar et
+    al., CTRL, 2019, arXiv 1909.05858, section 4.1).
+    """
+    if seen is None:
+        return logits
+    penalty = jnp.where(logits > 0, logits / sampling.penalty, logits * sampling.penalty)
+    return jnp.where(seen, penalty, logits)
+
+
+def seen_in(prompts: Sequence[Sequence[int]], rows: int, vocab_size: int, sampling: Sampling) -> Any:
+    """Which tokens are in each prompt, bool `[rows, vocab_size]`; None without a penalty, which needs no such program.
+
+    Rows behind the prompts are as the last of them.
+    """
+    if sampling.penalty == 1:
+        return None
+    seen = np.zeros((rows, vocab_size), bool)
+    for i, row in enumerate(seen):
+        row[np.asarray(prompts[min(i, len(prompts) - 1)])] = True
+    return seen
+
+
+def seen_too(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    """`seen` with the tokens `token[b]`."""
+    return None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
+
+
+def filtered(logits: jax.Array, top_k: Number, top_p: Number, min_p: Number) -> jax.Array:
     """`logits[b, v]` with -inf for tokens that can't be drawn.
 
-    A token stays where fewer than `top_k` tokens are more likely (all, where it is 0), and where those that are, of
-    these, hold less than `top_p`. So the most likely one always stays, and equal ones stay or go together.
+    A token stays where fewer than `top_k` tokens are more likely (all, where it is 0), where those that are, of these,
+    hold less than `top_p`, and where it is at least `min_p` times as likely as the most likely one. So that one always
+    stays, and equal ones stay or go together.
     """
     # How many tokens are above a value, and what they hold, falls with the value. So the least value that stays is
     # found by bisection, without sorting the vocabulary: over the integers that floats of the same order have.
@@ -148,7 +198,9 @@ def filtered(logits: jax.Array, top_k: Number, top_p: Number) -> jax.Array:
     logits = jnp.where(rank >= least[:, None], logits, -jnp.inf)
     share = jax.nn.softmax(logits, axis=-1)
     least = _bisect(rank, lambda above: jnp.sum(jnp.where(above, share, 0), axis=-1) < top_p)
-    return jnp.where((rank >= least[:, None]) | (top_p >= 1), logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    likely = (logits >= top + jnp.log(min_p)) | (logits == top)
+    return jnp.where(((rank >= least[:, None]) | (top_p >= 1)) & likely, logits, -jnp.inf)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

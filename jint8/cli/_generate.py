@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jint8 import LanguageModel
+    from jint8._inference.request import Choice
     from jint8.checkpoints import Tokenizer
 
 
@@ -52,6 +53,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0 means all (0)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among those that hold P (1)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw among those P times as likely (0)")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="divides logits of tokens there were (1)"
+    )
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (0)")
     group.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
 
@@ -68,9 +73,20 @@ def check_sampling(args: argparse.Namespace) -> None:
     from jint8._inference.text import stop_texts
 
     _common.check_least(args, max_tokens=1)
-    Sampling.of(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    Sampling.of(**choice(args))
     for text in stop_texts(args.stop):
         _common.check_text(text, "--stop")
+
+
+def choice(args: argparse.Namespace) -> Choice:
+    """How the next token is chosen, as `LanguageModel.generate` takes it."""
+    return {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+    }
 
 
 def run(args: argparse.Namespace) -> None:
@@ -153,12 +169,10 @@ def answer(
     chunks = model.generate_tokens(
         prompts,
         max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
         seed=args.seed,
         cache=args.cache,
         every=STREAM_TOKENS if stream else STOP_TOKENS,
+        **choice(args),
     )
     meter = Meter(chunks, len(prompts), tokenizer.eos_ids)
     last = texts is None

@@ -74,6 +74,26 @@ def test_same_as_at_once(cache, options, programs, monkeypatch):
     np.testing.assert_array_equal(got, generated(model, PROMPTS[:2], cache=cache, **options))
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["by layers", "at once"])
+def test_repetition_penalty(at_once, programs, monkeypatch):
+    """The tokens of a loop in NumPy over logits of the whole sequence."""
+    if at_once:
+        monkeypatch.setattr(generation, "runs_by_layers", lambda model, params: False)
+    model = jint8.load(DIRECTORY / "mistral", quantize=False, dtype="float32")
+    penalty, rows = 1.4, []
+    for prompt in PROMPTS:
+        row = list(prompt)
+        for _ in range(NEW):
+            logits = np.asarray(model.logits([row])[0, -1], np.float64)
+            seen = sorted(set(row))
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            row.append(int(np.argmax(logits)))
+        rows.append(row[len(prompt) :])
+    np.testing.assert_array_equal(generated(model, PROMPTS, repetition_penalty=penalty), rows)
+    np.testing.assert_array_equal(generated(model, PROMPTS[1:2], repetition_penalty=penalty), rows[1:2])
+    assert (generated(model, PROMPTS) != rows).any()
+
+
 def test_more_rows_change_nothing(small, programs):
     """Three rows run as four; the fourth is a copy, and doesn't keep the others waiting when they have ended."""
     model = jint8.load(DIRECTORY / "llama", dtype="float32", config=jint8.Config(threshold=1.0))

@@ -51,7 +51,7 @@ def test_one_program_for_all_settings():
     assert len(traces) == 1
 
 
-def can_be_drawn(logits, top_k, top_p):
+def can_be_drawn(logits, top_k, top_p, min_p):
     """Which tokens stay, in float64: fewer than top_k are above them, and those hold less than top_p of the top_k's."""
     out = np.zeros(logits.shape, bool)
     for row, kept in zip(logits.astype(np.float64), out, strict=True):
@@ -60,20 +60,24 @@ def can_be_drawn(logits, top_k, top_p):
         share = np.where(few, np.exp(row - row.max()), 0)
         share /= share.sum()
         mass = np.array([share[row > value].sum() for value in row])
-        kept[:] = few & ((mass < top_p) | (top_p >= 1))
+        kept[:] = few & ((mass < top_p) | (top_p >= 1)) & (np.exp(row - row.max()) >= min_p)
     return out
 
 
+FILTERED = jax.jit(sampling.filtered)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 40, 5000, 2**40])
-def test_filtered(top_k, top_p):
+def test_filtered(top_k, top_p, min_p):
     logits = RNG.normal(size=(4, 1001)).astype(np.float32) * 3
     logits[1, ::2] = logits[1, 0]  # ties
     logits[2, 5:] = -np.inf
     logits[3] = np.abs(logits[3])  # no bit of a sign
-    numbers = Sampling.of(temperature=1.0, top_k=top_k, top_p=top_p)
-    got = np.asarray(jax.jit(sampling.filtered)(logits, numbers.top_k, numbers.top_p))
-    want = can_be_drawn(logits, top_k, top_p) & np.isfinite(logits)
+    numbers = Sampling.of(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    got = np.asarray(FILTERED(logits, numbers.top_k, numbers.top_p, numbers.min_p))
+    want = can_be_drawn(logits, top_k, top_p, min_p) & np.isfinite(logits)
     np.testing.assert_array_equal(np.isfinite(got), want)
     np.testing.assert_array_equal(got[want], logits[want])
 
@@ -88,6 +92,23 @@ def test_a_tiny_temperature_takes_the_most_likely_token(temperature, options):
     assert sample(logits, jax.random.key(0), numbers).tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 100.0])
+def test_penalty(penalty):
+    logits = RNG.normal(size=(2, 50)).astype(np.float32)
+    prompts = [[3, 7, 7], [0]]
+    numbers = Sampling.of(repetition_penalty=penalty)
+    seen = sampling.seen_too(jax.numpy.asarray(sampling.seen_in(prompts, 2, 50, numbers)), np.array([9, 3]))
+    got = np.asarray(sampling.penalized(logits, seen, numbers))
+    want = logits.astype(np.float64)
+    for row, tokens in zip(want, ([3, 7, 9], [0, 3]), strict=True):
+        row[tokens] = [x / penalty if x > 0 else x * penalty for x in row[tokens]]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_no_penalty_has_no_table():
+    assert sampling.seen_in([[1]], 1, 50, Sampling.of()) is None
+
+
 def test_temperature_divides_the_logits():
     logits = jax.random.normal(jax.random.key(1), (64, 9))
     key = jax.random.key(0)
@@ -100,6 +121,8 @@ OUT_OF_RANGE = {
     "infinite": ({"temperature": float("inf")}, "temperature to be finite and at least 0, got inf"),
     "top_k": ({"top_k": -1}, "top_k to be at least 0, got -1"),
     "top_p=0": ({"top_p": 0.0}, r"top_p to be in \(0, 1\], got 0.0"),
+    "min_p": ({"min_p": -0.1}, r"min_p to be in \[0, 1\], got -0.1"),
+    "penalty": ({"repetition_penalty": 0.0}, "repetition_penalty to be finite and above 0, got 0.0"),
     "top_p=2": ({"top_p": 2.0}, r"top_p to be in \(0, 1\], got 2.0"),
 }
 
@@ -114,6 +137,7 @@ NOT_NUMBERS = {
     "temperature=True": ({"temperature": True}, "temperature to be a number, got True"),
     "temperature=text": ({"temperature": "1"}, "temperature to be a number, got '1'"),
     "top_p=None": ({"top_p": None}, "top_p to be a number, got None"),
+    "penalty=True": ({"repetition_penalty": True}, "repetition_penalty to be a number, got True"),
     "top_k=1.5": ({"top_k": 1.5}, "top_k to be a whole number, got 1.5"),
     "top_k=True": ({"top_k": True}, "top_k to be a whole number, got True"),
 }
