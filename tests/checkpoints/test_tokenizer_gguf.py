@@ -202,7 +202,7 @@ def test_no_tokenizer(tmp_path):
 
 
 FAULTS = {
-    "model": ({"model": "rwkv"}, "tokenizer.ggml.model among gpt2, llama, got 'rwkv'"),
+    "model": ({"model": "rwkv"}, "tokenizer.ggml.model among gpt2, llama, t5, got 'rwkv'"),
     "tokens": ({"tokens": None}, "tokenizer.ggml.tokens, got none"),
     "merges": ({"merges": None}, "tokenizer.ggml.merges, got none"),
     "merge_of_unknown": ({"merges": ["a nothing"]}, "Expected merges"),

@@ -122,14 +122,53 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: S
     )
     # SentencePiece puts a space before a text, so that its first word is the token it is elsewhere; decoding strips it.
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)])
+    backend.normalizer = normalizers.Sequence(
+        [*_rewritten(metadata, extra_spaces=True)]
+        + [normalizers.Prepend(SPACE)] * prefix
+        + [normalizers.Replace(" ", SPACE)]
+    )
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * prefix
     )
     return backend, True
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentence_piece}
+def _unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], path: Path) -> Any:
+    """SentencePiece's unigram model: of all ways to cut a text into pieces, the one of the largest sum of scores."""
+    tokenizers, models, pre = require("tokenizers"), require("tokenizers.models"), require("tokenizers.pre_tokenizers")
+    normalizers, decoders = require("tokenizers.normalizers"), require("tokenizers.decoders")
+    scores = _required(metadata, "scores", path)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if len(scores) != len(tokens) or unknown >= len(tokens):
+        raise ValueError(
+            f"{path}: Expected a score for each of {len(tokens)} tokens and an unknown token among them, got "
+            f"{len(scores)} scores and {unknown}"
+        )
+    pieces = list(zip(tokens, map(float, scores), strict=True))
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=BYTE in types))
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    backend.normalizer = normalizers.Sequence([*_rewritten(metadata, extra_spaces=False)])
+    scheme = "always" if prefix else "never"
+    backend.pre_tokenizer = pre.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    return backend, False
+
+
+def _rewritten(metadata: Mapping[str, Any], *, extra_spaces: bool) -> list[Any]:
+    """The normalizers of a SentencePiece model: its table of characters, and spaces at the ends and in a row.
+
+    `extra_spaces` is whether spaces stay where the metadata doesn't say so.
+    """
+    tokenizers, normalizers = require("tokenizers"), require("tokenizers.normalizers")
+    steps = []
+    if len(table := metadata.get("tokenizer.ggml.precompiled_charsmap", b"")):
+        steps.append(normalizers.Precompiled(bytes(table)))
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", not extra_spaces):
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    return steps
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentence_piece, "t5": _unigram}
 
 
 def merges_from_scores(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -6,11 +6,13 @@ from typing import Any
 
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._optional import require
+from jint8.checkpoints._tokenizer.gguf import tokenizer_from_metadata
+from jint8.checkpoints._tokenizer.sentencepiece import metadata_of_sentencepiece
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 
 def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-    """Build the tokenizer from `tokenizer.json` (or GPT-2's two files) and the small files beside it.
+    """Build the tokenizer from `tokenizer.json` (or `tokenizer.model`, or GPT-2's two files) and the files beside it.
 
     Args:
       path: the directory.
@@ -28,6 +30,8 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer
     }
     if (path / "tokenizer.json").exists():
         backend = backend_from_file(path / "tokenizer.json")
+    elif (path / "tokenizer.model").exists():
+        backend = _from_sentencepiece(path / "tokenizer.model", settings)
     elif (path / "vocab.json").exists() and settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast"):
         backend = _from_vocabulary(path, settings)
     else:
@@ -111,6 +115,16 @@ def backend_from_file(file: Path) -> Any:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the tokenizers package raises bare Exception
         raise ValueError(f"{file}: Expected a tokenizer, got one that doesn't parse: {e}") from e
+
+
+def _from_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Any:
+    """The tokenizer of a directory that has SentencePiece's file alone, as Llama 2's and Mistral's first ones."""
+    metadata = metadata_of_sentencepiece(file)
+    for name, default in (("bos", True), ("eos", False)):
+        metadata[f"tokenizer.ggml.add_{name}_token"] = settings.get(f"add_{name}_token", default)
+    tokenizer = tokenizer_from_metadata(metadata, path=file)
+    assert tokenizer is not None
+    return tokenizer.backend
 
 
 def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> Any:
