@@ -12,7 +12,7 @@ import numpy as np
 from jint8.checkpoints._checkpoint import TensorInfo
 from jint8.checkpoints._destination import Destination
 from jint8.checkpoints._directory import write_arrays, write_json, write_manifest, write_text
-from jint8.checkpoints._json import read_json
+from jint8.checkpoints._json import read_json, read_text
 from jint8.checkpoints._safetensors import SafetensorsCheckpoint
 from jint8.checkpoints._sums import MANIFEST, checksum, read_manifest, sha256
 from jint8.checkpoints._tokenizer.huggingface import backend_from_file
@@ -79,7 +79,7 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
         if ids is None:
             return None
         file = self.path / CHAT_TEMPLATE
-        template = file.read_text(encoding="utf-8") if file.exists() else None
+        template = read_text(file) if file.exists() else None
         backend = backend_from_file(self.path / TOKENIZER)
         try:
             return Tokenizer(backend, chat_template=template, **ids)

@@ -1,22 +1,23 @@
 """Hugging Face directories: config.json, one or many safetensors files, an index."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 
 from jint8.checkpoints._checkpoint import Checkpoint, Format, TensorInfo
 from jint8.checkpoints._dtypes import DTYPES
-from jint8.checkpoints._json import read_json
+from jint8.checkpoints._json import parse_json, read_json
 from jint8.checkpoints._source import SourceFile
 from jint8.checkpoints._tokenizer.huggingface import tokenizer_from_directory
 from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
+MAX_RANK = 32  # of a tensor; NumPy has at most 64 axes
+_FIELDS = ("dtype", "shape", "data_offsets")
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -150,15 +151,8 @@ def read_header(source: SourceFile) -> list[tuple[TensorInfo, int]]:
             f"{file}: Expected a safetensors file whose header fits in it, got {length + 8} bytes of header in a "
             f"file of {size} bytes (not safetensors, or truncated)"
         )
-    try:
-        header = json.loads(source.read(8, length).tobytes())
-        entries = [
-            (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-            for name, e in header.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{file}: Expected a safetensors header, got one that doesn't parse: {e!r}") from e
+    header = parse_json(source.read(8, length).tobytes(), file, "a safetensors header")
+    entries = [(name, *_entry(e, f"{file}: tensor {name!r}")) for name, e in header.items() if name != "__metadata__"]
     # The format allows no gaps and no overlaps, so each tensor begins where the one before it ends.
     out, end = [], 0
     for name, dtype, shape, first, last in sorted(entries, key=lambda e: e[3:5]):
@@ -166,7 +160,7 @@ def read_header(source: SourceFile) -> list[tuple[TensorInfo, int]]:
         if dtype not in DTYPES:
             raise ValueError(f"{where}: Expected a type among {', '.join(DTYPES)}, got {dtype}")
         nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-        if min(shape, default=0) < 0 or last - first != nbytes:
+        if last - first != nbytes:
             raise ValueError(f"{where}: Expected {nbytes} bytes for {dtype}{list(shape)}, got {last - first}")
         if first != end:
             raise ValueError(f"{where}: Expected its data to start at byte {end}, where the last one ends, got {first}")
@@ -178,3 +172,25 @@ def read_header(source: SourceFile) -> list[tuple[TensorInfo, int]]:
     if 8 + length + end != size:
         raise ValueError(f"{file}: Expected {8 + length + end} bytes, got {size} (bytes that belong to no tensor)")
     return out
+
+
+def _entry(entry: Any, where: str) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, first byte and end of a tensor, as the header says them.
+
+    Raises:
+      ValueError: something else than a string, a shape that NumPy can have, and two offsets; the message begins with
+        `where`.
+    """
+    dtype, shape, offsets = map(entry.get, _FIELDS) if isinstance(entry, dict) else (None, None, None)
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        # Nothing of the entry is quoted, which may be as large as the file.
+        raise ValueError(f"{where}: Expected {', '.join(_FIELDS)}, in numbers from 0 to 2**63 - 1, got another entry")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"{where}: Expected at most {MAX_RANK} axes, got {len(shape)}")
+    if 0 in shape and math.prod(n for n in shape if n) >= 2**59:  # NumPy refuses these although they have no elements
+        raise ValueError(f"{where}: Expected a shape that NumPy can have, got {shape}")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)

@@ -59,7 +59,7 @@ def read_header(source: SourceFile) -> GGUFFile:
         raise ValueError(f"{path}: Expected a GGUF header of 24 bytes, got a file of {size} bytes (truncated)")
     try:
         return _Reader(source).header()
-    except (struct.error, UnicodeDecodeError, OverflowError) as e:
+    except (struct.error, UnicodeDecodeError, OverflowError, RecursionError) as e:
         raise ValueError(
             f"{path}: Expected a complete GGUF header, got one that doesn't parse (truncated or damaged): {e}"
         ) from e

@@ -32,6 +32,13 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Token
       ValueError: its kind isn't known, or a part is missing. A pre-tokenizer that isn't known is a warning at the first
         use.
     """
+    try:
+        return _from_metadata(metadata, path)
+    except (AttributeError, LookupError, OverflowError, TypeError) as e:
+        raise ValueError(f"{path}: Expected metadata of a tokenizer, got a value of another kind in them: {e!r}") from e
+
+
+def _from_metadata(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None:
     model = metadata.get("tokenizer.ggml.model")
     if model in (None, "none", "no_vocab"):
         return None

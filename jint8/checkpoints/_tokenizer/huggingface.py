@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jint8.checkpoints._json import read_json
+from jint8.checkpoints._json import read_json, read_text
 from jint8.checkpoints._optional import require
 from jint8.checkpoints._tokenizer.gguf import tokenizer_from_metadata
 from jint8.checkpoints._tokenizer.sentencepiece import metadata_of_sentencepiece
@@ -22,8 +22,15 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer
       The tokenizer, or None where there is neither.
 
     Raises:
-      ValueError: a file doesn't parse; the message names it.
+      ValueError: a file doesn't parse; the message names it, or the directory where values of several are at odds.
     """
+    try:
+        return _from_directory(path, config)
+    except (AttributeError, LookupError, OverflowError, TypeError, UnicodeEncodeError) as e:
+        raise ValueError(f"{path}: Expected files of a tokenizer, got a value of another kind in them: {e!r}") from e
+
+
+def _from_directory(path: Path, config: Mapping[str, Any]) -> Tokenizer | None:
     settings = {
         **read_json(path / "special_tokens_map.json", optional=True),
         **read_json(path / "tokenizer_config.json", optional=True),
@@ -159,7 +166,7 @@ def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     # several templates with names, such as "default" and "tool_use"; or one alone
     named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
     if file.exists():
-        named["default"] = file.read_text(encoding="utf-8")
+        named["default"] = read_text(file)
     return {name: template for name, template in named.items() if template is not None}
 
 

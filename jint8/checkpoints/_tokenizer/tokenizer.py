@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from jint8.checkpoints._tokenizer.chat import render_chat
@@ -31,7 +32,17 @@ class Tokenizer:
         tool_template: str | None = None,
         doubt: str | None = None,
     ):
-        """`doubt` is a warning for the first text that is encoded."""
+        """`doubt` is a warning for the first text that is encoded.
+
+        Raises TypeError for ids and templates of other types, as damaged files have them.
+        """
+        eos_ids = tuple(eos_ids)
+        for i in (bos_id, *eos_ids, pad_id):
+            if isinstance(i, bool) or not isinstance(i, Integral | None):
+                raise TypeError(f"Expected ids of special tokens to be integers, got {i!r}")
+        for template in (chat_template, tool_template):
+            if not isinstance(template, str | None):
+                raise TypeError(f"Expected a chat template to be a string, got {type(template).__name__}")
         # A tokenizer.json may have been saved with truncation and padding on, which would change a text's tokens.
         backend.no_truncation()
         backend.no_padding()
@@ -125,7 +136,8 @@ class Tokenizer:
         return render_chat(template, messages, **given)
 
     def _token(self, i: int | None) -> str:
-        return "" if i is None else self.backend.id_to_token(i) or ""
+        # Files have -1 for a token that there isn't.
+        return "" if i is None or not 0 <= i < 2**32 else self.backend.id_to_token(i) or ""
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_ids={self.eos_ids})"

@@ -12,6 +12,8 @@ from jint8.models._config import Activation, Rope
 
 Fields = Mapping[str, Any]
 
+MAX_PAIRS = 2**16  # of rotated dimensions in a head, so that a damaged size doesn't fill the memory
+
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -103,10 +105,10 @@ def rope_fields(config: Fields, layer_type: str | None = None) -> dict[str, Any]
     transformers 5 writes `rope_parameters` (one for each type of layers where these differ: `layer_type`); transformers
     4 wrote `rope_scaling` and keys at the top level, which are taken where the new ones are missing.
     """
-    new: dict[str, Any] = dict(config.get("rope_parameters") or {})
+    new: dict[str, Any] = {**(config.get("rope_parameters") or {})}
     new = new.get(layer_type, new) if layer_type else new
     old = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    scaling: dict[str, Any] = dict(config.get("rope_scaling") or {})
+    scaling: dict[str, Any] = {**(config.get("rope_scaling") or {})}
     return {k: v for k, v in (old | scaling | new).items() if v is not None}
 
 
@@ -132,6 +134,8 @@ def rope(fields: Fields, head_dim: int, max_positions: int, original: int | None
     """
     theta = number(fields, "rope_theta", 10000.0)
     half = int(head_dim * number(fields, "partial_rotary_factor", 1.0)) // 2
+    if not 0 <= half <= MAX_PAIRS:
+        raise ValueError(f"Expected from 0 to {MAX_PAIRS} rotated pairs of dimensions in a head, got {half}.")
     kind = fields.get("rope_type", fields.get("type", "default"))
     if kind not in _SCALINGS:
         raise ValueError(f"Expected a rope_type among {', '.join(_SCALINGS)}, got {kind!r}.")

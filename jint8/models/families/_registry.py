@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jint8.models._config import ModelConfig
 from jint8.models._fused import row_order
 from jint8.models.families._family import COLUMNS, HEADS, Family
@@ -52,8 +54,8 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
       4
     """
     config = text_config(config)
-    if config.get("model_type") in ENCODERS:
-        raise ValueError(f"Expected a decoder, got {config['model_type']!r}: jint8.load_encoder loads encoders.")
+    if (name := config.get("model_type")) in [*ENCODERS]:  # a list, as `name` may be anything
+        raise ValueError(f"Expected a decoder, got {name!r}: jint8.load_encoder loads encoders.")
     return _config(config, FAMILIES)
 
 
@@ -82,7 +84,11 @@ def _config(config: Mapping[str, Any], families: Mapping[str, Family]) -> ModelC
     name = config.get("model_type")
     if not isinstance(name, str) or name not in families:
         raise ValueError(f"Expected a model_type among {', '.join(families)}, got {name!r}.")
-    return families[name].config(config)
+    try:
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            return families[name].config(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"Expected a configuration of {name}, got an impossible value in it: {error!r}.") from error
 
 
 def family(config: ModelConfig) -> Family:
@@ -93,7 +99,10 @@ def family(config: ModelConfig) -> Family:
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the language model alone, where `config.json` is that of a multimodal model (Gemma 3)."""
     if config.get("model_type") == "gemma3":
-        return {**(config.get("text_config") or {}), "model_type": "gemma3_text"}
+        text = config.get("text_config") or {}
+        if not isinstance(text, Mapping):
+            raise ValueError(f"Expected text_config to be an object, got {text!r}.")
+        return {**text, "model_type": "gemma3_text"}
     return dict(config)
 
 
