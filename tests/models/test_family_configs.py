@@ -105,7 +105,6 @@ NAMES = {
     "gemma3_with_images": (
         "gemma3", "model.", "language_model.model.", {"vision_tower.x": MASK, "multi_modal_projector.y": MASK},
     ),
-    "tied_head_is_there": ("qwen2", "", "", {"lm_head.weight": np.zeros((96, 32), np.float32)}),
 }  # fmt: skip
 
 
