@@ -142,6 +142,7 @@ def test_added_token_of_another_number(directory):
     [
         {"added_tokens": {"<a>": "seven"}},
         {"tokenizer_config": {"added_tokens_decoder": {"7": {"special": True}}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<a>", "other": 1}}}},
         {"tokenizer_config": {"added_tokens_decoder": ["<a>"]}},
         {"special_tokens_map": {"additional_special_tokens": [3]}},
     ],

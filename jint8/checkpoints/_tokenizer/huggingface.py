@@ -105,6 +105,8 @@ def _tokens(settings: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, 
     tokens: dict[str, tuple[int | None, Any]] = {}
     for number, said in settings.get("added_tokens_decoder", {}).items():
         options = {name: value for name, value in said.items() if name != "content"}
+        if unknown := options.keys() - {"special", "normalized", "lstrip", "rstrip", "single_word"}:
+            raise ValueError(f"the option {min(unknown)!r} of {said['content']!r}")  # which tokenizers would ignore
         tokens[said["content"]] = (int(number), added_token(said["content"], **options))
     for content, number in added.items():
         tokens.setdefault(content, (int(number), added_token(content, normalized=False)))
