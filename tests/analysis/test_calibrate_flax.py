@@ -60,6 +60,7 @@ def test_lists_of_different_layers():
     assert cases.relative_error(y, MODEL.apply(VARIABLES, X)) < 0.05
 
 
+@pytest.mark.slow
 def test_gradients_and_vmap():
     apply = jint8.apply(MODEL.apply)
     loss = lambda x: jnp.sum(apply(static(), x) ** 2)

@@ -35,6 +35,7 @@ def test_bad_input_of_the_process(tmp_path):
     assert str(tmp_path / "none") in done.stderr
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(llama, tmp_path):
     argv = ("generate", llama, "--prompt", "hi", "--max-tokens", 2)
     first = shell(*argv, JINT8_CACHE=str(tmp_path))

@@ -100,9 +100,13 @@ def test_dora_rounds_nothing(directory, tmp_path):
     assert (np.asarray(a.scale) != np.asarray(b.scale)).any()
 
 
-PRESETS = {"paper": jint8.Config(), "vector-zp": jint8.Config(scheme="vector-zp"), **{
-    name: jint8.Config.preset(name) for name in ("static", "rotated", "best")
-}}  # fmt: skip
+PRESETS = {
+    "paper": jint8.Config(),
+    "vector-zp": pytest.param(jint8.Config(scheme="vector-zp"), marks=pytest.mark.slow),
+    "static": pytest.param(jint8.Config.preset("static"), marks=pytest.mark.slow),
+    "rotated": jint8.Config.preset("rotated"),
+    "best": pytest.param(jint8.Config.preset("best"), marks=pytest.mark.slow),
+}
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)

@@ -158,6 +158,7 @@ def test_a_calibrated_column_that_is_not_finite(tmp_path, scheme):
         jint8.load(tmp_path, config=config, outliers={"layers_1/mlp/down/weight": [5]})
 
 
+@pytest.mark.slow
 def test_an_embedding_that_is_only_looked_up_is_not_calibrated():
     model = load("llama", config=jint8.Config.preset("rotated"), include="embedding")
     assert is_qtensor(model.params["embedding"])

@@ -167,6 +167,7 @@ def weights_and_slices():
     yield from (((4, 2, 3, 1), (0,), (1, 3)), ((2, 1, 2, 3), (1, 3), (0,)), ((1, 3, 1, 2), (1,), (2,)))
 
 
+@pytest.mark.slow
 def test_any_stacked_axis_may_be_sliced_away():
     """Slices stand for slices of the floats, for every position of the axes; nothing is guessed from sizes."""
     for shape, contracted, stacked in weights_and_slices():

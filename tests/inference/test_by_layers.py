@@ -42,8 +42,13 @@ def most_likely_after(model, prompt, new):
     return np.argmax(logits[len(prompt) - 1 : -1], axis=-1)
 
 
+SLOW_FAMILIES = ("bloom", "opt_350m")
+
+
 # rotary positions and a window; layers with a window between others; ALiBi; a table of positions and more projections
-@pytest.mark.parametrize("family", ["mistral", "gemma3", "bloom", "opt_350m"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW_FAMILIES)]
+)
 def test_tokens_of_the_whole_sequence(family, small, programs):
     model = jint8.load(DIRECTORY / family, quantize=False, dtype="float32")
     rows = generated(model, PROMPTS)
@@ -114,6 +119,7 @@ def test_seeds(seed, programs):
 LIMITS = {"batch": 2, "prompt": 11, "max_tokens": 5}
 
 
+@pytest.mark.slow
 def test_no_program_after_warm(small, programs):
     """Of any request up to the limits."""
     model = jint8.load(DIRECTORY / "llama", dtype="float32")

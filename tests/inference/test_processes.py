@@ -71,6 +71,7 @@ def check_logits(found):
     assert np.abs(np.array(found["logits"]) - want).max() < 1e-4 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_the_example_generates_the_greedy_tokens_of_one_device(tmp_path):
     checkpoint = make_llama_directory(tmp_path / "llama", seed=0)
     done = launch(EXAMPLES / "many_processes.py", str(checkpoint), "--prompt", "hello", "--max-tokens", "16")

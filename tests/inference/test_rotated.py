@@ -229,7 +229,8 @@ def on_devices(*counts):
     return run_on_eight_devices(script, *map(str, counts), optimized=False)
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
 def test_on_a_mesh(devices):
     """Row-parallel weights are rotated in blocks of one device's features; `jint8 fit` counts the same bytes."""
     got = on_devices(devices)[str(devices)]
