@@ -77,6 +77,9 @@ CHIPS = {
 # The chip with the least shared memory: its tiles fit all of them.
 SAFE_CHIP = min(CHIPS.values(), key=lambda chip: chip.shared_bytes)
 
+# Pallas's Triton backend compiles from this compute capability on; before it are T4 (7.5) and V100 (7.0).
+LEAST_CAPABILITY = (8, 0)
+
 
 def products() -> dict[str, Chip]:
     """The chip of each GPU that is known by its marketing name, such as "H200"."""
@@ -106,20 +109,33 @@ def chip_for(*, capability: tuple[int, int] | None = None, device_kind: str = ""
     return next((chip for product, chip in products().items() if f" {product} " in words), SAFE_CHIP)
 
 
+def current_capability() -> tuple[int, int] | None:
+    """The compute capability of the device that a program is being traced for, such as (7, 5) of a T4.
+
+    None where the device isn't a GPU, or where an abstract device is set, which has a name only.
+    """
+    if _abstract_gpu() is not None:
+        return None
+    device = getattr(jax.config, "jax_default_device", None)
+    if not isinstance(device, jax.Device):  # it may also be None, or a platform's name
+        device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or not capability:
+        return None
+    major, _, minor = capability.partition(".")
+    return int(major), int(minor or 0)
+
+
 def current_chip() -> Chip:
     """The chip that a program is being traced for.
 
     That of the abstract device where one is set (`jax.sharding.use_abstract_mesh`, as for an export), else that of the
     default device, else `SAFE_CHIP`.
     """
+    abstract = _abstract_gpu()
+    return chip_for(capability=current_capability(), device_kind="" if abstract is None else abstract.device_kind)
+
+
+def _abstract_gpu() -> jax.sharding.AbstractDevice | None:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None and abstract.platform == "gpu":
-        return chip_for(device_kind=abstract.device_kind)
-    device = getattr(jax.config, "jax_default_device", None)
-    if not isinstance(device, jax.Device):  # it may also be None, or a platform's name
-        device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not capability:
-        return SAFE_CHIP
-    major, _, minor = capability.partition(".")
-    return chip_for(capability=(int(major), int(minor or 0)))
+    return abstract if abstract is not None and abstract.platform == "gpu" else None

@@ -5,7 +5,8 @@ several. So where a GPU is available the product is a primitive with two lowerin
 rest. (`lax.platform_dependent` lowers the kernels for the other platforms as well, which Pallas refuses.)
 
 XLA can't partition a kernel: it would gather all weights on each device. So in a program that XLA partitions, its own
-product runs; within `jax.shard_map`, where each device has its shard, the kernels do.
+product runs; within `jax.shard_map`, where each device has its shard, the kernels do. On GPUs before compute capability
+8.0, which the kernels don't compile for, XLA's product runs unless a kernel is asked for by name.
 
 A primitive with lowerings of its own has no stable interface: this file is the only one that uses
 `jax.interpreters.batching`, `jax.interpreters.mlir` and their contexts, `aval.update` and `manual_axis_type` (the last
@@ -137,8 +138,17 @@ def _lower(ctx, *args, run, **static):
     return mlir.lower_fun(flat, multiple_results=False)(ctx, *args)
 
 
-def _lower_for_cuda(ctx, *args, **static):
-    return _lower(ctx, *args, run=_off_gpu if _is_partitioned(ctx.module_context.axis_context) else _on_gpu, **static)
+def _lower_for_cuda(ctx, *args, call, **static):
+    by_xla = _is_partitioned(ctx.module_context.axis_context) or (call.backend is None and _is_too_old())
+    return _lower(ctx, *args, run=_off_gpu if by_xla else _on_gpu, call=call, **static)
+
+
+def _is_too_old() -> bool:
+    """Whether the GPU is one that the kernels don't compile for."""
+    from pallas_kernels.chips import LEAST_CAPABILITY, current_capability  # imported late, as in `_on_gpu`
+
+    capability = current_capability()
+    return capability is not None and capability < LEAST_CAPABILITY
 
 
 def _is_partitioned(context: Any) -> bool:

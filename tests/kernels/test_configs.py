@@ -1,10 +1,14 @@
 """Configs and the chips they are checked against."""
 
+import types
+
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels as pk
-from pallas_kernels import tune
+from pallas_kernels import chips, tune
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.configs import from_json, shape_class, to_json
 
@@ -121,3 +125,15 @@ def test_a_config_of_the_callers_is_checked(backend, config, message):
     x, w, scale = jnp.ones((4, 32)), jnp.ones((16, 32), jnp.int8), jnp.ones(16)
     with pytest.raises(ValueError, match=message):
         pk.llm_int8_matmul(x, w, scale, backend=backend, config=config, interpret=True)
+
+
+@pytest.mark.parametrize(("text", "capability"), [("7.5", (7, 5)), ("12.0", (12, 0)), ("9", (9, 0)), (None, None)])
+def test_capability_of_the_device(monkeypatch, text, capability):
+    device = types.SimpleNamespace(platform="gpu" if text else "cpu", compute_capability=text or "")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert chips.current_capability() == capability
+    assert chips.current_chip() is chips.chip_for(capability=capability)
+    abstract = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        assert chips.current_capability() is None
+        assert chips.current_chip().name == "sm_90"

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jint8
+from pallas_kernels import chips
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64)), jnp.bfloat16).at[:, 5].mul(20)
 W = jnp.asarray(np.random.default_rng(1).standard_normal((32, 64)), jnp.bfloat16)
@@ -50,6 +51,16 @@ def test_what_the_kernels_can_not_do_is_left_to_xla():
     for scheme in ("absmax", "row+dec", "llm.int8-zp"):
         w = jint8.quantize(W, contract_axes=(1,), config=jint8.Config(scheme=scheme))
         assert not uses_kernels(jint8.matmul, X, w)
+
+
+@pytest.mark.parametrize("m", [1, 64], ids=["few_rows", "many_rows"])
+@pytest.mark.parametrize(("capability", "kernels"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_before_compute_capability_8_take_xla(monkeypatch, capability, kernels, m):
+    monkeypatch.setattr(chips, "current_capability", lambda: capability)
+    x = jax.ShapeDtypeStruct((m, 64), jnp.bfloat16)
+    # A function of its own per case, because JAX remembers programs by function.
+    assert uses_kernels(lambda x, w: jint8.matmul(x, w), x, N_K, platforms=("cuda",)) == kernels
+    assert uses_kernels(lambda x, w: jint8.matmul(x, w, implementation="triton"), x, N_K, platforms=("cuda",))
 
 
 @pytest.mark.parametrize("implementation", ["triton", "mosaic"])
