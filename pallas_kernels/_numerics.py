@@ -22,15 +22,15 @@ _ROUNDING_SHIFT_BITS = 0x4B400000
 # which GPUs may flush to zero.
 _NO_SCALE = 1e-35 / 127
 
-INT8_MAX = 127  # -128 isn't used, so that the range is symmetric
+INT8_MAX = 127  # activations aren't -128, so that the range is symmetric; weights that others quantized may be
 
 DIGITS = 3  # int8 digits of an outlier, base 128
 # The integer that a row's largest outlier becomes: the largest one whose high digit stays within INT8_MAX.
 # Rounding to integers up to it leaves an error of at most 2**-22 of that outlier.
 DIGITS_MAX = INT8_MAX << 14
 
-# The largest k for which a sum of k products of two numbers in [-127, 127] stays within int32.
-K_EXACT = (2**31 - 1) // INT8_MAX**2
+# The largest k for which a sum of k products of numbers in [-127, 127] with ones in [-128, 127] stays within int32.
+K_EXACT = (2**31 - 1) // (INT8_MAX * 128)
 
 
 def abs_bits(x: jax.Array) -> jax.Array:

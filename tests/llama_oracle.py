@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
-def logits(read, config: dict, tokens: np.ndarray, rope=None) -> np.ndarray:
+def logits(read, config: dict, tokens: np.ndarray, rope=None, project=None) -> np.ndarray:
     """float64 `[s, vocab]` of `tokens[s]`; `read(name)` gives a tensor by its Hugging Face name.
 
     `rope(s)` gives rotary frequencies and the factor of sines and cosines for a sequence of s tokens.
+    `project(x, name)` is what a layer's projection makes of `x[s, k]`, instead of its product with `NAME.weight`.
     """
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     hidden = config["hidden_size"]
@@ -29,6 +30,8 @@ def logits(read, config: dict, tokens: np.ndarray, rope=None) -> np.ndarray:
         z = (x[..., : d // 2] + 1j * x[..., d // 2 :]) * turn
         return np.concatenate([z.real, z.imag], -1)
 
+    if project is None:
+        project = lambda x, name: x @ get(f"{name}.weight").T
     embedding = get("model.embed_tokens.weight")
     x = embedding[tokens]
     hidden_from_future = np.triu(np.full((s, s), -np.inf), 1)
@@ -36,7 +39,7 @@ def logits(read, config: dict, tokens: np.ndarray, rope=None) -> np.ndarray:
         p = f"model.layers.{i}."
         h = norm(x, p + "input_layernorm.weight")
         q, k, v = (
-            (h @ get(f"{p}self_attn.{name}_proj.weight").T).reshape(s, n, d)
+            project(h, f"{p}self_attn.{name}_proj").reshape(s, n, d)
             for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
         q, k = rotate(q), rotate(k)
@@ -46,11 +49,11 @@ def logits(read, config: dict, tokens: np.ndarray, rope=None) -> np.ndarray:
             scores = q[:, head] @ k[:, shared].T / np.sqrt(d) + hidden_from_future
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, shared]
-        x = x + out.reshape(s, heads * d) @ get(p + "self_attn.o_proj.weight").T
+        x = x + project(out.reshape(s, heads * d), p + "self_attn.o_proj")
         h = norm(x, p + "post_attention_layernorm.weight")
-        gate = h @ get(p + "mlp.gate_proj.weight").T
-        up = h @ get(p + "mlp.up_proj.weight").T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ get(p + "mlp.down_proj.weight").T
+        gate = project(h, p + "mlp.gate_proj")
+        up = project(h, p + "mlp.up_proj")
+        x = x + project(gate / (1 + np.exp(-gate)) * up, p + "mlp.down_proj")
     x = norm(x, "model.norm.weight")
     head = embedding if config.get("tie_word_embeddings") else get("lm_head.weight")
     return x @ head.T

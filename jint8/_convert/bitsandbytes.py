@@ -7,12 +7,12 @@ its values only 0, row after row, is read here: the others are layouts of certai
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jint8._convert.options import Options, shown
+from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._trees.paths import leaf_paths
 from jint8.checkpoints import Checkpoint
@@ -35,70 +35,42 @@ _FIXED_OPTIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a `quantization_config` asks for.
-
-    Attributes:
-      threshold: of outliers; None where it doesn't say. 0 is without decomposition, as in `Config`.
-      skip: patterns of weights that stay in floating point.
-    """
-
-    threshold: float | None = None
-    skip: tuple[str, ...] = ()
+METHOD = "bitsandbytes"
 
 
-def options(config: Mapping[str, Any]) -> Options:
-    """The `Options` in a `config.json`. Raises ValueError for another kind of quantization."""
-    asked = config.get("quantization_config")
-    if asked is None:
-        return Options()
-    method = asked.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or not asked.get("load_in_8bit"):
-        kind = f"{method} in 4 bits" if asked.get("load_in_4bit") else method
-        raise ValueError(f"Expected a quantization_config of bitsandbytes in 8 bits, got {kind}.")
-    skip = tuple(name.replace(".", "/") for name in asked.get("llm_int8_skip_modules") or ())
-    return Options(asked.get("llm_int8_threshold"), skip)
-
-
-def is_int8(checkpoint: Checkpoint) -> bool:
-    """Whether bitsandbytes saved the checkpoint in int8."""
-    return any(name.endswith(".SCB") for name in checkpoint.tensors)
-
-
-def is_int8_weight(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is an int8 weight of bitsandbytes."""
-    return checkpoint.tensors[name].dtype == "I8" and f"{name.removesuffix('weight')}SCB" in checkpoint.tensors
-
-
-def companions(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
-    """The tensors beside an int8 weight, of those that are there; none for other tensors."""
-    if not is_int8_weight(checkpoint, name):
-        return ()
-    module = name.removesuffix("weight")
-    return tuple(name for name in (f"{module}SCB", f"{module}weight_format") if name in checkpoint.tensors)
-
-
-def read_weight(checkpoint: Checkpoint, weight: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """int8 `[n, k]` and the float32 scales `[n, 1]` of some rows of a weight.
+def options(asked: dict[str, Any]) -> Options:
+    """The `Options` in a `quantization_config`: a threshold, and what to skip. Weights may be in floating point still.
 
     Raises:
-      ValueError: scales of a wrong shape or not finite, or values in another order than rows.
+      ValueError: 4 bits.
+      TypeError, ValueError: a threshold that `Config` refuses.
     """
-    module = weight.removesuffix("weight")
-    n = checkpoint.tensors[weight].shape[:1]
+    if not asked.get("load_in_8bit"):
+        got = "4 bits" if asked.get("load_in_4bit") else "none"
+        raise ValueError(f"Expected a quantization_config of bitsandbytes in 8 bits, got bitsandbytes in {got}.")
+    threshold, skip = asked.get("llm_int8_threshold"), asked.get("llm_int8_skip_modules") or ()
+    if not isinstance(skip, (list, tuple)) or not all(isinstance(name, str) for name in skip):
+        raise ValueError(f"Expected llm_int8_skip_modules to be a list of names, got {shown(skip)}.")
+    config = None if threshold is None else Config(threshold=threshold)
+    return Options(METHOD, config, tuple(name.replace(".", "/") for name in skip))
+
+
+def read_scales(checkpoint: Checkpoint, module: str, n: int) -> np.ndarray:
+    """The scales of the weight `MODULEweight`, float32 `[n]`.
+
+    Raises:
+      ValueError: scales of a wrong shape or dtype, or values in another order than rows.
+    """
     absmax = checkpoint.read(f"{module}SCB")
-    if absmax.dtype != np.float32 or absmax.shape != n:
-        raise ValueError(f"Expected {module}SCB as float32 {n}, got {absmax.dtype} {absmax.shape}.")
-    if not np.all(np.isfinite(absmax)):
-        raise ValueError(f"Expected finite scales in {module}SCB, got NaN or infinity.")
+    if absmax.dtype != np.float32 or absmax.shape != (n,):
+        raise ValueError(f"Expected {module}SCB as float32 ({n},), got {absmax.dtype} {absmax.shape}.")
     if f"{module}weight_format" in checkpoint.tensors:
-        order = int(checkpoint.read(f"{module}weight_format").item())
-        if order != 0:
+        order = checkpoint.read(f"{module}weight_format")
+        if order.any():
             raise ValueError(
-                f"Expected {module}weight_format 0 (rows), got {order}: save it with a newer bitsandbytes."
+                f"Expected {module}weight_format 0 (rows), got {order.max()}: save it with a newer bitsandbytes."
             )
-    return checkpoint.read_rows(weight, rows.start, rows.stop), (absmax[rows] / np.float32(127))[:, None]
+    return absmax / np.float32(127)
 
 
 def to_tensors(params: Any, config: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -157,8 +129,9 @@ def _check_weight(path: str, w: QTensor) -> None:
 
 
 def _exact_absmax(scale: np.ndarray) -> np.ndarray:
-    """127 times the scale, rounded so that a division by 127, as `read_weight` does it, gives every bit of it back."""
+    """127 times the scale, rounded so that a division by 127, as `read_scales` does it, gives it back: every bit
+    of a scale that is the 127th part of a float, as ours are; others may be off by one unit in the last place."""
     absmax = scale * np.float32(127)
     for other in (np.nextafter(absmax, np.float32(0)), np.nextafter(absmax, np.float32(np.inf))):
-        absmax = np.where(absmax / np.float32(127) == scale, absmax, other)
+        absmax = np.where(other / np.float32(127) == scale, other, absmax)
     return absmax

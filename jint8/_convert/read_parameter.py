@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jint8._convert import bitsandbytes as bitsandbytes
+from jint8._convert import int8_weights as int8_weights
 from jint8._convert.assemble import Assembly, place
 from jint8._convert.quantize_rows import cast, check_finite, quantized_rows
 from jint8._convert.rotate_rows import MeanSquares, Rotation
@@ -165,8 +165,8 @@ class ParameterReader:
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows of a tensor as those of a `QTensor`'s arrays."""
         scheme = self.config.table_row
-        if bitsandbytes.is_int8_weight(self.checkpoint, name):
-            q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
+        if int8_weights.is_int8_weight(self.checkpoint, name):
+            q, scale = int8_weights.read_weight(self.checkpoint, name, rows)
             yield q, {"q": q, "scale": scale}
             return
         original = value = self._read(name, rows)
@@ -190,9 +190,9 @@ class ParameterReader:
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows of a tensor in floating point."""
         del at
-        # int8 nevertheless, where bitsandbytes skipped another tensor of the same fused projection
-        if bitsandbytes.is_int8_weight(self.checkpoint, name):
-            q, scale = bitsandbytes.read_weight(self.checkpoint, name, rows)
+        # int8 nevertheless, where another tensor of the same fused projection was skipped
+        if int8_weights.is_int8_weight(self.checkpoint, name):
+            q, scale = int8_weights.read_weight(self.checkpoint, name, rows)
             value = q * scale
         else:
             value = self._read(name, rows)
@@ -210,8 +210,8 @@ class ParameterReader:
         return value
 
     def _transposed(self, name: str) -> bool:
-        """Whether a tensor is stored as `[k, n]`; int8 of bitsandbytes never is."""
-        return self.target.source.transposed and not bitsandbytes.is_int8_weight(self.checkpoint, name)
+        """Whether a tensor is stored as `[k, n]`; int8 never is."""
+        return self.target.source.transposed and not int8_weights.is_int8_weight(self.checkpoint, name)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def read_params(
     something: where columns are sharded, that is all rows.
 
     Args:
-      checkpoint: in floating point, or in int8 of bitsandbytes.
+      checkpoint: in floating point, or in int8 of another tool (`int8_weights.py`).
       model: that the checkpoint is for.
       config: how to quantize.
       selection: which weights.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jint8._convert import bitsandbytes as bitsandbytes
+from jint8._convert import int8_weights as int8_weights
 from jint8._convert.assemble import decoder_shardings
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor
@@ -66,14 +66,14 @@ def find_targets(
         _check_shapes(checkpoint, source, float_leaves[path].shape)
     position = {name: i for i, name in enumerate(checkpoint.tensors)}
     in_order = sorted(found, key=lambda path: position[found[path].tensors[0]])
-    is_int8 = bitsandbytes.is_int8(checkpoint)
+    is_int8 = int8_weights.is_int8(checkpoint)
 
     def contract_axes(path: str) -> tuple[int, ...] | None:
         ndim = len(float_leaves[path].shape)
         if not is_int8:
             return _axes_to_quantize(path, found[path], ndim, config, selection)
-        all_int8 = all(bitsandbytes.is_int8_weight(checkpoint, name) for name in found[path].tensors)
-        return standard_axes(path, ndim)[0] if config.quantizes_weights and all_int8 else None
+        all_int8 = all(int8_weights.is_int8_weight(checkpoint, name) for name in found[path].tensors)
+        return standard_axes(path, ndim, included=True)[0] if config.quantizes_weights and all_int8 else None
 
     return {path: Target(found[path], float_leaves[path], contract_axes(path)) for path in in_order}
 
@@ -145,11 +145,11 @@ def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: Model
     needed = {name for source in found.values() for name in source.tensors}
     for name in sorted(needed - set(checkpoint.tensors)):
         raise ValueError(f"{checkpoint.path}: Expected a tensor {name!r}, got none of that name.")
-    needed |= {beside for name in needed for beside in bitsandbytes.companions(checkpoint, name)}
-    for name in sorted(set(checkpoint.tensors) - needed):
-        if not ignored(name, config):
-            file = checkpoint.tensors[name].file
-            raise ValueError(f"{file}: tensor {name!r}: Expected only tensors of a {config.family} model, got this.")
+    known = needed | {name for name in checkpoint.tensors if ignored(name, config)}
+    known |= {beside for name in known for beside in int8_weights.companions(checkpoint, name)}
+    for name in sorted(set(checkpoint.tensors) - known):
+        file = checkpoint.tensors[name].file
+        raise ValueError(f"{file}: tensor {name!r}: Expected only tensors of a {config.family} model, got this.")
 
 
 def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]) -> None:
@@ -161,8 +161,8 @@ def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]
     rows, width = math.prod(shape[: max(1, len(shape) - 1)]), shape[-1:] if len(shape) > 1 else ()
     got = []
     for info in infos:
-        # bitsandbytes stores int8 as [n, k] also where the family's float weights are [k, n]
-        transposed = source.transposed and not bitsandbytes.is_int8_weight(checkpoint, info.name)
+        # int8 is stored as [n, k] also where the family's float weights are [k, n]
+        transposed = source.transposed and not int8_weights.is_int8_weight(checkpoint, info.name)
         stored = info.shape[::-1] if transposed else info.shape
         if stored[1:] != width or not stored:
             expected = ["n", *map(str, width)][:: -1 if transposed else 1]

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 
+from jint8._convert import int8_weights as int8_weights
 from jint8.checkpoints import Checkpoint
 from jint8.models import ModelConfig
 from jint8.models.families import HEAD, family, sources
@@ -34,7 +35,15 @@ def with_own_head(checkpoint: Checkpoint, config: ModelConfig) -> ModelConfig:
 
 
 def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    """Whether two tensors have the same values, in whatever dtypes; a few rows of each are in memory."""
+    """Whether two tensors have the same values, in whatever dtypes; a few rows of each are in memory.
+
+    Where one is in int8 they only are with the same scales.
+    """
+    beside = [int8_weights.companions(checkpoint, name) for name in (a, b)]
+    if any(beside):
+        kinds = [[name.rpartition(".")[2] for name in names] for names in beside]
+        if kinds[0] != kinds[1] or not all(_equal(checkpoint, *pair) for pair in zip(*beside, strict=True)):
+            return False
     shape = checkpoint.tensors[a].shape
     if shape != checkpoint.tensors[b].shape or not shape:
         return False

@@ -56,10 +56,11 @@ def load(
 
     Args:
       path: a GGUF file, a Hugging Face directory with `config.json` and safetensors files, or a directory that
-        `jint8.save` or bitsandbytes (`load_in_8bit`) wrote. The int8 weights of these two come back as they are:
-        `quantize`, `skip` and `include` don't apply.
-      config: how to quantize, and how to multiply. None is what the model was saved with; or `Config()`, with the
-        `llm_int8_threshold` of a `quantization_config` in `config.json`.
+        `jint8.save` wrote. Weights that it, bitsandbytes (`load_in_8bit`), llm-compressor, Quark or torchao saved in
+        int8 come back as they are: `quantize`, `skip` and `include` don't apply.
+      config: how to quantize, and how to multiply. None is what the model was saved with, or what the
+        `quantization_config` in `config.json` says (`Config(scheme="vector")` for int8 of llm-compressor, Quark and
+        torchao, an `llm_int8_threshold` for bitsandbytes); or `Config()`.
       dtype: of activations and of the parameters that aren't quantized. None is what the model was saved with, or
         float32 on CPUs and bfloat16 on GPUs.
       mesh: the devices that the model is sharded over, by `jint8.models.partition_specs`. Each process reads the shards
@@ -131,7 +132,7 @@ def load_encoder(
     """Loads an encoder (BERT, MiniLM) that turns texts into vectors, with its projection weights turned into int8.
 
     Args:
-      path: a Hugging Face directory, or one that `jint8.save` or bitsandbytes wrote.
+      path: a Hugging Face directory, or one that `jint8.save` wrote; also in int8, as in `jint8.load`.
       config: how to quantize, and how to multiply; this and the others as in `jint8.load`. An encoder isn't calibrated:
         a config that rotates smooths by the weights alone.
       dtype: of activations and of the parameters that aren't quantized.

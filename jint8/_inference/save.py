@@ -88,12 +88,14 @@ def write_model(
         config |= {"dtype": jnp.dtype(loaded.model.dtype).name, "quantization_config": asked}
         write_huggingface(destination, tensors, config=config, tokenizer=loaded.tokenizer, shard_bytes=shard_bytes)
         return
+    # What it says of the weights is of the checkpoint that they came from; now jint8.json does.
+    config = {k: v for k, v in loaded.hf_config.items() if k not in ("quantization_config", "compression_config")}
     arrays, metadata = to_arrays(loaded.params, quant=loaded.quant, dtype=loaded.model.dtype)
     write_checkpoint(
         destination,
         arrays,
         metadata=metadata,
-        config=loaded.hf_config,
+        config=config,
         tokenizer=loaded.tokenizer,
         shard_bytes=shard_bytes,
     )

@@ -1,8 +1,9 @@
 """Hugging Face directories: config.json, one or many safetensors files, an index."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
@@ -43,6 +44,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._begin[info.name] = begin
         if weight_map is not None:
             _check_index(path, weight_map, tensors)
+        tensors = _by_usual_names(tensors)
+        self._begin = {name: self._begin[stored] for name, stored in zip(tensors, self._begin, strict=True)}
         super().__init__(path, config=config, tensors=tensors, files=sources)
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
@@ -54,6 +57,24 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer | None:
         return tokenizer_from_directory(self.path, self.config)
+
+
+def _by_usual_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors by the names that others than torchao have for them, in the same order.
+
+    torchao's `MODULE._weight_qdata`, `_weight_scale` and `_weight_zero_point` are `MODULE.weight` in int8, and what
+    stands beside it.
+
+    Raises:
+      ValueError: both are there.
+    """
+    usual: dict[str, TensorInfo] = {}
+    for stored, info in tensors.items():
+        name = re.sub(r"\._weight_(scale|zero_point)$", r".weight_\1", re.sub(r"\._weight_qdata$", ".weight", stored))
+        if name in usual:
+            raise ValueError(f"{info.file}: Expected every weight once, got {name!r} and {stored!r}")
+        usual[name] = info if name == stored else dataclasses.replace(info, name=name)
+    return usual
 
 
 def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:

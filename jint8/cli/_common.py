@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,21 @@ def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any)
     if not options.get("quantize", True):
         options.pop("calibrate", None)  # that of the other model of this run
     with progress_bar(args, "loading", f"reading {path}", unit="B", unit_scale=True) as progress:
-        return jint8.load(path, progress=progress, **options)
+        model = jint8.load(path, progress=progress, **options)
+    say_stored(args, model.hf_config or {}, model.quant)
+    return model
+
+
+def say_stored(args: argparse.Namespace, hf_config: Mapping[str, Any], quant: Config) -> None:
+    """Say that a checkpoint's int8 weights are another tool's, and by which scheme they are multiplied."""
+    from jint8._convert.settings import stored_by
+
+    if (tool := stored_by(hf_config)) is None:
+        return
+    outliers = f"outliers from {quant.threshold:g} on in 16 bits" if quant.decomposes else "no outliers split off"
+    say(
+        args, f"int8 weights as {tool} stored them; activations in int8, a scale per token, {outliers} ({quant.scheme})"
+    )
 
 
 def float_dtype(name: str) -> np.dtype:
@@ -223,13 +238,15 @@ def check_writable(file: str) -> None:
 
 def check_float(source: str | os.PathLike[str], option: str) -> None:
     """Raises ValueError where the weights of a checkpoint are in int8 already, and an option needs them in float."""
+    from jint8._convert.int8_weights import is_int8
     from jint8.checkpoints import open_checkpoint
 
     with open_checkpoint(source) as checkpoint:
-        if checkpoint.format == "jint8":
+        stored = "one that jint8 saved" if checkpoint.format == "jint8" else "int8" if is_int8(checkpoint) else None
+        if stored is not None:
             raise ValueError(
-                f"{source}: Expected a checkpoint in floating point for {option}, got one that jint8 saved: give the "
-                "one that it was made from"
+                f"{source}: Expected a checkpoint in floating point for {option}, got {stored}: give the one that it "
+                "was made from"
             )
 
 

@@ -99,6 +99,8 @@ def _plan(args: argparse.Namespace, source: Path, **options: Any) -> tuple[int, 
             quantize=True,
             selection=Selection(options["skip"], options["include"]),
         )
+        if args.dry_run:  # else it is said when the checkpoint is loaded
+            _common.say_stored(args, checkpoint.config, config)
         model = build_decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
         targets = find_targets(checkpoint, model, config=config, selection=selection)
         return checkpoint.file_bytes, abstract_leaves(targets, config)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from checkpoint_files import safetensors_bytes
+from family_files import DIRECTORY
 from tiny_model import make_llama_directory
 
 import jint8
@@ -91,6 +92,30 @@ def test_bitsandbytes(source, tmp_path, run_json, run_error):
     error = run_error("quantize", source, tmp_path / "no", "--format", "bitsandbytes", "--include", "embedding")
     assert "no int8 embeddings" in error
     assert not (tmp_path / "no").exists()
+
+
+def test_int8_of_others(tmp_path, run, run_json, run_error):
+    source, dst = DIRECTORY.parent / "int8" / "quark", tmp_path / "dst"
+    stored = "int8 weights as quark stored them; activations in int8, a scale per token, "
+    status, out, err = run("quantize", source, dst)
+    assert status == 0
+    assert f"{stored}no outliers split off (vector)\n" in err
+    assert err.count("as quark stored") == 1
+    assert "8 weights in int8, 8 parameters in floating point" in out
+    for path in (source, dst):  # the second is ours
+        status, _, err = run("eval", path, "--tokens", save_tokens(tmp_path), "--threshold", 4)
+        assert status == 0
+        assert (f"{stored}outliers from 4 on in 16 bits (llm.int8)" in err) == (path == source)
+    assert "stored them" in run("quantize", source, tmp_path / "no", "--dry-run")[2]
+    assert not run("quantize", source, tmp_path / "no", "--dry-run", "--quiet")[2]
+    error = run_error("eval", source, "--tokens", save_tokens(tmp_path), "--compare")
+    assert "Expected a checkpoint in floating point for --compare, got int8" in error
+    assert "got int8 of quark" in run_error("quantize", source, tmp_path / "no", "--skip", "mlp")
+
+
+def save_tokens(directory):
+    np.save(directory / "tokens.npy", np.arange(3, 23)[None])
+    return directory / "tokens.npy"
 
 
 def test_table(source, tmp_path, run):

@@ -173,7 +173,7 @@ def test_long_sums_leave_int32_in_between(monkeypatch):
 def test_longest_exact_sum():
     from pallas_kernels._numerics import K_EXACT
 
-    assert K_EXACT * 127 * 127 <= 2**31 - 1 < (K_EXACT + 1) * 127 * 127
+    assert K_EXACT * 127 * 128 <= 2**31 - 1 < (K_EXACT + 1) * 127 * 128
 
 
 @functools.partial(jax.jit, static_argnames="mode")

@@ -11,6 +11,7 @@ from matmul_cases import BEYOND_INT32, CASES, EXACT, NOT_FINITE, SHAPES, VALUES
 
 import jint8
 from jint8._core.qtensor import contract_last
+from jint8._ops.xla.many_rows import largest_wide_digit
 
 # name for `implementation=`, and whether it quantizes activations
 IMPLEMENTATIONS = {"xla_digits": True, "xla_gather": True, "triton": True, "dequantize": False}
@@ -94,6 +95,28 @@ def test_sums_beyond_int32(name, implementation):
         return
     got = np.asarray(matmul(case.x, w, implementation=implementation), np.float64)
     np.testing.assert_allclose(got, case.x.astype(np.float64) @ case.w.astype(np.float64), rtol=4 * oracle.ROUNDING)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("implementation", [None, *INT8], ids=str)
+def test_integers_down_to_minus_128(rows, implementation):
+    """Which jint8 doesn't make, and checkpoints of others have."""
+    rng = np.random.default_rng(0)
+    q = rng.integers(-128, 128, (8, 96)).astype(np.int8)
+    q[0], scale = -128, rng.uniform(0.5, 2, (8, 1)).astype(np.float32)
+    x = rng.standard_normal((rows, 96)).astype(np.float32)
+    x[:, 5] *= 30
+    w = jint8.QTensor(q=jnp.asarray(q), scale=jnp.asarray(scale), order=(1, 0))
+    for config in (jint8.Config(), jint8.Config(scheme="vector")):
+        got = matmul(x, w, config=config, implementation=implementation)
+        weight = oracle.Quantized(*(np.asarray(a, np.float64).T for a in (q, scale, 0 * scale)))
+        exact, bound = oracle.matmul(x, weight, config.scheme, config.threshold, config.outliers)
+        oracle.assert_close(np.asarray(got), exact, bound)
+
+
+@pytest.mark.parametrize("k", [1, 8000, 8300, 32_768, 100_000])
+def test_wide_digits_fit(k):
+    assert 0 < largest_wide_digit(k) * 128 * k < 2**31
 
 
 @every_implementation

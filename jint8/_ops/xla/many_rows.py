@@ -154,12 +154,12 @@ class _Gathered:
 
 
 def largest_wide_digit(k: int) -> int:
-    """The largest digit d of two in base `2 d + 1` whose products with int8 sum exactly.
+    """The largest digit d of two in base `2 d + 1` whose products with int8, which may be -128, sum exactly.
 
-    In float32 over `MAX_EXACT` columns, `2047 * 127 * 64 < 2**24`; in int32 over `k`. 2047 is as fine as three int8
-    digits; at k = 32768 it is 516, which is 20 bits.
+    In float32 over `MAX_EXACT` columns, `2047 * 128 * 64 < 2**24`; in int32 over `k`. 2047 is as fine as three int8
+    digits; at k = 32768 it is 511, which is 20 bits.
     """
-    return min(2047, (2**31 - 1) // (127 * max(k, 1)))
+    return min(2047, (2**31 - 1) // (128 * max(k, 1)))
 
 
 def wide_step(x: jax.Array, largest: int) -> jax.Array:
