@@ -1,112 +1,131 @@
 """Checks and measures the kernels on the GPU that is there, in one command and under nine minutes.
 
-    PYTHONPATH=. python benchmarks/gpu_check.py --out DIR
+    python benchmarks/gpu_check.py --out DIR
 
-Needs jax, flax and numpy only. Each stage writes DIR/<stage>.json as it goes; one that fails leaves its traceback there
-and doesn't stop the others. Without a GPU, or with --toy, everything runs at toy sizes in interpret mode: that shows
-that the script works, its times mean nothing.
+Needs jax (with CUDA), flax and numpy. Each stage is a process with a hard limit, and writes DIR/STAGE.json as it
+measures: what hangs, crashes or breaks the GPU takes nothing else with it. DIR/summary.json has versions, hardware, how
+each stage ended, and a table; DIR/all.json is all of it in one file. The exit status is 1 if a stage failed; one that
+was cut short has.
+
+`--rehearse` runs every stage at toy sizes with interpreted kernels on a CPU: that shows that the script works; its
+times mean nothing.
 """
 
 import argparse
-import json
+import importlib
 import os
-import subprocess
+import signal
 import sys
-import time
-import traceback
 from pathlib import Path
 
-# bf16 and int8 models are in memory one after the other, and PyTorch needs some, too.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever the command is started
 
-import jax
+from gpu import table
+from gpu.processes import Outcome, Stage, run_stages
+from gpu.record import Record, read_json, write_json
 
-import pallas_kernels as pk
-from benchmarks import decoder, stages
-
-# Seconds that each stage may take; what the earlier leave over goes to none of the later.
-BUDGETS = {"check": 110, "ceilings": 20, "tune": 110, "products": 170, "decoder": 80, "torch": 40}
+# Triton before Mosaic, and of Mosaic one tile first: what might hang the GPU comes after what doesn't. Limits are about
+# twice what a stage is expected to take.
+STAGES = (
+    Stage("about", 35),
+    Stage("triton", 55),
+    Stage("mosaic_one_tile", 25),
+    Stage("mosaic", 50),
+    Stage("tune", 90),
+    Stage("products", 130),
+    Stage("decoder", 90),
+    Stage("peers", 30),
+    Stage("launches", 20),
+)
+TOTAL = 530  # seconds
+PREDICTIONS = Path(__file__).parent / "results" / "gpu_predicted.json"
+# As a user runs it: with XLA's CUDA graphs. In the others each kernel is launched for itself, and counted.
+WITH_GRAPHS = ("decoder",)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--toy", action="store_true", help="toy sizes in interpret mode, as without a GPU")
-    parser.add_argument("--stages", nargs="+", choices=list(BUDGETS), default=list(BUDGETS), help="only these stages")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes and interpreted kernels, on a CPU")
+    parser.add_argument(
+        "--stages", nargs="+", choices=names(), default=names(), help="only these; reads others' results"
+    )
+    parser.add_argument("--predictions", type=Path, default=PREDICTIONS, help="JSON to set beside what is measured")
+    parser.add_argument("--one", choices=names(), help=argparse.SUPPRESS)  # this is the process of a stage
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    toy = args.toy or jax.default_backend() != "gpu"
-    chip = pk.current_chip()
-    about = {
-        "device": jax.devices()[0].device_kind,
-        "chip": chip.name,
-        "jax": jax.__version__,
-        "python": sys.version.split()[0],
-        "toy": toy,
-    }
-    print(json.dumps(about), flush=True)
-    results = {name: run_stage(name, args.out, about, chip) for name in BUDGETS if name in args.stages}
-    print_summary(results)
-    if any("error" in result for result in results.values()) or results.get("check", {}).get("failures"):
-        sys.exit(1)
+    if args.one:
+        run_one(args.one, args.out, args.rehearse)
+    else:
+        sys.exit(run_all(args))
 
 
-def run_stage(name: str, out: Path, about: dict, chip: pk.Chip) -> dict:
-    start = time.monotonic()
-    setting = stages.Setting(toy=about["toy"], chip=chip, deadline=lambda: start + BUDGETS[name] - time.monotonic())
-    result: dict = {}
-    try:
-        for result in STAGES[name](setting, out):
-            write(out / f"{name}.json", {**about, **result})
-    except Exception:  # the other stages have to run
-        result = {**result, "error": traceback.format_exc()}
-    result = {**result, "stage_seconds": round(time.monotonic() - start, 1)}
-    write(out / f"{name}.json", {**about, **result})
-    status = result["error"].strip().splitlines()[-1] if "error" in result else "done"
-    print(f"{name}: {status} ({result['stage_seconds']} s)", flush=True)
-    return result
+def names() -> list[str]:
+    """Of all stages."""
+    return [stage.name for stage in STAGES]
 
 
-def write(path: Path, result: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+def run_all(args: argparse.Namespace) -> int:
+    """Runs the stages in processes of their own; gives the exit status."""
+    # Told to end, it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rest = ["--rehearse"] if args.rehearse else []
+    command = lambda name: [sys.executable, "-W", "ignore", __file__, "--out", str(args.out), "--one", name, *rest]
+    stages = [Stage(s.name, s.seconds * 10 if args.rehearse else s.seconds) for s in STAGES if s.name in args.stages]
+    outcomes: list[Outcome] = []
+    for outcome in run_stages(
+        stages, command, args.out, total=TOTAL * 10 if args.rehearse else TOTAL, environment=environment(args.rehearse)
+    ):
+        outcomes.append(outcome)
+        print(f"{outcome.name}: {outcome.status} ({outcome.seconds} s) {outcome.reason[:200]}", flush=True)
+        found = table.summary(args.out, outcomes, args.predictions)
+        found = {"complete": len(outcomes) == len(stages), **found}
+        write_json(args.out / "summary.json", found)
+        each = {name: read_json(args.out / f"{name}.json") for name in names()}
+        write_json(args.out / "all.json", {"summary": found, **each})
+        if outcome.name == "about" and "chip" not in read_json(args.out / "about.json"):
+            print(read_json(args.out / "about.json").get("log", "")[-500:], file=sys.stderr)
+            return 1  # there is no GPU to check: no other stage can say more
+    print(table.text(found))
+    return 1 if found["failed"] else 0
 
 
-def measured_copy(out: Path) -> float | None:
-    file = out / "ceilings.json"
-    return json.loads(file.read_text()).get("copy_bytes_per_s") if file.exists() else None
+def environment(rehearse: bool) -> dict[str, str]:
+    """Of the stages' processes."""
+    # Models in bf16 and in int8, and PyTorch's, want memory; and free memory that was filled with NaN has to be used
+    # again.
+    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    return found | ({"JAX_PLATFORMS": "cpu"} if rehearse else {})
 
 
-def torch_layers(setting: stages.Setting, out: Path):
-    if setting.toy:
-        yield {"skipped": "no GPU"}
+def run_one(name: str, out: Path, rehearse: bool) -> None:
+    """A stage, in this process."""
+    record = Record(out / f"{name}.json")
+    if name not in WITH_GRAPHS:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    if name == "peers":  # PyTorch's process: JAX stays out of it
+        from gpu import peers
+
+        peers.run(record, rehearse)
+        record.end()
         return
-    command = [sys.executable, "-m", "benchmarks.torch_layers"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=max(setting.deadline(), 1), check=True)
-    yield json.loads(done.stdout.splitlines()[-1])
+    import jax
+    from gpu.setting import Setting
 
-
-STAGES = {
-    "check": lambda setting, out: stages.check(setting),
-    "ceilings": lambda setting, out: stages.ceilings(setting),
-    "tune": lambda setting, out: stages.tuning(setting),
-    "products": lambda setting, out: stages.products(setting, measured_copy(out)),
-    "decoder": lambda setting, out: decoder.run(toy=setting.toy),
-    "torch": torch_layers,
-}
-
-
-def print_summary(results: dict[str, dict]) -> None:
-    check = results.get("check", {})
-    print(f"check: {check.get('passed')} passed, {len(check.get('failures', []))} failed")
-    for row in results.get("products", {}).get("table", []):
-        times = {k: v["seconds"] * 1e6 for k, v in row.items() if isinstance(v, dict) and "seconds" in v}
-        cells = "  ".join(f"{label} {t:.1f}" for label, t in times.items())
-        print(f"m={row['m']:5} {row['name']:18} {row.get('times bf16', 0):.2f} times bf16; microseconds: {cells}")
-    for kind in ("int8", "bf16"):
-        if kind in results.get("decoder", {}):
-            print(kind, json.dumps(results["decoder"][kind]))
+    if not rehearse and jax.default_backend() != "gpu":
+        sys.exit(f"Expected a GPU that JAX can use, got {jax.devices()}. --rehearse runs without one.")
+    module, function = {
+        "about": ("about", "run"),
+        "triton": ("correctness", "triton"),
+        "mosaic_one_tile": ("correctness", "mosaic_one_tile"),
+        "mosaic": ("correctness", "mosaic"),
+        "tune": ("tuning", "run"),
+        "products": ("products", "run"),
+        "decoder": ("decoder", "run"),
+        "launches": ("products", "launches"),
+    }[name]
+    getattr(importlib.import_module(f"gpu.{module}"), function)(record, Setting(out, rehearse))
+    record.end()
 
 
 if __name__ == "__main__":

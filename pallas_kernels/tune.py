@@ -1,18 +1,23 @@
 """Candidate tiles: pruned by compiling without a GPU, timed on one by `benchmarks/gpu_check.py`.
 
 `python -m pallas_kernels.tune prune` compiles every candidate for every chip and writes those that neither spill nor
-miss the tensor cores to `candidates.json`. `python -m pallas_kernels.tune apply RESULT` takes the fastest of each shape
-class from a result of gpu_check's stage "tune" into `configs.json`.
+miss the tensor cores to `candidates.json`. `python -m pallas_kernels.tune apply RESULT` takes the fastest of each entry
+of the table from a result of gpu_check's stage "tune" into `configs.json`; `use_winners` takes them for one process.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
+import statistics
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.configs import (
+    Backend,
     FewRowsConfig,
     MosaicConfig,
     TileConfig,
@@ -22,8 +27,12 @@ from pallas_kernels.configs import (
     from_json,
     to_json,
 )
+from pallas_kernels.matmul import pick_config
 
 _HERE = Path(__file__).parent
+
+# Values worth trying for the parameters of a Mosaic tile; of those that `MosaicConfig` has.
+_MOSAIC_VALUES = {"bn": (256, 128), "panels": (2, 1), "cluster": (1, 2), "group": (8, 16), "num_stages": (3, 4)}
 
 
 def all_candidates(kind: str, chip: Chip) -> list[TileConfig]:
@@ -43,10 +52,9 @@ def all_candidates(kind: str, chip: Chip) -> list[TileConfig]:
             for (bm, bn, panels), (w, s) in itertools.product(tiles, warps_and_stages)
         ]
     else:
-        tiles_and_groups = itertools.product(((256, 2), (128, 1)), (8, 16), (3, 4))
-        made = [
-            MosaicConfig(bn=bn, panels=panels, group=group, num_stages=s) for (bn, panels), group, s in tiles_and_groups
-        ]
+        fields = {field.name for field in dataclasses.fields(MosaicConfig)}
+        values = {name: tried for name, tried in _MOSAIC_VALUES.items() if name in fields}
+        made = [MosaicConfig(**dict(zip(values, each, strict=True))) for each in itertools.product(*values.values())]
     return [config for config in made if fits(config, chip)]
 
 
@@ -107,20 +115,89 @@ def prune() -> dict[str, dict[str, list[dict]]]:
     return kept
 
 
-def apply(result: dict) -> dict:
-    """The table `configs.json` with one chip's entries replaced by what was timed as the fastest for each shape class.
+def entry_for(m: int, n: int, k: int, *, chip: Chip, backend: Backend = "triton") -> str | None:
+    """The name of the entry in `configs.json` that `pick_config` takes for a product.
+
+    It is found by marking each entry of the chip, one after the other, and looking which mark comes out.
 
     Args:
-      result: what the stage "tune" of `benchmarks/gpu_check.py` wrote; its lists are sorted, the fastest first.
+      m, n, k: sizes.
+      chip: an entry of `CHIPS`.
+      backend: "triton" or "mosaic".
+
+    Returns:
+      The name; None where what is picked doesn't come from the table.
+
+    Examples:
+      >>> entry_for(1, 4096, 4096, chip=CHIPS["sm_90"])
+      'few'
+    """
+    mark = 1 << 20  # of steps in flight: no tile has so many
+    for name in [name for of, name in default_configs() if of == chip.name]:
+        config = default_configs()[chip.name, name]
+        with in_table(chip, name, dataclasses.replace(config, num_stages=mark)):
+            if pick_config(m, n, k, chip=chip, backend=backend).num_stages == mark:
+                return name
+    return None
+
+
+@contextlib.contextmanager
+def in_table(chip: Chip, name: str, config: TileConfig) -> Iterator[None]:
+    """Within, programs that are traced take `config` for an entry of the table."""
+    table = default_configs()  # cached: the table itself, not a copy
+    before = table[chip.name, name]
+    table[chip.name, name] = config
+    try:
+        yield
+    finally:
+        table[chip.name, name] = before
+
+
+def winners(result: dict) -> dict[str, dict]:
+    """entry -> the config, in JSON, that was the fastest over the entry's sizes.
+
+    Of the tiles that were right at all sizes of an entry, that with the least mean of time over the best tile's.
+
+    Args:
+      result: what the stage "tune" of `benchmarks/gpu_check.py` wrote: `sizes`, each with its `entry` and, as `timed`,
+        configs with their microseconds `us`, or with an `error`.
+    """
+    by_entry: dict[str, list[dict]] = {}
+    for size in result.get("sizes", ()):
+        if size["entry"] is not None:
+            by_entry.setdefault(size["entry"], []).append(size)
+    found = {}
+    for entry, sizes in by_entry.items():
+        ratios: dict[str, list[float]] = {}
+        for size in sizes:
+            timed = {json.dumps(t["config"], sort_keys=True): t["us"] for t in size["timed"] if "us" in t}
+            for config, us in timed.items():
+                ratios.setdefault(config, []).append(us / min(timed.values()))
+        everywhere = {config: statistics.mean(r) for config, r in ratios.items() if len(r) == len(sizes)}
+        if everywhere:
+            found[entry] = json.loads(min(everywhere, key=everywhere.__getitem__))
+    return found
+
+
+def use_winners(result: dict) -> dict[str, dict]:
+    """Takes what `winners` gives for this process, on the chip that it was timed on; returns it."""
+    found = winners(result)
+    for entry, config in found.items():
+        default_configs()[result["chip"], entry] = from_json(config)
+    return found
+
+
+def apply(result: dict) -> dict:
+    """The table `configs.json` with one chip's entries replaced by what `winners` gives.
+
+    Args:
+      result: what the stage "tune" of `benchmarks/gpu_check.py` wrote.
 
     Returns:
       The new table.
     """
     table = json.loads((_HERE / "configs.json").read_text())
-    for shape, found in result["classes"].items():
-        timed = [entry for entry in found["timed"] if "seconds" in entry]
-        if timed:
-            table["configs"][result["chip"]][shape] = timed[0]["config"]
+    table["configs"][result["chip"]] |= winners(result)
     table["note"] = f"{result['chip']}: timed on {result['device']} with jax {result['jax']}. " + table["note"]
     return table
 

@@ -82,13 +82,6 @@ def test_candidates_fit_and_include_the_defaults(kind):
         pk.check_config(config, chip)
 
 
-def test_apply_takes_the_fastest():
-    slow, fast = to_json(pk.FewRowsConfig(bn=64)), to_json(pk.FewRowsConfig(bn=16))
-    timed = [{"config": fast, "seconds": 1.0}, {"config": slow, "seconds": 2.0}]
-    result = {"chip": "sm_90", "device": "a GPU", "jax": "0.11.2", "classes": {"few": {"timed": timed}}}
-    assert tune.apply(result)["configs"]["sm_90"]["few"] == fast
-
-
 def test_every_tile_of_the_table_is_reachable():
     """A key that `shape_class` never returns would be a tile that nobody gets."""
     for chip in CHIPS.values():
