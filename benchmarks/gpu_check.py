@@ -28,12 +28,12 @@ from gpu.record import Record, read_json, write_json
 # twice what a stage is expected to take.
 STAGES = (
     Stage("about", 35),
-    Stage("triton", 55),
+    Stage("triton", 65),
     Stage("mosaic_one_tile", 25),
     Stage("mosaic", 50),
-    Stage("tune", 90),
+    Stage("tune", 85),
     Stage("products", 130),
-    Stage("decoder", 90),
+    Stage("decoder", 85),
     Stage("peers", 30),
     Stage("launches", 20),
 )

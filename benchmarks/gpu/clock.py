@@ -40,7 +40,7 @@ def number_of_sets(bytes_each: int, cache_bytes: int, at_least: int = 1) -> int:
     return max(at_least, min(48, -(-3 * cache_bytes // bytes_each)))
 
 
-def measure(programs: dict[str, tuple[Any, tuple, int]], clock: str, rounds: int = 5) -> dict[str, dict[str, Any]]:
+def measure(programs: dict[str, tuple[Any, tuple, int]], clock: str, rounds: int = 4) -> dict[str, dict[str, Any]]:
     """Times of compiled programs, which take turns in each round so that a GPU that slows down slows all.
 
     Args:
@@ -94,11 +94,11 @@ def kernel_times(compiled: Any, args: tuple) -> list[tuple[str, float]]:
 
 
 def _calls(compiled: Any, args: tuple) -> int:
-    """How many calls take about 20 ms; the program has run twice then."""
+    """How many calls take about 10 ms; the program has run twice then."""
     jax.block_until_ready(compiled(*args))
     start = time.perf_counter()
     jax.block_until_ready(compiled(*args))
-    return max(1, min(50, int(0.02 / max(time.perf_counter() - start, 1e-6))))
+    return max(1, min(50, int(0.01 / max(time.perf_counter() - start, 1e-6))))
 
 
 def _summary(

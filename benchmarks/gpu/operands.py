@@ -1,17 +1,20 @@
-"""Random operands made on the device: activations with outlier columns, and weights."""
+"""Random operands: activations with outlier columns, and weights.
+
+Most are made by NumPy: JAX would compile a program for each shape, which takes longer. Of large weights that isn't so.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jint8
 
-# Columns of activations whose values are outliers, where nothing else is said.
-OUTLIERS = 6
+OUTLIERS = 6  # columns of activations that have outliers, where nothing else is said
 
 
 class Operands(NamedTuple):
@@ -22,13 +25,22 @@ class Operands(NamedTuple):
     scale: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("m", "n", "k", "dtype", "outliers"))
-def make(seed: int, *, m: int, n: int, k: int, dtype: Any = jnp.bfloat16, outliers: int = OUTLIERS) -> Operands:
+def make(seed: int, *, m: int, n: int, k: int, dtype: str = "bfloat16", outliers: int = OUTLIERS) -> Operands:
     """Operands of a kernel, of any sizes."""
-    x_key, q_key, scale_key = jax.random.split(jax.random.key(seed), 3)
-    q = jax.random.randint(q_key, (n, k), -127, 128, jnp.int8)
-    scale = jax.random.uniform(scale_key, (n,), jnp.float32, 0.5, 1.5) / (127 * k**0.5)
-    return Operands(activations(x_key, m, k, outliers).astype(dtype), q, scale)
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-127, 128, (n, k), np.int8)
+    scale = rng.uniform(0.5, 1.5, n).astype(np.float32) / np.float32(127 * k**0.5)
+    return Operands(rows(seed + 1, m=m, k=k, outliers=outliers, dtype=dtype), jnp.asarray(q), jnp.asarray(scale))
+
+
+def rows(seed: int, *, m: int, k: int, outliers: int = OUTLIERS, dtype: str = "bfloat16") -> jax.Array:
+    """Normal `x[m, k]` below the threshold, but for some columns, times 30, that have an outlier in the first row."""
+    rng = np.random.default_rng(seed)
+    x = np.clip(rng.standard_normal((m, k), np.float32), -5.5, 5.5)
+    columns = rng.permutation(k)[: min(outliers, k)]
+    x[:, columns] *= 30
+    x[0, columns] = 60
+    return jnp.asarray(x.astype(jnp.dtype(dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("n", "k"))
@@ -36,20 +48,6 @@ def weights(seed: int, *, n: int, k: int) -> tuple[jax.Array, jint8.QTensor]:
     """bfloat16[n, k], and the same weights in int8 as a user quantizes them."""
     w = jax.random.normal(jax.random.key(seed), (n, k), jnp.bfloat16) * jnp.bfloat16(k**-0.5)
     return w, jint8.quantize(w, contract_axes=(1,))
-
-
-@functools.partial(jax.jit, static_argnames=("m", "k", "outliers"))
-def rows(seed: int, *, m: int, k: int, outliers: int = OUTLIERS) -> jax.Array:
-    """bfloat16[m, k]."""
-    return activations(jax.random.key(seed), m, k, outliers).astype(jnp.bfloat16)
-
-
-def activations(key: jax.Array, m: int, k: int, outliers: int) -> jax.Array:
-    """Normal float32[m, k] below the threshold, but for some columns, times 30, with an outlier in the first row."""
-    x_key, column_key = jax.random.split(key)
-    x = jnp.clip(jax.random.normal(x_key, (m, k), jnp.float32), -5.5, 5.5)
-    columns = jax.random.permutation(column_key, k)[: min(outliers, k)]
-    return x.at[:, columns].mul(30.0).at[0, columns].set(60.0)
 
 
 def fill_free_memory(rehearse: bool) -> None:

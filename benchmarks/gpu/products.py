@@ -25,31 +25,32 @@ TOGETHER = 4  # products whose programs compile at the same time; then each is m
 
 
 class Product(NamedTuple):
-    """Sizes, and which numbers of outlier columns are tried."""
+    """Sizes, which numbers of outlier columns are tried, and whether each backend is timed for itself."""
 
     m: int
     k: int
     n: int
     outliers: tuple[int, ...] = (operands.OUTLIERS,)
+    backends: bool = False
 
 
 # The most valuable first. 4096 x 8192 is what the best published kernels are measured at (`targets.py`).
 ALL = (0, operands.OUTLIERS, 64)
 PRODUCTS = (
-    Product(2048, 4096, 16384, ALL),
+    Product(2048, 4096, 16384, ALL, backends=True),
     Product(1, 4096, 14336),
     Product(16, 4096, 14336),
     Product(2048, 4096, 8192),
     Product(1, 14336, 4096),
     Product(16, 14336, 4096),
     Product(2048, 2048, 8192),
-    Product(2048, 768, 3072),
+    Product(2048, 768, 3072, backends=True),
     Product(2048, 8192, 32768),
     Product(1, 4096, 16384, ALL),
     Product(16, 4096, 8192),
     Product(17, 4096, 8192),
     Product(1, 4096, 8192),
-    Product(2048, 14336, 4096),
+    Product(2048, 14336, 4096, backends=True),
     Product(2048, 4096, 14336),
     Product(16, 4096, 16384, ALL),
     Product(1, 2048, 8192),
@@ -59,7 +60,7 @@ PRODUCTS = (
     Product(1, 8192, 32768),
     Product(16, 8192, 32768),
 )
-TOY_PRODUCTS = (Product(70, 64, 48, (0, 2)), Product(2, 64, 48))
+TOY_PRODUCTS = (Product(70, 64, 48, (0, 2), backends=True), Product(2, 64, 48))
 
 
 def run(record: Record, setting: Setting) -> None:
@@ -85,7 +86,7 @@ def run(record: Record, setting: Setting) -> None:
 
 def _programs(product: Product, setting: Setting) -> tuple[dict[str, tuple[Callable[..., Any], tuple]], int]:
     """label -> (function, arguments) of what is timed for a product, and how many products a call computes."""
-    m, k, n, numbers = product
+    m, k, n, numbers, backends = product
     count = clock.number_of_sets(n * k, setting.cache_bytes) if m <= FEW_ROWS else 1
     count = max(1, min(count, MEMORY // (3 * n * k)))
     made = [operands.weights(seed, n=n, k=k) for seed in range(count)]
@@ -105,15 +106,14 @@ def _programs(product: Product, setting: Setting) -> tuple[dict[str, tuple[Calla
     if len(numbers) > 1:
         found["jint8 threshold=0"] = lambda x, w: matmul(x, w, plain), int8
         found["xla int8"] = xla_int8, int8
-    if m > FEW_ROWS:
-        for backend in setting.backends:
-            found[backend] = (lambda x, w, backend=backend: kernels(x, w, backend)), int8
+    for backend in setting.backends if backends else ():
+        found[backend] = (lambda x, w, backend=backend: kernels(x, w, backend)), int8
     return {label: (clock.repeated(fn), (sets,)) for label, (fn, sets) in found.items()}, count
 
 
 def _measured(product: Product, programs: dict[str, tuple[Any, tuple]], count: int, kind: str) -> dict[str, Any]:
     """label -> times of a product, or what went wrong; results of `jint8.matmul` are checked first."""
-    m, k, n, _ = product
+    m, k, n = product[:3]
     found = {label: {"error": program} if isinstance(program, str) else {} for label, (program, _) in programs.items()}
     for label, (program, args) in programs.items():
         if label.startswith("jint8 outliers") and not found[label]:
@@ -159,7 +159,7 @@ def launches(record: Record, setting: Setting) -> None:
     """What one `jint8.matmul` starts: operations of the compiled program, and kernels as CUPTI sees them."""
     record.put(tuned=setting.use_tuned(), clock=setting.clock)
     products = TOY_PRODUCTS if setting.rehearse else (*PRODUCTS[:8], Product(64, 4096, 4096))
-    for m, k, n, _ in products:
+    for m, k, n, *_ in products:
         x, (_, w) = operands.rows(1, m=m, k=k), operands.weights(0, n=n, k=k)
         fn = lambda x, w: jint8.matmul(x, w, implementation=setting.implementation)
         compiled = compile_all({"": (fn, (x, w))})[""]

@@ -85,7 +85,7 @@ def _timed(compiled: Any, sets: list[tuple], rows: Any, right: tuple, setting: S
     try:
         worst = oracle.worst_error(np.asarray(compiled(sets)[-1])[rows], *right)
     except Exception as error:
-        return {"error": text_of(error)}
+        return {"error": text_of(error), "wrong": "it doesn't run"}
     if not worst <= 1:  # NaN is wrong, too
         return {"error": "its result is wrong", "wrong": worst}
     times = clock.measure({"": (compiled, (sets,), len(sets))}, setting.clock, rounds=3)[""]

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from kernels import kernel_oracle
 
+import pallas_kernels as pk
+from pallas_kernels import tune
+
 gpu_check = pytest.importorskip("gpu_check", reason="needs the benchmarks, which aren't in the wheel")
-from gpu import clock, correctness, operands, oracle, processes, products, setting, table, targets  # noqa: E402
+from gpu import clock, correctness, operands, oracle, processes, products, record, setting, table, targets, tuning  # noqa: E402
 
 STAGES = [stage.name for stage in gpu_check.STAGES]
 COMMAND = [sys.executable, gpu_check.__file__, "--rehearse"]
@@ -112,6 +115,51 @@ def test_a_wrong_number_is_found(operands_and_result, change, wrong, monkeypatch
     assert (found["error"] <= 1) == ("error" not in wrong)
     assert found["equal"] == ("equal" not in wrong)
     assert found["finite"] == ("finite" not in wrong)
+
+
+def _record(tmp_path):
+    return record.Record(tmp_path / "stage.json")
+
+
+def test_a_stage_with_a_wrong_kernel_fails_and_goes_on(tmp_path, monkeypatch):
+    """The first product of each kind is wrong, the second doesn't compile, the third is right."""
+    calls = iter(range(3))
+
+    def kernel(x, q, scale, **options):
+        number = next(calls)
+        if number == 1:
+            raise NotImplementedError("no such tile")
+        y = jax.numpy.asarray(kernel_oracle.product(*ops, None, 6.0, "batch"), x.dtype)
+        return y * jax.numpy.where(number, 1, 1.1).astype(x.dtype)
+
+    ops = operands.make(5, m=CASE.m, n=CASE.n, k=CASE.k, outliers=CASE.outliers)
+    monkeypatch.setattr(correctness.pk, "llm_int8_matmul", kernel)
+    monkeypatch.setattr(correctness, "_operands", lambda seed, case: ops)
+    kept = _record(tmp_path)
+    correctness._run(kept, setting.Setting(tmp_path, rehearse=True), [(CASE, {"backend": "triton"})] * 3)
+    found = json.loads((tmp_path / "stage.json").read_text())
+    assert [row["right"] for row in found["checked"]] == [False, False, True]
+    assert len(found["failures"]) == 2
+    assert "no such tile" in found["failures"][1]
+
+
+def test_a_wrong_tile_does_not_win(tmp_path, monkeypatch):
+    """However fast it is: of the two candidates for few rows one gives wrong results."""
+    wrong, right = pk.FewRowsConfig(bn=16, bk=32), pk.FewRowsConfig(bn=16, bk=64)
+    real = pk.llm_int8_matmul
+
+    def kernel(x, q, scale, **options):
+        picked = pk.default_configs()[pk.current_chip().name, "few"]
+        return real(x, q, scale, **options) * jax.numpy.where(picked == wrong, 1.1, 1).astype(x.dtype)
+
+    monkeypatch.setattr(tuning, "TOY_SIZES", (((2, 48, 64), "few"),))
+    monkeypatch.setattr(tuning, "_candidates", lambda kind, setting: [wrong, right])
+    monkeypatch.setattr(tuning.pk, "llm_int8_matmul", kernel)
+    tuning.run(_record(tmp_path), setting.Setting(tmp_path, rehearse=True))
+    found = json.loads((tmp_path / "stage.json").read_text())
+    assert found["winners"] == {"few": tune.to_json(right)}
+    assert "its result is wrong" in found["failures"][0]
+    assert len(found["failures"]) == 1
 
 
 @pytest.mark.parametrize("mode", ["batch", "token"])
