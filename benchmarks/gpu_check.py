@@ -24,8 +24,8 @@ from gpu import table
 from gpu.processes import Outcome, Stage, run_stages
 from gpu.record import Record, read_json, write_json
 
-# Triton before Mosaic, and of Mosaic one tile first: what might hang the GPU comes after what doesn't. Limits are about
-# twice what a stage is expected to take.
+# Triton before Mosaic, and of Mosaic one tile first: what might hang the GPU comes after what doesn't. The limits are
+# estimates, from how long the programs compile without a GPU.
 STAGES = (
     Stage("about", 35),
     Stage("triton", 65),

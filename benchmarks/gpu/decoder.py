@@ -61,20 +61,8 @@ def run(record: Record, setting: Setting) -> None:
     )
     tokens = jax.random.randint(jax.random.key(1), (1, prompt), 0, config.vocab_size)
 
-    def prefill(params, tokens):
-        return model.apply(params, tokens, last=True)[0]
-
-    def step(params, tokens, cache):
-        return model.apply(params, tokens, jint8.models.context(tokens, jnp.int32(slots - 1)), cache)[0]
-
     batches = (2,) if setting.rehearse else BATCHES
-    programs: dict[Any, tuple[Any, tuple]] = {}
-    for kind, tree in trees.items():
-        for batch in batches:
-            cache = jint8.models.make_cache(config, batch, slots, jnp.bfloat16)
-            programs[kind, batch] = step, (tree, jnp.ones((batch, 1), jnp.int32), cache)
-        programs[kind, "prefill"] = prefill, (tree, tokens)
-    compiled = _compiled(record, programs)
+    compiled = _compiled(record, programs(model, trees, tokens, batches, slots))
     for batch in batches:
         if times := _times(compiled, batch, setting.clock):
             record.add("steps", {"batch": batch, **times})
@@ -89,6 +77,26 @@ def run(record: Record, setting: Setting) -> None:
             if "error" in row[kind]:
                 record.fail(f"{kind}, batch {batch}: {row[kind]['error']}")
         record.add("generation", row)
+
+
+def programs(
+    model: Decoder, trees: dict[str, Any], tokens: jax.Array, batches: tuple[int, ...], slots: int
+) -> dict[Any, tuple[Any, tuple]]:
+    """(kind, batch) -> a step at the last slot of the cache, and (kind, "prefill"): functions and their arguments."""
+
+    def prefill(params, tokens):
+        return model.apply(params, tokens, last=True)[0]
+
+    def step(params, tokens, cache):
+        return model.apply(params, tokens, jint8.models.context(tokens, jnp.int32(slots - 1)), cache)[0]
+
+    found: dict[Any, tuple[Any, tuple]] = {}
+    for kind, tree in trees.items():
+        for batch in batches:
+            cache = jint8.models.make_cache(model.config, batch, slots, jnp.bfloat16)
+            found[kind, batch] = step, (tree, jnp.ones((batch, 1), jnp.int32), cache)
+        found[kind, "prefill"] = prefill, (tree, tokens)
+    return found
 
 
 def parameters(model: Decoder) -> dict[str, Any]:
