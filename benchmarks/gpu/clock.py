@@ -49,9 +49,9 @@ def measure(programs: dict[str, tuple[Any, tuple, int]], clock: str, rounds: int
       rounds: of which the medians are taken.
 
     Returns:
-      label -> for one product: `wall_us` by the host's clock; with CUPTI `launches`, `kernels` (name and microseconds
-      of each, in their order) and `us`, their sum; else `us` is `wall_us`. `spread` is that of `us` over the rounds,
-      as a share. `clock` says which.
+      label -> for one product: `wall_us` by the host's clock; with CUPTI `launches`, `kernels` (name, launches and
+      microseconds of each), `us`, their sum, and how many `rounds` count; else `us` is `wall_us`. `spread` is that of
+      `us` over the rounds, as a share. `clock` says which it is, `cupti_error` why it isn't the other.
     """
     wall: dict[str, list[float]] = {label: [] for label in programs}
     device: dict[str, list[list[tuple[str, float]]]] = {label: [] for label in programs}
@@ -105,23 +105,24 @@ def _summary(
     wall: list[float], device: list[list[tuple[str, float]]], products: int, error: str | None
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"wall_us": statistics.median(wall) / products}
-    if error or not device:
-        result |= {"us": result["wall_us"], "spread": _spread(wall), "clock": "host"}
-        return result | ({"cupti_error": error} if error else {})
-    totals = [sum(us for _, us in kernels) for kernels in device]
+    if error:
+        result["cupti_error"] = error
+    if not device:
+        return result | {"us": result["wall_us"], "spread": _spread(wall), "clock": "host"}
+    # CUPTI may lose records. Rounds in which it did count for nothing.
+    count = statistics.mode(len(kernels) for kernels in device)
+    whole = [kernels for kernels in device if len(kernels) == count]
+    totals = [sum(us for _, us in kernels) for kernels in whole]
     result |= {"us": statistics.median(totals) / products, "spread": _spread(totals), "clock": "cupti"}
-    count = len(device[0])
-    result["launches"] = count / products
-    if count % products == 0 and all(len(kernels) == count for kernels in device):
-        # The kernel at each place within a product: the median over rounds and products.
-        each = count // products
-        result["kernels"] = [
-            [
-                device[0][place][0][:80],
-                statistics.median(kernels[i][1] for kernels in device for i in range(place, count, each)),
-            ]
-            for place in range(each)
-        ]
+    result |= {"launches": count / products, "rounds": len(whole)}
+    names = dict.fromkeys(
+        name for kernels in whole for name, _ in kernels
+    )  # records needn't be in the order of launches
+    each = {name: [[us for of, us in kernels if of == name] for kernels in whole] for name in names}
+    result["kernels"] = [
+        [name[:80], statistics.median(map(len, found)) / products, statistics.median(map(sum, found)) / products]
+        for name, found in each.items()
+    ]
     return result
 
 

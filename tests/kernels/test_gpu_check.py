@@ -209,13 +209,14 @@ def test_what_cupti_gives_is_in_milliseconds(monkeypatch):
 
 
 def test_times_of_kernels():
-    """Two products of two kernels each, three rounds."""
-    rounds = [[("quantize", 1.0), ("multiply", t), ("quantize", 2.0), ("multiply", t)] for t in (10.0, 30.0, 20.0)]
-    found = clock._summary([50.0, 60.0, 70.0], rounds, 2, None)
+    """Two products of two kernels each, three rounds, and one in which CUPTI lost a record."""
+    rounds = [[("quantize", 1.0), ("multiply", t), ("multiply", t), ("quantize", 2.0)] for t in (10.0, 30.0, 20.0)]
+    found = clock._summary([50.0, 60.0, 70.0], [*rounds, rounds[0][:3]], 2, None)
     assert found["us"] == 21.5
     assert found["wall_us"] == 30.0
     assert found["launches"] == 2
-    assert found["kernels"] == [["quantize", 1.5], ["multiply", 20.0]]
+    assert found["kernels"] == [["quantize", 1, 1.5], ["multiply", 1, 20.0]]
+    assert found["rounds"] == 3
     assert found["clock"] == "cupti"
 
 
