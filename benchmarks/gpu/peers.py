@@ -59,7 +59,7 @@ def _us(torch: Any, layers: list[Any], x: Any) -> float:
     """Microseconds of a layer: the median of some rounds, in each of which all layers take turns."""
     times = []
     with torch.no_grad():
-        for round in range(ROUNDS + 1):
+        for number in range(ROUNDS + 1):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(CALLS):
@@ -67,6 +67,6 @@ def _us(torch: Any, layers: list[Any], x: Any) -> float:
                     layer(x)
             end.record()
             torch.cuda.synchronize()
-            if round:  # the first one warms up
+            if number:  # the first one warms up
                 times.append(start.elapsed_time(end) * 1e3 / (CALLS * len(layers)))
     return statistics.median(times)

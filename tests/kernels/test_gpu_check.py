@@ -143,23 +143,26 @@ def test_a_stage_with_a_wrong_kernel_fails_and_goes_on(tmp_path, monkeypatch):
     assert "no such tile" in found["failures"][1]
 
 
-def test_a_wrong_tile_does_not_win(tmp_path, monkeypatch):
-    """However fast it is: of the two candidates for few rows one gives wrong results."""
-    wrong, right = pk.FewRowsConfig(bn=16, bk=32), pk.FewRowsConfig(bn=16, bk=64)
-    real = pk.llm_int8_matmul
+def test_a_wrong_tile_does_not_win(operands_and_result, tmp_path):
+    """However fast it is; nor does one that doesn't run."""
+    ops, y = operands_and_result
+    rows = np.arange(CASE.m)
+    allowed = oracle.expected(*map(np.asarray, ops), threshold=6.0, mode="batch", rows=rows, dtype="bfloat16")
+    here = setting.Setting(tmp_path, rehearse=True)
 
-    def kernel(x, q, scale, **options):
-        picked = pk.default_configs()[pk.current_chip().name, "few"]
-        return real(x, q, scale, **options) * jax.numpy.where(picked == wrong, 1.1, 1).astype(x.dtype)
+    def broken(sets):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
 
-    monkeypatch.setattr(tuning, "TOY_SIZES", (((2, 48, 64), "few"),))
-    monkeypatch.setattr(tuning, "_candidates", lambda kind, setting: [wrong, right])
-    monkeypatch.setattr(tuning.pk, "llm_int8_matmul", kernel)
-    tuning.run(_record(tmp_path), setting.Setting(tmp_path, rehearse=True))
-    found = json.loads((tmp_path / "stage.json").read_text())
-    assert found["winners"] == {"few": tune.to_json(right)}
-    assert "its result is wrong" in found["failures"][0]
-    assert len(found["failures"]) == 1
+    def slow(sets):
+        time.sleep(0.01)
+        return [y]
+
+    tried = {32: lambda sets: [_one_wrong(y)], 64: broken, 128: slow, 256: "ptxas doesn't take it"}
+    configs = {bn: tune.to_json(pk.FewRowsConfig(bn=bn)) for bn in tried}
+    timed = [{"config": configs[bn], **tuning._timed(run, [ops], rows, allowed, here)} for bn, run in tried.items()]
+    assert ["wrong" in row for row in timed] == [True, True, False, False]
+    assert ["us" in row for row in timed] == [False, False, True, False]
+    assert tune.winners({"sizes": [{"entry": "few", "timed": timed}]}) == {"few": configs[128]}
 
 
 @pytest.mark.parametrize("mode", ["batch", "token"])
