@@ -51,6 +51,28 @@ class Target(NamedTuple):
         )
 
 
+def check_sizes(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Holds a model's sizes against the tensors, before anything is made that is as large as a size.
+
+    Raises:
+      ValueError: more layers than tensors, or a size above the number of values of the largest tensor: the
+        configuration is damaged, or another model's.
+    """
+    count, largest = len(checkpoint.tensors), max((info.size for info in checkpoint.tensors.values()), default=0)
+    if config.num_layers > count:
+        raise ValueError(f"Expected at most {count} layers, the number of tensors, got {config.num_layers}.")
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads times head_dim": max(config.num_heads, config.num_kv_heads) * config.head_dim,
+        "learned positions": 0 if config.learned_positions is None else config.max_positions,
+    }
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(f"Expected {name} to be at most {largest}, the size of the largest tensor, got {size}.")
+
+
 def find_targets(
     checkpoint: Checkpoint, model: Decoder | Encoder, *, config: Config, selection: Selection
 ) -> dict[str, Target]:

@@ -20,7 +20,7 @@ from jint8._convert.lora import saved_factors, with_adapter
 from jint8._convert.read_params import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype
 from jint8._convert.settings import resolve_settings
-from jint8._convert.targets import abstract_float_params
+from jint8._convert.targets import abstract_float_params, check_sizes
 from jint8._convert.tied import with_own_head
 from jint8._core.calibration import Calibration
 from jint8._core.config import Config, check_config
@@ -261,7 +261,9 @@ def _on_the_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 def build_decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = None) -> Decoder:
     """The decoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
-        config = with_own_head(checkpoint, model_config(checkpoint.config))
+        config = model_config(checkpoint.config)
+        check_sizes(checkpoint, config)
+        config = with_own_head(checkpoint, config)
         return Decoder(config, jnp.dtype(dtype), mesh)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
@@ -270,7 +272,9 @@ def build_decoder(checkpoint: Checkpoint, dtype: DTypeLike, mesh: Mesh | None = 
 def build_encoder(checkpoint: Checkpoint, dtype: DTypeLike) -> Encoder:
     """The encoder of a checkpoint. Raises ValueError, naming the checkpoint, for one that isn't supported."""
     try:
-        return Encoder(encoder_config(checkpoint.config), jnp.dtype(dtype))
+        config = encoder_config(checkpoint.config)
+        check_sizes(checkpoint, config)
+        return Encoder(config, jnp.dtype(dtype))
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
 

@@ -75,6 +75,17 @@ def test_bad_metadata(tmp_path, tensors, value):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, metadata))
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_more_layers_than_tensors(tmp_path, tensors, arch):
+    metadata = {key.replace("llama.", f"{arch}."): value for key, value in llama_metadata().items()}
+    metadata[f"{arch}.block_count"] = 2**31
+    path = write_gguf(
+        tmp_path / "m.gguf", {k: tensors[k] for k in ("token_embd.weight", "output_norm.weight")}, metadata, arch=arch
+    )
+    with pytest.raises(ValueError, match=rf"Expected {arch}\.block_count to be at most 2 tensors, got 2147483648"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["token_embd.weight", "output_norm.weight"])
 def test_missing_tensor(tmp_path, tensors, name):
     del tensors[name]

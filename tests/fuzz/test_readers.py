@@ -100,6 +100,10 @@ CONFIGS = {
     "theta_0": {"rope_theta": 0.0},
     "theta_too_large": {"rope_theta": 10**400},
     "huge_heads": {"head_dim": 2**31},
+    "huge_size": {"hidden_size": 2**40},
+    "huge_layers": {"num_hidden_layers": 10**9},
+    "huge_layers_with_windows": {"model_type": "mistral", "sliding_window": 4, "num_hidden_layers": 2**62},
+    "huge_experts": {"model_type": "mixtral", "num_local_experts": 10**9},
     "type_is_list": {"model_type": ["llama"]},
 }
 

@@ -1,5 +1,7 @@
 """Configurations and tensor names as older versions of transformers wrote them, and what isn't supported."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,26 @@ BAD = {
 def test_not_supported(change, message):
     with pytest.raises(ValueError, match=message):
         model_config(change(config("llama")))
+
+
+LARGEST = "Expected {} to be at most 3072, the size of the largest tensor, got 1000000000"
+BEYOND = {
+    "layers": ("llama", {"num_hidden_layers": 4000}, "Expected at most 21 layers, the number of tensors, got 4000"),
+    "vocabulary": ("llama", {"vocab_size": 10**9}, LARGEST.format("vocab_size")),
+    "width": ("phi3", {"intermediate_size": 10**9}, LARGEST.format("intermediate_size")),
+    "heads": ("llama", {"num_attention_heads": 10**9, "num_key_value_heads": 1}, "Expected heads times head_dim to be"),
+    "positions": ("opt", {"max_position_embeddings": 10**9}, LARGEST.format("learned positions")),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), BEYOND.values(), ids=BEYOND)
+def test_sizes_beyond_the_tensors(name, changes, message, tmp_path):
+    """Nothing as large as they say is made."""
+    (tmp_path / "config.json").write_text(json.dumps(config(name) | changes))
+    (tmp_path / "model.safetensors").write_bytes((DIRECTORY / name / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=message) as e:
+        jint8.load(tmp_path)
+    assert str(tmp_path) in str(e.value)
 
 
 MASK = np.ones((1, 1, 8, 8), np.float32)

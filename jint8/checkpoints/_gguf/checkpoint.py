@@ -54,6 +54,9 @@ class GGUFCheckpoint(Checkpoint):
                 raise ValueError(f"{path}: Expected a tensor {name!r}, got none")
         # What Hugging Face has in config.json isn't a tensor of the checkpoint.
         rope = {name: self._read_rows(t, 0, t.shape[0]) for name in CONFIG_TENSORS if (t := tensors.pop(name, None))}
+        # Before anything is made for each layer: a damaged number may be any.
+        if isinstance(layers := self.metadata.get(f"{arch}.block_count"), int) and layers > len(tensors):
+            raise ValueError(f"{path}: Expected {arch}.block_count to be at most {len(tensors)} tensors, got {layers}")
         config = config_from_metadata(
             self.metadata,
             self._architecture,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import Family
-from jint8.models.families._fields import Fields, activation, heads, number, refuse, size
+from jint8.models.families._fields import Fields, activation, heads, layer_count, number, refuse, size
 
 
 def _config(config: Fields) -> ModelConfig:
@@ -13,7 +13,7 @@ def _config(config: Fields) -> ModelConfig:
         family="bert",
         vocab_size=size(config, "vocab_size"),
         intermediate_size=size(config, "intermediate_size"),
-        num_layers=size(config, "num_hidden_layers"),
+        num_layers=layer_count(config),
         max_positions=size(config, "max_position_embeddings", 512),
         norm="layer",
         norm_eps=number(config, "layer_norm_eps", 1e-12),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import HEADS, Family
-from jint8.models.families._fields import Fields, heads, number, refuse, size
+from jint8.models.families._fields import Fields, heads, layer_count, number, refuse, size
 
 
 def _config(config: Fields) -> ModelConfig:
@@ -16,7 +16,7 @@ def _config(config: Fields) -> ModelConfig:
         family="bloom",
         vocab_size=size(config, "vocab_size"),
         intermediate_size=4 * dims["hidden_size"],
-        num_layers=size(config, "n_layer"),
+        num_layers=layer_count(config, "n_layer"),
         norm="layer",
         norm_eps=number(config, "layer_norm_epsilon", 1e-5),
         activation="gelu_tanh",

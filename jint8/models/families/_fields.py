@@ -12,7 +12,8 @@ from jint8.models._config import Activation, Rope
 
 Fields = Mapping[str, Any]
 
-MAX_PAIRS = 2**16  # of rotated dimensions in a head, so that a damaged size doesn't fill the memory
+# Of rotated dimensions in a head, of layers and of experts, so that a damaged number doesn't fill the memory.
+MAX_PAIRS, MAX_LAYERS, MAX_EXPERTS = 2**16, 2**12, 2**12
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu",
@@ -20,13 +21,20 @@ _ACTIVATIONS: dict[str, Activation] = {
 }  # fmt: skip
 
 
-def size(config: Fields, key: str, default: int | None = None) -> int:
-    """A positive integer; `default` where it is missing or null. Raises ValueError for anything else."""
+def size(config: Fields, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+    """A positive integer up to `most`; `default` where it is missing or null. Raises ValueError for anything else."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"Expected {key} to be a positive integer, got {value!r}.")
+    if value > most:
+        raise ValueError(f"Expected {key} to be at most {most}, got {value}.")
     return value
+
+
+def layer_count(config: Fields, key: str = "num_hidden_layers") -> int:
+    """The number of layers. Raises ValueError for one that no model has."""
+    return size(config, key, most=MAX_LAYERS)
 
 
 def number(config: Fields, key: str, default: float | None = None) -> float:

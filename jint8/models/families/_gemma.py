@@ -7,7 +7,17 @@ from typing import Any
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import Family
-from jint8.models.families._fields import Fields, activation, heads, layer_windows, number, rope, rope_fields, size
+from jint8.models.families._fields import (
+    Fields,
+    activation,
+    heads,
+    layer_count,
+    layer_windows,
+    number,
+    rope,
+    rope_fields,
+    size,
+)
 from jint8.models.families._llama import MODULES, UNUSED, llama_config
 
 # The config.json of a multimodal checkpoint leaves out keys that have the default value of transformers: these.
@@ -31,7 +41,7 @@ def _gemma(config: Fields, **choices: Any) -> ModelConfig:
 
 def _gemma2(config: Fields) -> ModelConfig:
     """A window in every other layer, the first included."""
-    layers = size(config, "num_hidden_layers")
+    layers = layer_count(config)
     capped = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     windows = layer_windows(config, layers, [i % 2 == 0 for i in range(layers)])
     return _gemma(capped | dict(config), windows=windows)
@@ -40,7 +50,7 @@ def _gemma2(config: Fields) -> ModelConfig:
 def _gemma3(config: Fields) -> ModelConfig:
     """A window in all but every sixth layer; layers with one have rotary positions of their own, without scaling."""
     config = _GEMMA3_DEFAULTS | dict(config)
-    layers, positions = size(config, "num_hidden_layers"), size(config, "max_position_embeddings", 131072)
+    layers, positions = layer_count(config), size(config, "max_position_embeddings", 131072)
     period = size(config, "sliding_window_pattern", 6)
     head_dim = heads(config)["head_dim"]
     local = {"rope_theta": number(config, "rope_local_base_freq", 10000.0)}

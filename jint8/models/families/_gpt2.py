@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import COLUMNS, Family
-from jint8.models.families._fields import Fields, activation, heads, number, refuse, size
+from jint8.models.families._fields import Fields, activation, heads, layer_count, number, refuse, size
 
 
 def _config(config: Fields) -> ModelConfig:
@@ -14,7 +14,7 @@ def _config(config: Fields) -> ModelConfig:
         family="gpt2",
         vocab_size=size(config, "vocab_size"),
         intermediate_size=size(config, "n_inner", 4 * dims["hidden_size"]),
-        num_layers=size(config, "n_layer"),
+        num_layers=layer_count(config, "n_layer"),
         max_positions=size(config, "n_positions", 1024),
         norm="layer",
         norm_eps=number(config, "layer_norm_epsilon", 1e-5),

@@ -6,7 +6,18 @@ from typing import Any
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import Family
-from jint8.models.families._fields import Fields, activation, heads, layer_windows, number, rope, rope_fields, size
+from jint8.models.families._fields import (
+    MAX_EXPERTS,
+    Fields,
+    activation,
+    heads,
+    layer_count,
+    layer_windows,
+    number,
+    rope,
+    rope_fields,
+    size,
+)
 
 MODULES: dict[str, str | tuple[str, ...]] = {
     "embedding": "embed_tokens",
@@ -37,7 +48,7 @@ def llama_config(config: Fields, **choices: Any) -> ModelConfig:
         "family": config["model_type"],
         "vocab_size": size(config, "vocab_size"),
         "intermediate_size": size(config, "intermediate_size"),
-        "num_layers": size(config, "num_hidden_layers"),
+        "num_layers": layer_count(config),
         "max_positions": positions,
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "activation": activation(config, "hidden_act", "silu"),
@@ -53,12 +64,12 @@ def llama_config(config: Fields, **choices: Any) -> ModelConfig:
 
 def _sliding(config: Fields, **choices: Any) -> ModelConfig:
     """A window in every layer."""
-    layers = size(config, "num_hidden_layers")
+    layers = layer_count(config)
     return llama_config(config, windows=layer_windows(config, layers, [True] * layers), **choices)
 
 
 def _mixtral(config: Fields) -> ModelConfig:
-    experts, each = size(config, "num_local_experts", 8), size(config, "num_experts_per_tok", 2)
+    experts, each = size(config, "num_local_experts", 8, most=MAX_EXPERTS), size(config, "num_experts_per_tok", 2)
     if each > experts:
         raise ValueError(f"Expected num_experts_per_tok to be at most {experts}, got {each}.")
     return _sliding(config, experts=experts, experts_per_token=each)
@@ -66,7 +77,7 @@ def _mixtral(config: Fields) -> ModelConfig:
 
 def _qwen(config: Fields, **choices: Any) -> ModelConfig:
     """Windows only where `use_sliding_window` says so, and by default only in the upper layers."""
-    layers = size(config, "num_hidden_layers")
+    layers = layer_count(config)
     lower = config.get("max_window_layers", 28)
     windows = layer_windows(config, layers, [i >= lower for i in range(layers)])
     return llama_config(config, windows=windows if config.get("use_sliding_window") else (), **choices)

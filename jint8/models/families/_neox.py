@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import HEADS, Family
-from jint8.models.families._fields import Fields, activation, heads, number, rope, rope_fields, size
+from jint8.models.families._fields import Fields, activation, heads, layer_count, number, rope, rope_fields, size
 
 
 def _config(config: Fields) -> ModelConfig:
@@ -15,7 +15,7 @@ def _config(config: Fields) -> ModelConfig:
         family="gpt_neox",
         vocab_size=size(config, "vocab_size"),
         intermediate_size=size(config, "intermediate_size"),
-        num_layers=size(config, "num_hidden_layers"),
+        num_layers=layer_count(config),
         max_positions=positions,
         norm="layer",
         norm_eps=number(config, "layer_norm_eps", 1e-5),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jint8.models._config import ModelConfig
 from jint8.models.families._family import Family
-from jint8.models.families._fields import Fields, activation, heads, refuse, size
+from jint8.models.families._fields import Fields, activation, heads, layer_count, refuse, size
 
 
 def _config(config: Fields) -> ModelConfig:
@@ -16,7 +16,7 @@ def _config(config: Fields) -> ModelConfig:
         family="opt",
         vocab_size=size(config, "vocab_size"),
         intermediate_size=size(config, "ffn_dim"),
-        num_layers=size(config, "num_hidden_layers"),
+        num_layers=layer_count(config),
         max_positions=size(config, "max_position_embeddings", 2048),
         norm="layer",
         norm_place="before" if before else "after",
