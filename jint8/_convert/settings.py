@@ -56,6 +56,11 @@ def resolve_settings(
     return config, Selection(skip, selection.include)
 
 
+def kept_in_float(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Patterns of the weights that a `config.json` wants to stay in floating point, whatever the caller asks for."""
+    return _options(config).skip
+
+
 def stored_by(config: Mapping[str, Any]) -> str | None:
     """The tool whose int8 weights a checkpoint has, by its `config.json`; None where that doesn't say they are int8."""
     asked = _asked(config)

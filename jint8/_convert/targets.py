@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 
 from jint8._convert import int8_weights as int8_weights
 from jint8._convert.assemble import decoder_shardings
+from jint8._convert.settings import kept_in_float
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor
 from jint8._core.quantize import quantize
 from jint8._core.rotation import rotation_block
+from jint8._trees.left_out import say_left_out
 from jint8._trees.params import OUTPUT_HEADS, standard_axes
-from jint8._trees.paths import Selection, leaf_paths, nested
+from jint8._trees.paths import Selection, leaf_paths, matches, nested
 from jint8.checkpoints import Checkpoint
 from jint8.models import Decoder, Encoder, ModelConfig
 from jint8.models.families import Source, ignored, sources
@@ -78,6 +80,8 @@ def find_targets(
 ) -> dict[str, Target]:
     """Every parameter's `Target` by path, in the order in which the checkpoint's files have their tensors.
 
+    One `UserWarning` names the projections that stay in floating point because the checkpoint wants it so.
+
     Raises:
       ValueError: a tensor is missing, unknown or of a wrong shape; the message names it.
     """
@@ -97,7 +101,10 @@ def find_targets(
         all_int8 = all(int8_weights.is_int8_weight(checkpoint, name) for name in found[path].tensors)
         return standard_axes(path, ndim, included=True)[0] if config.quantizes_weights and all_int8 else None
 
-    return {path: Target(found[path], float_leaves[path], contract_axes(path)) for path in in_order}
+    targets = {path: Target(found[path], float_leaves[path], contract_axes(path)) for path in in_order}
+    if config.quantizes_weights:
+        _say_left_out(checkpoint, targets)
+    return targets
 
 
 def abstract_leaves(
@@ -156,10 +163,39 @@ def _axes_to_quantize(
     axes, _ = standard_axes(path, ndim)
     if not config.quantizes_weights or (axes is None and path != "embedding"):
         return None
-    known_as = (path, *(name.replace(".", "/") for name in source.tensors))
+    known_as = _known_as(path, source)
     if path == "embedding":
         return (1,) if selection.includes(*known_as) else None
     return None if selection.skips(*known_as, default=FLOAT_BY_DEFAULT) else axes
+
+
+def _say_left_out(checkpoint: Checkpoint, targets: Mapping[str, Target]) -> None:
+    """Warns of projections that a checkpoint keeps in floating point; heads and routers are so by default."""
+    unwanted = kept_in_float(checkpoint.config)
+    is_int8 = int8_weights.is_int8(checkpoint)
+    reasons = {}
+    for path, target in targets.items():
+        names = _known_as(path, target.source)
+        projection = standard_axes(path, len(target.float_leaf.shape))[0] is not None
+        if target.contract_axes is not None or not projection or any(matches(n, FLOAT_BY_DEFAULT) for n in names):
+            continue
+        if any(matches(name, unwanted) for name in names):
+            reasons[path] = "the quantization_config of the checkpoint's config.json keeps it so"
+        elif is_int8:
+            reasons[path] = "the checkpoint has it in floating point beside int8 weights"
+    say_left_out(
+        str(checkpoint.path),
+        reasons,
+        "They become int8 when the checkpoint in floating point is quantized."
+        if is_int8
+        else "include= (--include) quantizes them all the same.",
+        quantizes=True,
+    )
+
+
+def _known_as(path: str, source: Source) -> tuple[str, ...]:
+    """Our path of a parameter, and the checkpoint's names of the tensors that it is made of."""
+    return (path, *(name.replace(".", "/") for name in source.tensors))
 
 
 def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: ModelConfig) -> None:

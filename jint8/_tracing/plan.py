@@ -1,5 +1,6 @@
 """Which parameters of a model are projections, found by tracing it."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jint8._tracing.uses import LOOKUP, Use, find_uses
+from jint8._trees.left_out import may_be_projection, say_left_out
 from jint8._trees.paths import leaf_paths
 from jint8._trees.plan import Axes, Plan
 
@@ -21,6 +23,9 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     remat, jit and custom derivatives to the operation that uses it. Parameters that are used in any way but as one side
     of a product are skipped, with the reason. An axis may be sliced before the product: the plan then names the
     contracted axes, but code that replaces whole layers may not be able to use them.
+
+    One `UserWarning` names the weights that are multiplied and have to be skipped all the same, such as one that is
+    contracted over different axes in two places; or it says that nothing is multiplied.
 
     For an nnx model, split it: ``graphdef, state = nnx.split(model)``, then
     ``jint8.plan(lambda state, x: nnx.merge(graphdef, state)(x), state, x)``.
@@ -53,6 +58,19 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       skipped    shape       reason
       embedding  (1000, 64)  embedding lookup
     """
+    found = find_plan(apply_fn, params, *args, **kwargs)
+    say_left_out(
+        "jint8.plan",
+        left_out(found) or ({} if found or found.tied else matrices_left_out(found)),
+        "Plan.skipped has all reasons; Plan.with_ adds weights.",
+        quantizes=bool(found or found.tied),
+        nothing="no parameter is a matrix",
+    )
+    return found
+
+
+def find_plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Plan:
+    """`plan` without a word about what it leaves out."""
     if not callable(apply_fn):
         raise TypeError(f"Expected apply_fn to be callable, got {type(apply_fn).__name__}.")
     leaves = [(path, leaf) for path, leaf in leaf_paths(params) if _is_array(leaf)]
@@ -88,6 +106,24 @@ def plan(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
             if known := [use.stacked for use in products if use.stacked is not None]:
                 stacked[path] = tuple(sorted(frozenset.intersection(*known)))
     return Plan(contracted, stacked, skipped, tied, shapes)
+
+
+# Reasons of weights that are multiplied, though not in a way that could be int8's.
+_MULTIPLIED = re.compile(r"contracted (over axes|over different|with another)|can't be followed|(pallas|ffi)_call")
+
+
+def left_out(plan: Plan) -> dict[str, str]:
+    """The weights that are multiplied and that a plan skips, with the reasons; an embedding that is tied isn't one."""
+    return {
+        path: reason
+        for path, reason in plan.skipped.items()
+        if path not in plan.tied and _MULTIPLIED.search(reason) and may_be_projection(path, plan.shapes[path])
+    }
+
+
+def matrices_left_out(plan: Plan) -> dict[str, str]:
+    """Everything with two axes that a plan skips, with the reasons: to be said where it finds nothing at all."""
+    return {path: reason for path, reason in plan.skipped.items() if len(plan.shapes[path]) > 1}
 
 
 def _is_array(leaf: Any) -> bool:

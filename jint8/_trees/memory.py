@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 
+from jint8._core.config import Config
 from jint8._core.qtensor import is_qtensor
-from jint8._trees.params import quantize_params
+from jint8._trees.params import quantized
 from jint8._trees.paths import leaf_paths, path_group
 
 
@@ -75,6 +77,8 @@ def projection_bytes(params: Any) -> int:
     """Bytes of the `QTensor`s in a tree; where there are none, of the weights that `quantize_params` would turn."""
     is_projection = jax.tree.map(is_qtensor, params, is_leaf=is_qtensor)
     if not any(jax.tree.leaves(is_projection)):
-        is_projection = jax.tree.map(is_qtensor, jax.eval_shape(quantize_params, params), is_leaf=is_qtensor)
+        is_projection = jax.tree.map(
+            is_qtensor, jax.eval_shape(functools.partial(quantized, config=Config()), params), is_leaf=is_qtensor
+        )
     nbytes = jax.tree.map(lambda leaf, counts: leaf.nbytes * counts, params, is_projection, is_leaf=is_qtensor)
     return sum(jax.tree.leaves(nbytes))

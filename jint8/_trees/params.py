@@ -17,6 +17,7 @@ from jint8._core.calibration import calibrated_paths, check_calibrated, of_weigh
 from jint8._core.config import Config, check_config
 from jint8._core.qtensor import QTensor, config_for, contract_last, dequantize, is_qtensor
 from jint8._core.quantize import quantize
+from jint8._trees.left_out import may_be_projection, say_left_out
 from jint8._trees.paths import Patterns, Selection, leaf_paths, matches, path_string
 from jint8._trees.plan import Axes, Plan
 
@@ -25,6 +26,8 @@ OUTPUT_HEADS = ("lm_head", "output_head", "head", "logits", "logits_dense", "une
 
 _ATTENTION_IN = ("query", "key", "value")
 _ATTENTION_OUT = ("out",)
+
+_NOTHING_CHOSEN = Selection()
 
 
 def quantize_params(
@@ -41,7 +44,8 @@ def quantize_params(
 
     Without a plan, the names of the standard layers decide: `kernel` is contracted over its first axis
     (`[k, n]`; the `query`, `key`, `value` and `out` kernels of attention over the axes that Flax gives them), `weight`
-    over its last (`[n, k]`). Kernels of other ranks are ambiguous and left alone: use `jint8.plan`.
+    over its last (`[n, k]`). Kernels of other ranks are ambiguous and left alone, as is what has another name: a
+    `UserWarning` says so, once per call. Use `jint8.plan`, or `skip` for what is meant to stay in floating point.
 
     Args:
       params: any pytree of arrays. `QTensor`s that it holds already are kept.
@@ -78,15 +82,32 @@ def quantize_params(
       >>> jint8.quantize_params(params)["dense"]["kernel"].q.dtype
       dtype('int8')
     """
+    plan = None if plan is None else Plan.of(plan)
+    chosen = Selection(skip, include)
+    result = quantized(params, config=config, plan=plan, chosen=chosen, keep_order=keep_order, outliers=outliers)
+    if config.quantizes_weights:
+        _say_left_out(params, plan, chosen)
+    return result
+
+
+def quantized(
+    params: Any,
+    *,
+    config: Config,
+    plan: Plan | None = None,
+    chosen: Selection = _NOTHING_CHOSEN,
+    keep_order: Patterns = (),
+    outliers: Mapping[str, Any] | None = None,
+) -> Any:
+    """`quantize_params` without a word about what it leaves out."""
     check_config(config)
     check_calibrated(outliers)
     _tell_flax()
-    plan = None if plan is None else Plan.of(plan)
     paths = {path for path, _ in leaf_paths(params, is_leaf=is_qtensor)}
     for what, named in (("plan", set(plan or ())), ("outliers", calibrated_paths(outliers))):
         if unknown := sorted(named - paths):
             raise ValueError(f"Expected the {what}'s paths to be in the parameters, got {', '.join(unknown)}.")
-    found = projections(params, plan, Selection(skip, include))
+    found = projections(params, plan, chosen)
     if not config.quantizes_weights:
         return params
 
@@ -117,6 +138,49 @@ def quantize_params(
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_qtensor)
 
 
+def _say_left_out(params: Any, plan: Plan | None, chosen: Selection) -> None:
+    """Warns of weights that `quantize_params` leaves in floating point, unless the user wanted it so."""
+    found = projections(params, plan, chosen)
+    leaves = dict(leaf_paths(params, is_leaf=is_qtensor))
+    reasons = {}
+    for path, leaf in leaves.items():
+        if path in found or not is_float(leaf) or chosen.skips(path) or _is_state(path, params):
+            continue
+        if plan is None and standard_axes(path, leaf.ndim, chosen.includes(path))[0] is None:
+            if may_be_projection(path, leaf.shape) or chosen.includes(path):
+                reasons[path] = f"its name and its shape {tuple(leaf.shape)} don't say over which axes it is contracted"
+        elif plan is not None and path not in plan and chosen.includes(path):
+            reasons[path] = plan.skipped.get(path, "the plan doesn't name it")
+    if not found and not reasons and projections(params, plan, Selection(include=chosen.include)):
+        return  # it is the user who skips all that there is
+    heads = [path for path in projections(params, plan, Selection(include="*")) if matches(path, OUTPUT_HEADS)]
+    if heads:
+        nothing = f"output heads stay in floating point unless include= names them ({', '.join(heads)})"
+    elif plan is None:
+        nothing = "no weight has the name and the shape of a standard layer's"
+    else:
+        nothing = "the plan names none of the weights"
+    say_left_out(
+        "jint8.quantize_params",
+        reasons,
+        "jint8.plan finds what is multiplied; skip= names what is meant to stay in floating point.",
+        quantizes=bool(found) or any(map(is_qtensor, leaves.values())),
+        nothing=nothing,
+    )
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf of a tree is an array of floats (or stands for one), which is no `QTensor`."""
+    return not is_qtensor(leaf) and jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating)
+
+
+def _is_state(path: str, params: Any) -> bool:
+    """Whether a leaf is of another collection of linen's variables than the parameters, such as a cache."""
+    if not isinstance(params, Mapping) or "params" not in params:
+        return False
+    return path.split("/")[0] in params.keys() - {"params"}
+
+
 def _tell_flax() -> None:
     """Registers `QTensor` with `flax.serialization`, if flax is imported; else `jint8.linen` or `jint8.nnx` does it.
 
@@ -134,7 +198,7 @@ def projections(params: Any, plan: Plan | None, chosen: Selection) -> dict[str, 
     """
     found = {}
     for path, leaf in leaf_paths(params, is_leaf=is_qtensor):
-        if is_qtensor(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating):
+        if not is_float(leaf):
             continue
         if plan is not None:
             tied = plan.tied.get(path) if chosen.includes(path) else None

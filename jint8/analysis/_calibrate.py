@@ -16,7 +16,7 @@ from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor, storage_axes
 from jint8._core.quantize import quantize
 from jint8._ops.observe import Observed, Seen, empty_tap, observe, read_tap
-from jint8._tracing.plan import plan as find_plan
+from jint8._tracing.plan import find_plan
 from jint8._trees.params import dequantize_params, projections
 from jint8._trees.paths import Patterns, Selection, leaf_paths, path_string
 from jint8._trees.plan import Axes, Plan

@@ -13,6 +13,7 @@ from jint8._core.config import Config, check_config
 from jint8._core.qtensor import is_qtensor
 from jint8._ops.stand_ins import TakesWeights, stand_ins
 from jint8._tracing.substitute import UnsupportedUse, with_int8
+from jint8._trees.left_out import say_left_out
 from jint8._trees.params import with_config
 from jint8.linen._registry import has_int8, int8_layers
 
@@ -39,7 +40,8 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
         before with another one is traced again.
 
     Returns:
-      A function with the arguments and results of `apply_fn`.
+      A function with the arguments and results of `apply_fn`. A `UserWarning` says so when it runs and there is no int8
+      weight.
 
     Raises:
       TypeError: `apply_fn` isn't a function (a module itself isn't: give its `apply`), or `config` no `Config`. The
@@ -83,12 +85,20 @@ def apply(apply_fn: Callable[..., Any], *, config: Config | None = None) -> Call
             except Exception as error:  # perhaps it takes `QTensor`s, and multiplies by them with jint8's functions
                 failed = error
         try:
-            with int8_layers():
-                return apply_fn(*args, **kwargs)
+            with int8_layers() as ran:
+                result = apply_fn(*args, **kwargs)
         except TypeError as error:
             if failed is not None and "QTensor" in str(error):  # it doesn't
                 raise failed from None
             raise
+        say_left_out(
+            "jint8.apply",
+            {},
+            "Give it what jint8.quantize_params returns.",
+            quantizes=bool(ran) or has_int8((args, kwargs)),
+            nothing=f"there is no int8 weight among the arguments of {_name(apply_fn)}",
+        )
+        return result
 
     return functools.update_wrapper(int8_apply, apply_fn, updated=())
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jint8._core.config import Config, check_config
+from jint8._trees.left_out import say_left_out
 from jint8.linen._registry import int8_layers
 
 
@@ -24,7 +25,7 @@ class Int8TransformerBlock(nn.Module):
 
     Kernels of standard layers in floating point are quantized at each call, with gradients straight through;
     `jint8.quantize_params` turns them into `QTensor`s once and for all. Embeddings, norms and convolutions stay as they
-    are.
+    are. A `UserWarning` says so where nothing is quantized.
 
     Attributes:
       block: the module to run; None for a standard block.
@@ -66,10 +67,16 @@ class Int8TransformerBlock(nn.Module):
           **kwargs: likewise.
         """
         check_config(self.config)
-        with int8_layers(self.config):
-            if self.block is not None:
-                return self.block(x, *args, **kwargs)
-            return self._standard(x, *args, **kwargs)
+        with int8_layers(self.config) as ran:
+            result = (self._standard if self.block is None else self.block)(x, *args, **kwargs)
+        say_left_out(
+            "jint8.linen.Int8TransformerBlock",
+            {},
+            "Teach jint8 its layers with jint8.linen.register, or quantize its weights with jint8.quantize_params.",
+            quantizes=bool(ran) or self.is_initializing() or not self.config.quantizes_weights,
+            nothing=f"no layer of {type(self.block).__name__} is a standard one or has an int8 weight",
+        )
+        return result
 
     def _standard(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         if self.num_heads is None:

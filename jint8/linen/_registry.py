@@ -18,6 +18,8 @@ Handler = Callable[..., Any]
 _HANDLERS: dict[tuple[type, str], Handler] = {}
 # Set where standard layers quantize float kernels at each call (`Int8TransformerBlock`).
 _float_config: contextvars.ContextVar[Config | None] = contextvars.ContextVar("float_config", default=None)
+# Takes note of the layers that run in int8, so that whoever finds none can say so.
+_ran_in_int8: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("ran_in_int8", default=None)
 
 
 def register(layer_type: type[nn.Module], handler: Handler | None = None, *, method: str = "__call__") -> Any:
@@ -93,14 +95,22 @@ def float_config(module: nn.Module) -> Config | None:
 
 
 @contextlib.contextmanager
-def int8_layers(config: Config | None = None) -> Iterator[None]:
-    """Layers called in this context use their int8 weights; with `config`, standard layers quantize float ones too."""
-    token = _float_config.set(config)
+def int8_layers(config: Config | None = None) -> Iterator[list[str]]:
+    """Layers called in this context use their int8 weights; with `config`, standard layers quantize float ones too.
+
+    Yields a list, to which the class of each layer that runs in int8 is added.
+    """
+    ran: list[str] = []
+    outer = _ran_in_int8.get()
+    tokens = _float_config.set(config), _ran_in_int8.set(ran)
     try:
         with nn.intercept_methods(_intercept):
-            yield
+            yield ran
     finally:
-        _float_config.reset(token)
+        _float_config.reset(tokens[0])
+        _ran_in_int8.reset(tokens[1])
+        if outer is not None:
+            outer.extend(ran)
 
 
 def _intercept(next_fun, args, kwargs, context):
@@ -111,15 +121,25 @@ def _intercept(next_fun, args, kwargs, context):
     if method == "setup":
         return run_setup(module, functools.partial(next_fun, *args, **kwargs))
     if _float_config.get() is None and not has_int8(own_params(module)):
+        if float_config(module) is not None:  # a layer of `jint8.linen`, which quantizes its float kernel itself
+            _note_int8(module)
         return next_fun(*args, **kwargs)
     handler = _find(type(module), method, context.orig_method)
     try:
         if handler is not None and (result := handler(module, *args, **kwargs)) is not NotImplemented:
+            _note_int8(module)
             return result
     except Exception as error:
         note_where(error, module)
         raise
+    if has_int8(own_params(module)):
+        _note_int8(module)
     return run_own_code(module, functools.partial(next_fun, *args, **kwargs), method)
+
+
+def _note_int8(module: nn.Module) -> None:
+    if (ran := _ran_in_int8.get()) is not None:
+        ran.append(type(module).__name__)
 
 
 def _find(layer_type: type, method: str, orig_method: Any) -> Handler | None:

@@ -15,7 +15,7 @@ from jint8._trees.paths import Patterns, Selection
 from jint8._trees.plan import Axes, Plan
 from jint8.analysis._calibrate import collect, int8_axes
 from jint8.analysis._criteria import Criteria, choose
-from jint8.nnx._quantize import replace_layers
+from jint8.nnx._replace import replace_layers
 
 
 def calibrate(
@@ -124,8 +124,7 @@ def statistics(
 
     plan = None if plan is None else Plan.of(plan)
     chosen = Selection(skip, include)
-    watched, _ = replace_layers(model, make, plan, chosen)
-    graphdef, state = nnx.split(watched)
+    graphdef, state = nnx.split(replace_layers(model, make, plan, chosen).model)
 
     def run(state, *arguments):
         merged = nnx.merge(graphdef, state)

@@ -13,18 +13,40 @@ from flax import nnx
 
 from jint8._core.qtensor import QTensor
 from jint8._tracing.substitute import UnsupportedUse, with_int8
+from jint8.nnx._leaves import Keys, contents, join, own_leaves, put
 from jint8.nnx._modules import Quantized
 
 
-def with_weights(layer: nnx.Module, weights: Mapping[str, QTensor]) -> nnx.Module:
+def with_weights(layer: nnx.Module, weights: Mapping[Keys, Quantized]) -> nnx.Module:
     """The layer, changed in place: it holds these weights and multiplies by them in int8.
 
     It becomes an instance of a subclass, so that its attributes, paths and `isinstance` stay as they were.
     """
-    for name, w in weights.items():
-        setattr(layer, name, Quantized(w))
+    for keys, variable in weights.items():
+        put(layer, keys, variable)
     _become(layer, _int8_subclass(type(layer)))
     return layer
+
+
+def quantized_variable(leaf: nnx.Variable | jax.Array, w: QTensor) -> Quantized:
+    """The Variable that holds an int8 weight in the place of a float Variable, whose metadata it keeps, or of an array.
+
+    What names axes (`out_sharding`) names those of the float weight. Hooks are for float values, and left behind.
+    """
+    if not isinstance(leaf, nnx.Variable):
+        return Quantized(w, eager_sharding=False, stands_for=None)
+    kept = {name: value for name, value in leaf.get_metadata().items() if not name.startswith("on_")}
+    kept = {name: value for name, value in kept.items() if name not in nnx.Variable.required_metadata}
+    if type(leaf) is not nnx.Param:
+        kept["stands_for"] = type(leaf)
+    return Quantized(w, eager_sharding=False, **kept)
+
+
+def _float_leaf(variable: Quantized, value: jax.Array) -> nnx.Variable | jax.Array:
+    """What `quantized_variable` was given, with another value."""
+    metadata = dict(variable.get_metadata())
+    stands_for = metadata.pop("stands_for", nnx.Param)
+    return value if stands_for is None else stands_for.from_metadata(value, metadata)
 
 
 def _become(layer: nnx.Module, layer_type: type[nnx.Module]) -> None:
@@ -60,13 +82,14 @@ def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callab
     @functools.wraps(method)
     def in_int8(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         graphdef, state = nnx.split(self)
-        weights = {name: value.get_value() for name, value in vars(self).items() if isinstance(value, Quantized)}
+        variables = {keys: leaf for keys, leaf in own_leaves(self).items() if isinstance(leaf, Quantized)}
+        weights = {join("", *keys): variable.get_value() for keys, variable in variables.items()}
 
         def run(floats: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
             layer = nnx.merge(graphdef, state, copy=True)
             _become(layer, layer_type)
-            for name, value in floats.items():
-                setattr(layer, name, nnx.Param(value))
+            for keys, variable in variables.items():
+                put(layer, keys, _float_leaf(variable, floats[join("", *keys)]))
             before = _values(layer)
             result = method(layer, *args, **kwargs)
             return result, {path: value for path, value in _values(layer).items() if value is not before.get(path)}
@@ -78,13 +101,28 @@ def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callab
                 f"{layer_type.__name__} with int8 weights ({', '.join(weights)}): {error} Teach jint8 the layer with "
                 "jint8.nnx.register, or leave it in floating point with skip= in jint8.nnx.quantize."
             ) from error
-        variables = dict(nnx.to_flat_state(nnx.state(self)))
+        mine = dict(nnx.to_flat_state(nnx.state(self)))
         for path, value in changed.items():
-            variables[path].set_value(value)
+            if isinstance(mine[path], nnx.Variable):
+                mine[path].set_value(value)
+            else:
+                _put_below(self, path, value)
         return result
 
     return in_int8
 
 
 def _values(layer: nnx.Module) -> dict[Any, Any]:
-    return {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(layer))}
+    """The arrays of a layer's state by path: those in its Variables, and plain ones."""
+    flat = nnx.to_flat_state(nnx.state(layer))
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
+
+
+def _put_below(layer: nnx.Module, path: Keys, value: jax.Array) -> None:
+    """Puts a plain array into a layer or into a module in it."""
+    for i, key in enumerate(path[:-1]):
+        inner = getattr(layer, key, None) if isinstance(key, str) else None
+        if not isinstance(inner, nnx.Module) or contents(inner) is not None:
+            return put(layer, path[i:], value)
+        layer = inner
+    put(layer, path[-1:], value)

@@ -346,8 +346,21 @@ def test_config_of_a_keyword_argument():
 def test_parameters_in_floating_point_run_as_they_are():
     module = nn.Dense(8)
     floats = module.init(jax.random.key(0), X)
-    assert jnp.array_equal(jint8.apply(module.apply)(floats, X), module.apply(floats, X))
-    assert jax.tree.map(jnp.shape, jint8.apply(module.init)(jax.random.key(0), X)) == jax.tree.map(jnp.shape, floats)
+    nothing = "jint8.apply: nothing becomes int8: there is no int8 weight among the arguments of"
+    with pytest.warns(UserWarning, match=f"{nothing} apply. Give it what jint8.quantize_params returns"):
+        assert jnp.array_equal(jint8.apply(module.apply)(floats, X), module.apply(floats, X))
+    with pytest.warns(UserWarning, match=f"{nothing} init"):
+        made = jint8.apply(module.init)(jax.random.key(0), X)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, floats)
+
+
+def test_int8_that_isnt_among_the_arguments_is_found():
+    """In parameters that the function closes over, and in layers that quantize their kernels themselves."""
+    module = nn.Sequential([nn.Dense(8)])
+    int8 = jint8.quantize_params(module.init(jax.random.key(0), X))
+    assert jint8.apply(lambda x: module.apply(int8, x))(X).shape == (2, 3, 8)
+    for own in (jint8.linen.Int8Dense(8), jint8.linen.Int8TransformerBlock(num_heads=4)):
+        assert jint8.apply(own.apply)(own.init(jax.random.key(0), X), X).shape[:2] == (2, 3)
 
 
 def test_intermediates_are_captured():
@@ -391,7 +404,8 @@ def test_a_loop_does_not_convert_the_table_before_it():
 def test_convolutions_are_left_alone():
     module = nn.Conv(8, (3,))
     floats = module.init(jax.random.key(0), X)
-    assert jint8.plan(module.apply, floats, X) == {}
+    with pytest.warns(UserWarning, match="nothing becomes int8: kernel: convolution"):
+        assert jint8.plan(module.apply, floats, X) == {}
     int8 = jint8.quantize_params(floats, plan={"kernel": (0, 1)})
     with pytest.raises(
         TypeError, match=r"the outermost module \(Conv\) with int8 weights \(kernel\).*got conv_general"

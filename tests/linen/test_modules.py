@@ -111,6 +111,20 @@ def test_block_passes_arguments_on():
     assert jnp.allclose(module.apply(params, X, 0.0), X)
 
 
+def test_block_without_a_layer_that_it_could_quantize_says_so():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", nn.initializers.normal(), (X.shape[-1], 8))
+
+    module = Int8TransformerBlock(block=Own())
+    params = module.init(jax.random.key(0), X)
+    with pytest.warns(UserWarning, match="Int8TransformerBlock: nothing becomes int8: no layer of Own is"):
+        module.apply(params, X)
+    module.apply(jint8.quantize_params(params, plan={"block/w": (0,)}), X)
+    Int8TransformerBlock(block=Own(), config=jint8.Config(scheme="none")).apply(params, X)
+
+
 def test_mask_of_the_standard_block():
     module = Int8TransformerBlock(num_heads=4, config=jint8.Config(outliers="token"))
     params = module.init(jax.random.key(0), X)

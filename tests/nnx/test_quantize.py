@@ -281,7 +281,7 @@ def test_the_model_given_shares_no_variables():
 def test_plan_of_what_is_no_attribute_is_an_error():
     class Own(nnx.Module):
         def __init__(self):
-            self.parts = nnx.List([nnx.Param(jnp.ones((32, 8)))])
+            self.parts = nnx.data((nnx.Param(jnp.ones((32, 8))),))
 
         def __call__(self, x):
             return x @ self.parts[0][...]
@@ -291,6 +291,8 @@ def test_plan_of_what_is_no_attribute_is_an_error():
     with pytest.raises(ValueError, match=r"layers/0/parts/0.*jint8.nnx.register"):
         jint8.nnx.quantize(model, plan=plan)
     assert type(jint8.nnx.quantize(model, plan=plan, skip="parts").layers[0]) is Own
+    with pytest.warns(UserWarning, match="nothing becomes int8: layers/0/parts/0: it is in a tuple"):
+        jint8.nnx.quantize(model, X)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

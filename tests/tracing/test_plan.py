@@ -1,5 +1,7 @@
 import math
+import re
 import time
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -250,8 +252,39 @@ SKIPPED = {
 
 @pytest.mark.parametrize("case", SKIPPED)
 def test_skipped(case):
+    """With the reason, which a warning says too where nothing else is multiplied; tied embeddings aren't left out."""
     fn, shape, args, reason = SKIPPED[case]
-    assert plan_one(fn, shape, args) == reason
+    said = f"nothing becomes int8: {f'w: {reason}' if len(shape) > 1 else 'no parameter is a matrix'}. Plan.skipped"
+    with nullcontext() if case == "lookup and head" else pytest.warns(UserWarning, match=re.escape(said)):
+        assert plan_one(fn, shape, args) == reason
+
+
+def test_weights_that_are_multiplied_and_skipped_are_said_once():
+    """With their reasons, those of several layers together; what isn't multiplied is nothing to speak of."""
+
+    def apply(p, x):
+        for layer in p["layers"]:
+            x = x @ layer["both"] + x @ layer["both"].T + layer["bias"]
+        return (x + p["position"]) @ p["head"]
+
+    layer = {"both": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    params = {"layers": [layer] * 3, "position": jnp.ones((3, 4)), "head": jnp.ones((4, 8))}
+    with pytest.warns(UserWarning, match=r"jint8\.plan") as said:
+        found = jint8.plan(apply, params, X)
+    assert found == {"head": (0,)}
+    assert [str(warning.message) for warning in said] == [
+        "jint8.plan: these weights stay in floating point: layers/*/both (3 times): contracted over different axes in "
+        "two places. Plan.skipped has all reasons; Plan.with_ adds weights."
+    ]
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("path", ["embed/w", "a/lora_b", "cache/keys", "pos_emb", "Conv_0/kernel"])
+def test_names_of_what_is_no_projection_are_nothing_to_speak_of(path):
+    def apply(p, x):
+        return x @ p["head"] + x @ p[path] + x @ p[path].T
+
+    assert jint8.plan(apply, {path: jnp.ones((4, 4)), "head": jnp.ones((4, 4))}, X) == {"head": (0,)}
 
 
 def test_tied_embedding_keeps_its_contracted_axes():
@@ -268,7 +301,9 @@ def test_merged_lora_and_query_parameters():
         hidden = x @ (p["w"] + p["a"] @ p["b"])
         return hidden @ p["w"].T, jnp.broadcast_to(p["query"], (2, 6, 8)) @ p["w"].T
 
-    assert jint8.plan(apply, params, X).skipped == {
+    with pytest.warns(UserWarning, match="a: contracted with another parameter; b: contracted"):
+        found = jint8.plan(apply, params, X)
+    assert found.skipped == {
         "a": "contracted with another parameter",
         "b": "contracted with another parameter",
         "query": "an input that is multiplied by another parameter",
@@ -307,7 +342,8 @@ def test_leaves_that_are_no_floats():
         "name": "block",
         "none": None,
     }
-    found = jint8.plan(lambda p, x: x @ p["mask"] + p["count"], params, X)
+    with pytest.warns(UserWarning, match=r"mask: not floating point \(bool\)"):
+        found = jint8.plan(lambda p, x: x @ p["mask"] + p["count"], params, X)
     assert found == {}
     assert found.skipped == {
         "count": "not floating point (int32)",
@@ -401,6 +437,7 @@ def test_of_int8_values_in_an_unknown_product_the_stacked_axes_stay_unknown():
     assert (dict(plan), plan.stacked) == ({"w": (1,)}, {"w": (0,)})
 
 
+@pytest.mark.filterwarnings("ignore:jint8.plan. nothing becomes int8")
 def test_functions_of_a_users_with_the_name_of_ours():
     @jax.jit
     def _quantize(w):

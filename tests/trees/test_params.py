@@ -1,6 +1,7 @@
 """Which leaves of a tree become int8, and what the tree weighs before and after."""
 
 import typing
+from contextlib import nullcontext
 
 import flax
 import jax
@@ -54,7 +55,6 @@ WHICH = {  # options, names of the leaves that become int8
     "plan_skips_head_too": ({"plan": {"embed/embedding": 1, "lm_head/kernel": (0,)}}, ["embed/embedding"]),
     "plan_with_included_head": ({"plan": {"lm_head/kernel": (0,)}, "include": "lm_head"}, ["lm_head/kernel"]),
     "plan_with_skip": ({"plan": {"layers_0/up/kernel": (0,)}, "skip": "up"}, []),
-    "empty_plan": ({"plan": {}}, []),
 }
 
 
@@ -62,6 +62,67 @@ WHICH = {  # options, names of the leaves that become int8
 def test_which(options, expected):
     assert quantized(TREE, **options) == expected
     assert quantized({"params": TREE}, **options) == [f"params/{name}" for name in expected]
+
+
+NOTHING = "jint8.quantize_params: nothing becomes int8: "
+STAYS = "jint8.quantize_params: these weights stay in floating point: "
+UNKNOWN = r"its name and its shape \({}\) don't say over which axes it is contracted"
+
+SAID = {  # tree, options, what is said
+    "haiku's names": (
+        {f"linear_{i}": {"w": normal(6, 5), "b": normal(5)} for i in range(3)}, {},
+        NOTHING + r"linear_\*/w \(3 times\): " + UNKNOWN.format("6, 5"),
+    ),
+    "scanned layers": (
+        {"layers": {"up": {"kernel": normal(3, 6, 5)}}, "down": {"kernel": normal(6, 5)}}, {},
+        STAYS + "layers/up/kernel: " + UNKNOWN.format("3, 6, 5"),
+    ),
+    "a head alone": (
+        {"lm_head": {"kernel": normal(6, 5)}}, {},
+        NOTHING + r"output heads stay in floating point unless include= names them \(lm_head/kernel\)",
+    ),
+    "include of what isn't known": (
+        {"a": {"table": normal(6, 5)}, "b": {"kernel": normal(6, 5)}}, {"include": "a/table"},
+        STAYS + "a/table: " + UNKNOWN.format("6, 5"),
+    ),
+    "include of what the plan skips": (
+        {"a": normal(6, 5), "b": normal(6, 5)},
+        {"plan": jint8.Plan({"b": (0,)}, skipped={"a": "not used"}), "include": "a"},
+        STAYS + "a: not used",
+    ),
+    "an empty plan": (TREE, {"plan": {}}, NOTHING + "the plan names none of the weights"),
+    "nothing with two axes": ({"scale": normal(6)}, {}, NOTHING + "no weight has the name and the shape of a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "options", "expected"), SAID.values(), ids=SAID)
+def test_what_is_left_out_is_said_once(tree, options, expected):
+    with pytest.warns(UserWarning, match=expected) as said:
+        jint8.quantize_params(tree, **options)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+
+
+SILENT = {  # what the user wanted, what no user would miss, and what is int8 already
+    "all skipped": (TREE, {"skip": "*"}),
+    "an unknown name skipped": ({"w": normal(6, 5), "kernel": normal(6, 5)}, {"skip": "w"}),
+    "the scheme none": ({"w": normal(6, 5)}, {"config": jint8.Config(scheme="none")}),
+    "embeddings, convolutions and norms": (
+        {**TREE, "conv": {"kernel": normal(3, 3, 4, 6)}, "pos": normal(7, 6), "norm": {"scale": normal(6)}},
+        {},
+    ),
+    "a cache beside the parameters": (
+        {"params": TREE, "state": {"past": normal(2, 3, 4)}}, {},
+    ),
+    "int8 already": (jint8.quantize_params(TREE), {}),
+    "integers": ({**TREE, "table": np.ones((6, 5), np.int32)}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "options"), SILENT.values(), ids=SILENT)
+def test_what_nobody_misses_is_not_said(tree, options):
+    """Every warning is an error in these tests."""
+    jint8.quantize_params(tree, **options)
 
 
 @pytest.mark.parametrize("head", OUTPUT_HEADS)
@@ -93,7 +154,8 @@ def test_standard_layers(path, shape, contracted):
     tree = {name: jnp.asarray(normal(*shape))}
     for parent in reversed(parents):
         tree = {parent: tree}
-    (leaf,) = jax.tree.leaves(jint8.quantize_params(tree), is_leaf=is_qtensor)
+    with nullcontext() if contracted is not None else pytest.warns(UserWarning, match=NOTHING):
+        (leaf,) = jax.tree.leaves(jint8.quantize_params(tree), is_leaf=is_qtensor)
     assert is_qtensor(leaf) == (contracted is not None)
     assert leaf.shape == shape
     if contracted is not None:
@@ -183,7 +245,8 @@ def test_containers(container):
 
 @pytest.mark.parametrize("tree", [{}, [], (), None, {"a": {}}, {"kernel": None}], ids=str)
 def test_empty_trees(tree):
-    assert jint8.quantize_params(tree) == jint8.dequantize_params(tree) == tree
+    with pytest.warns(UserWarning, match=NOTHING):
+        assert jint8.quantize_params(tree) == jint8.dequantize_params(tree) == tree
     assert jint8.memory_report(tree).bytes == 0
 
 

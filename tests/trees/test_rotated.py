@@ -97,7 +97,8 @@ def test_a_plain_mapping_does_not_say_which_layers_are_smoothed_together():
 
 
 def test_names_instead_of_a_plan():
-    got = weights(jint8.quantize_params(FLOATS, config=ROTATED))
+    with pytest.warns(UserWarning, match=r"layers: its name and its shape \(96, 3, 5\) don't say"):
+        got = weights(jint8.quantize_params(FLOATS, config=ROTATED))
     assert {path: w.config.rotate for path, w in got.items()} == {
         path: BLOCKS[path] for path in ("dense/kernel", "weight", "out/kernel")
     }
