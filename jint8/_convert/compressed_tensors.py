@@ -24,10 +24,19 @@ _FIELDS: Known = {
     "config_groups": ANY,  # looked at one by one
     "ignore": ANY,
     "kv_cache_scheme": (None,),
-    "sparsity_config": (None, {}, {"format": "dense"}),
+    "sparsity_config": ANY,
     "transform_config": (None, {}),  # rotations, which may be of activations
     "global_compression_ratio": ANY,
     "version": ANY,
+}
+# Zeros among the weights, stored as any other value.
+_DENSE: Known = {
+    "format": ("dense",),
+    "global_sparsity": ANY,
+    "sparsity_structure": ANY,
+    "registry_requires_subclass": ANY,
+    "targets": ANY,
+    "ignore": ANY,
 }
 _GROUP_FIELDS: Known = {
     "targets": ANY,
@@ -60,6 +69,8 @@ def options(asked: dict[str, Any]) -> Options:
       ValueError: weights of another kind, or something else that changes results; the message names the field.
     """
     check_fields("quantization_config", asked, _FIELDS, format="fakequant")
+    if (sparsity := asked.get("sparsity_config")) not in (None, {}):
+        check_fields("quantization_config.sparsity_config", sparsity, _DENSE, format=None)
     groups = asked.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise ValueError("Expected quantization_config.config_groups to be an object with a group, got none.")

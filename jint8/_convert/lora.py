@@ -105,9 +105,13 @@ def with_adapter(
         rows, k = split_sizes(shapes[name], name, len(modules), model.config), shapes[name][1]
         a, b = [], []
         for module, n, (down, up) in zip(modules, rows, pairs, strict=True):
-            down, up = _checked_factors(f"{file}: tensor {PREFIX + module!r}", down, up, n, k)
+            where = f"{file}: tensor {PREFIX + module!r}"
+            down, up = _checked_factors(where, down, up, n, k)
             a.append(down)
-            b.append(up * _scaling(config, module, len(down)))
+            with np.errstate(over="ignore"):
+                b.append(up * np.float32(_scaling(config, module, len(down))))
+            if not np.isfinite(b[-1]).all():
+                raise ValueError(f"{where}: Expected factors within float32 when they are scaled, got larger ones.")
         dora, norms = bool(config.get("use_dora")), []
         for module, n, down, norm in zip(modules, rows, a, magnitudes, strict=True):
             where, needed = f"{file}: tensor {PREFIX + module!r}", dora and len(down) > 0
@@ -193,8 +197,24 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         if config.get(key):
             raise ValueError(f"{file}: Expected no {key}, got {config[key]!r}.")
     _check_init(config.get("init_lora_weights", True), file)
-    if not isinstance(config.get("lora_alpha"), (int, float)):
+    if not _is_number(config.get("lora_alpha")):
         raise ValueError(f"{file}: Expected lora_alpha to be a number, got {config.get('lora_alpha')!r}.")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+        raise ValueError(f"{file}: Expected alpha_pattern to have a number for each pattern, got {patterns!r}.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{file}: Expected patterns in alpha_pattern, got {pattern!r}: {error}.") from None
+    modules = config.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ValueError(f"{file}: Expected modules_to_save to be a list of names, got {modules!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that float32 holds, as a factor of weights has to."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= float(np.finfo("f4").max)
 
 
 def _check_init(init: Any, file: Path) -> None:

@@ -100,7 +100,11 @@ class Config:
             raise ValueError(f"Expected scheme to be one of {', '.join(SCHEMES)}, got {self.scheme!r}.")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float, np.integer, np.floating)):
             raise TypeError(f"Expected threshold to be a real number, got {self.threshold!r}.")
-        if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+        try:
+            threshold = float(self.threshold)
+        except OverflowError:  # an integer that no float holds
+            threshold = math.inf
+        if not (threshold >= 0 and math.isfinite(threshold)):
             raise ValueError(f"Expected threshold to be finite and at least 0, got {self.threshold}.")
         if self.outliers not in OUTLIER_MODES:
             raise ValueError(f"Expected outliers to be one of {', '.join(OUTLIER_MODES)}, got {self.outliers!r}.")
@@ -108,7 +112,7 @@ class Config:
             raise TypeError(f"Expected relative to be True or False, got {self.relative!r}.")
         if self.digits not in (1, 2):
             raise ValueError(f"Expected digits to be 1 or 2, got {self.digits!r}.")
-        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "digits", int(self.digits))
         self._check_rotate()
 

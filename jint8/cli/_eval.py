@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     _common.check_least(args, seq_len=2, batch_size=1, limit=1)
     config = _common.quant_config(args)
-    given = _common.read_text(args.text) if args.tokens is None else _read_tokens(args.tokens)
+    given = _common.read_text(args.text) if args.tokens is None else read_tokens(args.tokens)
     source = _common.find_source(args, args.source)
     plain = config is not None and config.scheme == "none"
     if args.compare and not plain:
@@ -85,14 +85,18 @@ def run(args: argparse.Namespace) -> None:
         _print_table(result)
 
 
-def _read_tokens(file: str) -> np.ndarray:
+def read_tokens(file: str) -> np.ndarray:
     """Token ids `[n, s]` of a file. Raises ValueError where it has something else."""
     import numpy as np
 
     try:
-        tokens = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        tokens = np.load(file, mmap_mode="r", allow_pickle=False)  # a damaged shape doesn't fill the memory
+    except OSError:
+        raise
+    except Exception as error:  # NumPy has a Python parser look at the header, which raises errors of its own
         raise ValueError(f"{file}: Expected a .npy file of token ids, got: {error}") from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{file}: Expected a .npy file of token ids, got several arrays (.npz)")
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(f"{file}: Expected tokens of shape (n, s), n at least 1 and s at least 2, got {tokens.shape}")
     if not np.issubdtype(tokens.dtype, np.integer):

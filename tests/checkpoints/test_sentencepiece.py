@@ -58,3 +58,12 @@ def test_damaged(tmp_path, cut):
     (path / "tokenizer.model").write_bytes(data[cut:])
     with pytest.raises(ValueError, match=r"tokenizer\.model: Expected"):
         open_checkpoint(path).tokenizer()
+
+
+def test_damaged_table_of_characters(tmp_path):
+    metadata = metadata_of_sentencepiece(FOLDER / "unigram.model")
+    table = metadata["tokenizer.ggml.precompiled_charsmap"]
+    assert len(table) > 100
+    metadata["tokenizer.ggml.precompiled_charsmap"] = b"\xff" + table[9:]
+    with pytest.raises(ValueError, match=r"x\.model: Expected metadata of a tokenizer"):
+        tokenizer_from_metadata(metadata, path=tmp_path / "x.model")

@@ -128,7 +128,27 @@ def npy(value):
     return write
 
 
+def huge(file):
+    """A header that says 2**40 rows."""
+    np.save(file, np.zeros((2, 8), int))
+    file.write_bytes(file.read_bytes().replace(b"(2, 8), }" + 12 * b" ", b"(1099511627776, 8), }"))
+    assert b"1099511627776" in file.read_bytes()
+
+
+def null_in_header(file):
+    np.save(file, np.zeros((2, 8), int))
+    file.write_bytes(file.read_bytes().replace(b"fortran", b"\0ortran"))
+
+
+def several(file):
+    np.savez(file.with_suffix(".npz"), a=np.zeros((2, 8), int))
+    file.with_suffix(".npz").rename(file)
+
+
 TOKENS = {
+    "huge": (huge, "Expected a .npy file of token ids, got: mmap length is greater"),
+    "null_in_header": (null_in_header, "Expected a .npy file of token ids"),
+    "several_arrays": (several, "got several arrays (.npz)"),
     "not_npy": (lambda file: file.write_bytes(b"text"), "npy"),
     "empty_file": (lambda file: file.write_bytes(b""), "npy"),
     "pickle": (npy(np.array([{}], object)), "npy"),

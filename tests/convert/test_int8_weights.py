@@ -214,9 +214,11 @@ def test_a_row_of_zeros(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jint8.load(tmp_path / "dst").params, model.params)
 
 
-def test_key_of_early_versions(tmp_path):
+def test_keys_of_early_versions(tmp_path):
     config = read_config("compressed_tensors")
-    config["compression_config"] = config.pop("quantization_config") | {"quantization_status": "frozen"}
+    dense = {"format": "dense", "global_sparsity": 19.1, "registry_requires_subclass": False}
+    early = {"quantization_status": "frozen", "sparsity_config": dense | {"sparsity_structure": "unstructured"}}
+    config["compression_config"] = config.pop("quantization_config") | early
     model = load(write(tmp_path, tensors("compressed_tensors"), config))
     assert model.quant == WITHOUT_DECOMPOSITION
 
@@ -256,7 +258,10 @@ REFUSED = {
         "no format": (lambda a: a.pop("format"), r'\.format to be "int-quantized" or .* got "fakequant"'),
         "mixed": (put(GROUP + "format", "float-quantized"), r"group_0\.format to be null or .*float-quantized"),
         "cache": (put("kv_cache_scheme", KV), r"kv_cache_scheme to be null, got {"),
-        "sparsity": (put("sparsity_config", {"format": "sparse-24-bitmask"}), r"sparsity_config to be .*24-bitmask"),
+        "sparsity": (
+            put("sparsity_config", {"format": "sparse-24-bitmask"}),
+            r"sparsity_config\.format to be .*24-bitmask",
+        ),
         "rotated": (put("transform_config", {"config_groups": {}}), r"transform_config to be null or {}, got"),
         "status": (put("quantization_status", "initialized"), r'quantization_status to be "compressed" or .*"init'),
         "unknown": (put("zero_points_of", 1), r'quantization_config to have fields among .*, got "zero_points_of"'),

@@ -87,6 +87,13 @@ FAULTS = {
     "kind": (options(peft_type="IA3"), "Expected peft_type to be 'LORA', got 'IA3'"),
     "dora": (options(use_dora=True), "q_proj': Expected a lora_magnitude_vector, got none"),
     "alpha": (options(lora_alpha=None), "Expected lora_alpha to be a number, got None"),
+    "alpha_nan": (options(lora_alpha=float("nan")), "Expected lora_alpha to be a number, got nan"),
+    "alpha_beyond_float32": (options(lora_alpha=1e39), r"Expected lora_alpha to be a number, got 1e\+39"),
+    "alphas_list": (options(alpha_pattern=[1]), r"adapter_config\.json: Expected alpha_pattern to have a number for"),
+    "alphas_text": (options(alpha_pattern={"q_proj": "x"}), "Expected alpha_pattern to have a number for each pattern"),
+    "alphas_pattern": (options(alpha_pattern={"[": 1}), r"Expected patterns in alpha_pattern, got '\[': unterminated"),
+    "modules_number": (options(modules_to_save=5), "Expected modules_to_save to be a list of names, got 5"),
+    "modules_text": (options(modules_to_save="lm_head"), "Expected modules_to_save to be a list of names, got 'lm_h"),
     **{
         f"init_{name}": (options(init_lora_weights=name), f"init_lora_weights to be .*, got '{name}', with which PEFT")
         for name in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga")
@@ -101,6 +108,10 @@ FAULTS = {
         rf"{Q}': Expected factors \(r, 32\) and \(32, r\), got \(4, 32\) and \(31, 4\)",
     ),
     "nan": (tensors(lambda t: t.update({f"{Q}.lora_B.weight": np.full((32, 4), np.nan, np.float32)})), f"{Q}': .* NaN"),
+    "huge": (
+        tensors(lambda t: t.update({f"{Q}.lora_B.weight": np.full((32, 4), 3e38, np.float32)})),
+        f"{Q}': Expected factors within float32 when they are scaled",
+    ),
     "unknown": (tensors(lambda t: t.update(x=np.zeros(1, np.float32))), "tensor 'x': Expected only factors"),
     "truncated": (
         lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x08"), r"adapter_model\.safetensors.*truncated"

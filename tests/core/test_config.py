@@ -45,6 +45,7 @@ def test_config_is_frozen_hashable_and_keyword_only():
         ({"threshold": -1}, ValueError, "Expected threshold to be finite and at least 0, got -1"),
         ({"threshold": float("nan")}, ValueError, "got nan"),
         ({"threshold": float("inf")}, ValueError, "got inf"),
+        ({"threshold": 10**400}, ValueError, "Expected threshold to be finite and at least 0, got 10000"),
         ({"threshold": "6"}, TypeError, "Expected threshold to be a real number, got '6'"),
         ({"threshold": True}, TypeError, "got True"),
         ({"scheme": "int4"}, ValueError, "Expected scheme to be one of none, absmax.* got 'int4'"),

@@ -2,13 +2,16 @@
 
 `python tests/fuzz/readers.py --cases 20000 --seed 1` prints a line for each kind of fault, with the case that shows it,
 and exits with status 1 where there is one. `--case N` runs that one case and shows the traceback. Case `n` of a seed is
-the same each time.
+the same each time. `--only NAME` mutates files of those sources alone: the checkpoints that are read without a model
+(`one`, `shards`, `saved`, `gguf`, `sentencepiece`), `tokens`, and, slower, those of which a model's parameters are made
+(`whole`, `bitsandbytes`, `compressed_tensors`, `quark`, `torchao`, `adapter`).
 """
 
 import argparse
 import collections
 import contextlib
 import copy
+import functools
 import json
 import random
 import resource
@@ -29,9 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint_files import llama_metadata, llama_tensors, write_gguf
 from tiny_model import make_llama_directory
 
+import jint8
+from jint8._convert.lora import with_adapter
 from jint8.checkpoints import open_checkpoint
 from jint8.checkpoints._safetensors import read_arrays
+from jint8.cli._eval import read_tokens
 from jint8.models.families import model_config
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 SECONDS = 5  # that one case may take
 MEMORY = 2**30  # bytes that reading files of 200 kB may ask for on top of the process
@@ -73,7 +81,24 @@ def write_sources(root):
     # Few tensors, so that changes hit the metadata, which are two thirds of the file.
     tensors = {k: v for k, v in llama_tensors(np.random.default_rng(0)).items() if v.size < 3000}
     write_gguf(root / "gguf" / "model.gguf", tensors, llama_metadata(**metadata))
-    return [root / name for name in ("one", "shards", "saved", "gguf")]
+    (root / "sentencepiece").mkdir()
+    for file, name in ((FIXTURES / "sentencepiece" / "unigram.model", "tokenizer.model"), *_files("families/llama")):
+        shutil.copy(file, root / "sentencepiece" / name)
+    (root / "tokens").mkdir()
+    np.save(root / "tokens" / "tokens.npy", np.arange(60, dtype=np.int32).reshape(3, 20))
+    copies = {"whole": "families/qwen2", "bitsandbytes": "bitsandbytes/llama", "adapter": "adapters/llama"}
+    for name, folder in (
+        copies | {name: f"int8/{name}" for name in ("compressed_tensors", "quark", "torchao")}
+    ).items():
+        (root / name).mkdir()
+        for file, to in _files(folder):
+            shutil.copy(file, root / name / to)
+    return [root / name for name in READERS]
+
+
+def _files(folder):
+    """The files of a fixture, but what is expected of it, with their names."""
+    return [(file, file.name) for file in sorted((FIXTURES / folder).iterdir()) if file.name != "expected.npz"]
 
 
 def mutate(rng, raw, name):
@@ -169,6 +194,34 @@ def read_all(path):
     return config, tokenizer
 
 
+def load_all(path):
+    """What loading a model does; nothing is computed with it."""
+    jint8.load(path, dtype="float32")
+
+
+def load_adapter(path):
+    """What loading an adapter does, on top of a model that is loaded once."""
+    model = _below_adapters()
+    with_adapter(model.params, model.model, path)
+
+
+@functools.cache
+def _below_adapters():
+    return jint8.load(FIXTURES / "families" / "llama", dtype="float32", quantize=False)
+
+
+def load_tokens(path):
+    """What `jint8 eval --tokens` does with a file."""
+    read_tokens(str(path / "tokens.npy"))
+
+
+# By the name of a source, what reads it; the first return a configuration and a tokenizer, which are looked at, too.
+READERS = dict.fromkeys(("one", "shards", "saved", "gguf", "sentencepiece"), read_all)
+READERS |= {"tokens": load_tokens, "adapter": load_adapter}
+READERS |= dict.fromkeys(("whole", "bitsandbytes", "compressed_tensors", "quark", "torchao"), load_all)
+WITHOUT_MODEL = [name for name, read in READERS.items() if read not in (load_all, load_adapter)]
+
+
 def run_case(sources, seed, number, work):
     """Runs one case. Returns what it did, and the exception where it is a fault, else None."""
     rng = random.Random(f"{seed} {number}")
@@ -181,11 +234,14 @@ def run_case(sources, seed, number, work):
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # ours, of heads and weights that aren't as expected
             warnings.simplefilter("error", RuntimeWarning)  # NumPy's: a division by zero, an overflow
             try:
-                config, tokenizer = read_all(work)
+                config, tokenizer = READERS[source.name](work) or (None, None)
             except (ValueError, OSError) as e:
                 return what, None if str(work) in str(e) else e
+            if config is None:
+                return what, None
             # The callers of these name the checkpoint.
             with contextlib.suppress(ValueError):
                 model_config(config)
@@ -207,8 +263,11 @@ def kind_of(error):
     return f"{type(error).__name__} at {where}"
 
 
-def fuzz(cases, seed, *, seconds=None):
-    """Runs cases. Returns how many ran, faults by kind as (number, file, error), and the longest case's seconds."""
+def fuzz(cases, seed, *, only=WITHOUT_MODEL, seconds=None):
+    """Runs cases on some of the sources.
+
+    Returns how many ran, faults by kind as (number, file, error), and the longest case's seconds.
+    """
     faults, longest, begin, ran = {}, 0.0, time.monotonic(), 0
 
     def stop(*_):
@@ -217,7 +276,7 @@ def fuzz(cases, seed, *, seconds=None):
     before = signal.signal(signal.SIGALRM, stop)
     try:
         with tempfile.TemporaryDirectory() as root:
-            sources = write_sources(Path(root))
+            sources = [source for source in write_sources(Path(root)) if source.name in only]
             for number in cases:
                 if seconds is not None and time.monotonic() - begin > seconds:
                     break
@@ -236,10 +295,14 @@ def main():
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int)
+    parser.add_argument("--only", nargs="+", choices=list(READERS), default=WITHOUT_MODEL)
     args = parser.parse_args()
+    if set(args.only) - set(WITHOUT_MODEL):
+        jint8.load(FIXTURES / "families" / "llama", dtype="float32")  # what JAX takes once isn't a reader's
+        _below_adapters()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
-    ran, faults, longest = fuzz(range(args.cases) if args.case is None else [args.case], args.seed)
+    ran, faults, longest = fuzz(range(args.cases) if args.case is None else [args.case], args.seed, only=args.only)
     for kind, (number, what, error) in sorted(faults.items()):
         print(f"{kind}: case {number}, {what}: {str(error)[:200]!r}")
         if args.case is not None:

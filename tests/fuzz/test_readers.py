@@ -15,12 +15,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import readers
 
 CASES = 150  # about a second
+CASES_OF_MODELS = 40  # of which parameters are made: the first ones take a second
+OF_MODELS = sorted(set(readers.READERS) - set(readers.WITHOUT_MODEL))
 
 
-def test_mutated_files_give_errors_that_name_them():
-    ran, faults, longest = readers.fuzz(range(CASES), seed=7)
+@pytest.mark.parametrize(
+    ("only", "cases"), [(readers.WITHOUT_MODEL, CASES), (OF_MODELS, CASES_OF_MODELS)], ids=["files", "models"]
+)
+def test_mutated_files_give_errors_that_name_them(only, cases):
+    ran, faults, longest = readers.fuzz(range(cases), seed=7, only=only)
     assert not faults, faults
-    assert ran == CASES
+    assert ran == cases
     assert longest < readers.SECONDS
 
 
@@ -28,7 +33,7 @@ def test_it_finds_an_error_without_the_name(monkeypatch):
     def fail(path):
         raise ValueError("Expected another file")
 
-    monkeypatch.setattr(readers, "read_all", fail)
+    monkeypatch.setattr(readers, "READERS", dict.fromkeys(readers.READERS, fail))
     _, faults, _ = readers.fuzz(range(3), seed=0)
     assert len(faults) == 1
 

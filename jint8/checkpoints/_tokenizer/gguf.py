@@ -34,7 +34,9 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, path: Path) -> Token
     """
     try:
         return _from_metadata(metadata, path)
-    except (AttributeError, LookupError, OverflowError, TypeError) as e:
+    except (ImportError, ValueError):
+        raise
+    except Exception as e:  # the tokenizers package raises bare Exception
         raise ValueError(f"{path}: Expected metadata of a tokenizer, got a value of another kind in them: {e!r}") from e
 
 
