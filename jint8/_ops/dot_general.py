@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from jint8._core.config import Config
@@ -113,6 +115,51 @@ def activations_first(
     """`dot_general(x, w, numbers)` -> `dtype`, batch axes, then free axes of x, then free axes of w."""
     (x_contract, w_contract), (x_batch, w_batch) = numbers
     _check_axes(x, w, x_contract, w_contract, x_batch, w_batch)
+    product = functools.partial(
+        _rows_first, numbers=numbers, config=config, implementation=implementation, dtype=dtype, precision=precision
+    )
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        # Explicit axes would have to be told at each reshape where they go. Within, XLA decides.
+        product = jax.sharding.auto_axes(product, out_sharding=_result_spec(x, w, numbers))
+    return product(x, w, bias)
+
+
+def _result_spec(x: jax.Array, w: QTensor, numbers: DimensionNumbers) -> PartitionSpec:
+    """How the result is divided on explicit axes: as those axes of `x` and of the weight that it has.
+
+    Sums over a divided contracted axis are complete on every device. An axis of the mesh that both sides have is that
+    of `x`, for it can divide the result once only.
+    """
+    (x_contract, w_contract), (x_batch, w_batch) = numbers
+    at = storage_axes(w)
+    of_x, stored = jax.typeof(x).sharding.spec, jax.typeof(w.q).sharding.spec
+    of_w = [stored[at[axis]] for axis in range(w.ndim)]
+    batch = [of_x[a % x.ndim] or of_w[b % w.ndim] for a, b in zip(x_batch, w_batch, strict=True)]
+    free_x = [of_x[a] for a in range(x.ndim) if a not in {b % x.ndim for b in (*x_contract, *x_batch)}]
+    free_w = [of_w[a] for a in range(w.ndim) if a not in {b % w.ndim for b in (*w_contract, *w_batch)}]
+    used: set[str] = set()
+    result = []
+    for entry in (*batch, *free_x, *free_w):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        free = used.isdisjoint(names)
+        used.update(names)
+        result.append(entry if free else None)
+    return PartitionSpec(*result)
+
+
+def _rows_first(
+    x: jax.Array,
+    w: QTensor,
+    bias: jax.Array | None,
+    *,
+    numbers: DimensionNumbers,
+    config: Config,
+    implementation: Implementation | None,
+    dtype: DTypeLike,
+    precision: Any,
+) -> jax.Array:
+    """`activations_first` by products of rows: the free axes of `x` become one, and so do those of the weight."""
+    (x_contract, w_contract), (x_batch, w_batch) = numbers
     at = storage_axes(w)
     # Contracted axes in the order in which the weight stores them: permuting x is cheap, permuting the weight isn't.
     pairs = sorted((at[b % w.ndim], a % x.ndim) for a, b in zip(x_contract, w_contract, strict=True))

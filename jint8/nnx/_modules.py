@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,9 @@ def _value(variable: nnx.Variable | None) -> Any:
     return None if variable is None else variable.get_value()
 
 
-def _no_sharding(out_sharding: Any) -> None:
-    if out_sharding is not None:
-        raise NotImplementedError(f"Expected no out_sharding for an int8 product, got {out_sharding}.")
+def _sharded(y: jax.Array, out_sharding: Any) -> jax.Array:
+    """`y`, divided as the caller of a layer asks for, on a mesh whose axes are explicit."""
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 class Int8LinearGeneral(nnx.Module):
@@ -92,9 +93,8 @@ class Int8LinearGeneral(nnx.Module):
         self.precision = precision
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """The LLM.int8() product over `axis`, plus the bias."""
-        _no_sharding(out_sharding)
-        return _layers.dense_general(
+        """The LLM.int8() product over `axis`, plus the bias; `out_sharding` is that of the result, as in Flax."""
+        y = _layers.dense_general(
             inputs,
             _value(self.kernel),
             _value(self.bias),
@@ -104,6 +104,7 @@ class Int8LinearGeneral(nnx.Module):
             out_dtype=self.preferred_element_type,
             precision=self.precision,
         )
+        return _sharded(y, out_sharding)
 
 
 class Int8Linear(Int8LinearGeneral):
@@ -235,11 +236,10 @@ class Int8Einsum(nnx.Module):
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         """The LLM.int8() product that the subscripts name, plus the bias."""
-        _no_sharding(out_sharding)
         subscripts = einsum_str or self.einsum_str
         if subscripts is None:
             raise ValueError("Expected einsum_str in the constructor or in the call, got neither.")
-        return _layers.einsum(
+        y = _layers.einsum(
             subscripts,
             inputs,
             _value(self.kernel),
@@ -248,6 +248,7 @@ class Int8Einsum(nnx.Module):
             out_dtype=self.preferred_element_type,
             precision=self.precision,
         )
+        return _sharded(y, out_sharding)
 
 
 class Int8Embed(nnx.Module):
@@ -270,10 +271,11 @@ class Int8Embed(nnx.Module):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Rows of the embedding."""
-        _no_sharding(out_sharding)
-        return _layers.lookup(_value(self.embedding), inputs, dtype=self.dtype)
+        rows = functools.partial(_layers.lookup, dtype=self.dtype)
+        if out_sharding is not None:  # explicit axes can't tell how rows of a divided table are: XLA decides within
+            rows = jax.sharding.auto_axes(rows, out_sharding=out_sharding)
+        return rows(_value(self.embedding), inputs)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """The LLM.int8() product with every row of the embedding."""
-        _no_sharding(out_sharding)
-        return _layers.attend(query, _value(self.embedding), dtype=self.dtype)
+        return _sharded(_layers.attend(query, _value(self.embedding), dtype=self.dtype), out_sharding)
