@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ def run_own_code(module: nn.Module, call: Callable[[], Any], method: str) -> Any
 
     def run(floats: dict[str, jax.Array]) -> tuple[Any, Any]:
         replacements = {id(weights[name]): floats[name] for name in weights}
-        with params_replaced(scope, floats), attributes_replaced(module, replacements):
+        with params_replaced(scope, _in_place(own_params(module), floats)), attributes_replaced(module, replacements):
             result = call()
             return result, jax.tree.map(lambda leaf: leaf, mutable_state(scope))
 
@@ -54,7 +54,7 @@ def run_setup(module: nn.Module, call: Callable[[], Any]) -> Any:
         return call()
     shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
     assert module.scope is not None
-    with params_replaced(module.scope, shapes):
+    with params_replaced(module.scope, _in_place(own_params(module), shapes)):
         result = call()
     replace_attributes(module, {id(shapes[name]): w for name, w in weights.items()})
     return result
@@ -90,6 +90,39 @@ def note_where(error: Exception, module: nn.Module) -> None:
 
 
 def _own_int8(module: nn.Module) -> dict[str, QTensor]:
-    """The int8 weights that lie directly in the module's scope (shared scopes: also those of others)."""
-    params = {name: unbox(value) for name, value in own_params(module).items()}
-    return {name: value for name, value in params.items() if is_qtensor(value)}
+    """The int8 weights that lie directly in the module's scope (shared scopes: also those of others).
+
+    `nnx.bridge.ToLinen` runs a whole model of nnx, in whose modules linen can't intercept anything: there all weights
+    below are its own.
+    """
+    params = own_params(module)
+    leaves = _nested_leaves(params) if _runs_nnx(module) else {name: unbox(value) for name, value in params.items()}
+    return {name: value for name, value in leaves.items() if is_qtensor(value)}
+
+
+def _runs_nnx(module: nn.Module) -> bool:
+    """Whether a module is `nnx.bridge.ToLinen`, known by where it is defined: nothing here imports nnx."""
+    return any(base.__module__.startswith("flax.nnx.bridge") for base in type(module).__mro__)
+
+
+def _nested_leaves(params: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The leaves by path, out of their boxes."""
+    leaves: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            leaves |= _nested_leaves(value, f"{above}{name}/")
+        else:
+            leaves[f"{above}{name}"] = unbox(value)
+    return leaves
+
+
+def _in_place(params: Mapping[str, Any], leaves: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The entries of `params` that have any of `leaves`, by path, in them, with these in place."""
+    result = {}
+    for name, value in params.items():
+        path = f"{above}{name}"
+        if path in leaves:
+            result[name] = leaves[path]
+        elif isinstance(value, Mapping) and any(leaf.startswith(f"{path}/") for leaf in leaves):
+            result[name] = {**value, **_in_place(value, leaves, f"{path}/")}
+    return result
