@@ -8,7 +8,9 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
+from typing import Any
 
 INTERRUPTED = 130
 
@@ -27,6 +29,7 @@ def run() -> None:
         signal.signal(signal.SIGINT, interrupted)
     from jint8.cli import main
 
+    warnings.formatwarning = one_line
     status = INTERRUPTED
     with contextlib.suppress(KeyboardInterrupt):  # beside what `main` itself does about it
         if attended:
@@ -35,6 +38,16 @@ def run() -> None:
         if attended:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave(status)
+
+
+def one_line(message: Warning | str, category: type[Warning], *where: Any, **also: Any) -> str:
+    """A warning as the command line shows it: what is for users as one line, like an error, without a place in code."""
+    if category is UserWarning:
+        return f"jint8: warning: {' '.join(str(message).split())}\n"
+    return _PYTHONS(message, category, *where, **also)
+
+
+_PYTHONS = warnings.formatwarning
 
 
 def leave(status: int) -> None:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from family_files import DIRECTORY
 
 import jint8
 from jint8._core.config import OUTLIER_MODES, PRESETS, SCHEMES
@@ -33,6 +34,19 @@ def test_bad_input_of_the_process(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert str(tmp_path / "none") in done.stderr
+
+
+def test_a_warning_of_the_process_is_one_line(tmp_path):
+    """Of a checkpoint that keeps a projection in floating point, said once though the files are looked at twice."""
+    (tmp_path / "model.safetensors").write_bytes((DIRECTORY / "gpt2" / "model.safetensors").read_bytes())
+    options = (DIRECTORY.parent / "bitsandbytes" / "gpt2" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(options)
+    done = shell("quantize", tmp_path, tmp_path / "int8")
+    assert done.returncode == 0
+    (line,) = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+    assert line.startswith(
+        f"jint8: warning: {tmp_path}: these weights stay in floating point: layers_1/mlp/up/weight: "
+    )
 
 
 @pytest.mark.slow
