@@ -66,9 +66,10 @@ def read_scales(checkpoint: Checkpoint, module: str, n: int) -> np.ndarray:
         raise ValueError(f"Expected {module}SCB as float32 ({n},), got {absmax.dtype} {absmax.shape}.")
     if f"{module}weight_format" in checkpoint.tensors:
         order = checkpoint.read(f"{module}weight_format")
-        if order.any():
+        if order.tobytes().strip(b"\0"):
             raise ValueError(
-                f"Expected {module}weight_format 0 (rows), got {order.max()}: save it with a newer bitsandbytes."
+                f"Expected {module}weight_format 0 (rows), got {order.reshape(-1)[0]}: save it with a newer "
+                "bitsandbytes."
             )
     return absmax / np.float32(127)
 

@@ -91,5 +91,5 @@ def _read_scales(checkpoint: Checkpoint, name: str, n: int) -> np.ndarray:
 
 def _check_zero_points(checkpoint: Checkpoint, weight: str) -> None:
     name = f"{weight}_zero_point"
-    if name in checkpoint.tensors and checkpoint.read(name).any():
+    if name in checkpoint.tensors and checkpoint.read(name).tobytes().strip(b"\0"):
         raise ValueError(f"Expected zero points of 0 in {name}, as symmetric weights have, got others.")

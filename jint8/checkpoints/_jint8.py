@@ -21,7 +21,7 @@ from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 METADATA = "jint8.json"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-PEEK = 4096  # values, of which hardly ever all are 0 in an array that isn't
+PEEK = 4096  # bytes, of which hardly ever all are 0 in an array that isn't
 # Version 1 had the rows of fused projections in another order. Version 3 may have smoothed weights, which readers of
 # version 2 don't know; a model without them is written as version 2.
 VERSIONS = (2, 3)
@@ -88,7 +88,8 @@ class Jint8Checkpoint(SafetensorsCheckpoint):
 
 
 def _is_zero(array: np.ndarray) -> bool:
-    return not array.reshape(-1)[:PEEK].any() and not array.any()
+    raw = array.reshape(-1).view(np.uint8)  # NaN among floats would warn
+    return not raw[:PEEK].any() and not raw.any()
 
 
 def write_checkpoint(

@@ -75,6 +75,13 @@ def test_bad_metadata(tmp_path, tensors, value):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, metadata))
 
 
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_heads_of_no_size(tmp_path, tensors, value):
+    metadata = llama_metadata(**{"llama.attention.key_length": value})
+    with pytest.raises(ValueError, match=r"positive number as llama\.attention\.key_length, got 0"):
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, metadata))
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_more_layers_than_tensors(tmp_path, tensors, arch):
     metadata = {key.replace("llama.", f"{arch}."): value for key, value in llama_metadata().items()}

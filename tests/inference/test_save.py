@@ -18,6 +18,7 @@ import jint8
 from jint8._inference import save as save_module
 from jint8.checkpoints import _directory, open_checkpoint
 from jint8.checkpoints._directory import _shards
+from jint8.checkpoints._jint8 import _is_zero
 from jint8.checkpoints._sums import checksum
 
 FILES = ("SHA256SUMS", "chat_template.jinja", "config.json", "jint8.json", "model.safetensors", "tokenizer.json")
@@ -288,6 +289,15 @@ def test_zeros_may_be_meant(model, tmp_path):
         sums = (tmp_path / "saved" / "SHA256SUMS").read_text()
         assert "model.safetensors" in sums
         assert_same_bits(jint8.load(tmp_path / "saved").params["layers_1"], zeros)
+
+
+def test_every_nan_is_something():
+    """Some warn where NumPy takes them for numbers."""
+    signalling = np.array([0, 0x7F800001], np.uint32).view(np.float32)
+    assert not _is_zero(signalling)
+    assert not _is_zero(np.array([0, 0x7F81], np.uint16).view(jnp.bfloat16))
+    assert _is_zero(np.zeros((2, 3), jnp.bfloat16))
+    assert _is_zero(np.zeros((), np.float32))
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4096 * 2 + 3])

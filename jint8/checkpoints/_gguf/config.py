@@ -56,7 +56,7 @@ def config_from_metadata(
         return float(f"{value:.7g}") if isinstance(value, float) else value
 
     width, heads = positive("embedding_length"), positive("attention.head_count")
-    head_dim = get("attention.key_length", width // heads)
+    head_dim = positive("attention.key_length", width // heads)
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
         "vocab_size": vocab_size,
