@@ -1,7 +1,8 @@
 """Flax nnx: int8 copies of models, and modules with int8 weights.
 
-Start with `quantize`, which replaces a model's layers by those of `_modules`: `_registry` says which by which. A layer
-that it doesn't know keeps its own code, with its products in int8 (`_own_code`).
+Start with `quantize`, which replaces a model's layers by those of `_modules`: `_replace` goes through the copy, and
+`_registry` says which layer by which. A layer that it doesn't know keeps its own code, with its products in int8
+(`_own_code`). `_leaves` finds the Variables and arrays of a module.
 
 Imports `analysis` (for `calibrate`), `_tracing`, `_trees`, `_ops` and `_core`, and no linen.
 """
