@@ -59,6 +59,11 @@ def read_params(
         can't shard evenly; the message names file and tensor, or the path.
     """
     check_calibrated(outliers)
+    if config.four_bits:
+        raise ValueError(
+            f"{checkpoint.path}: Expected a scheme of int8 for a checkpoint, got {config.scheme!r}: load it with "
+            "quantize=False, and quantize its params."
+        )
     targets = find_targets(checkpoint, model, config=config, selection=selection)
     if unknown := sorted(calibrated_paths(outliers) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")

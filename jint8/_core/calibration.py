@@ -70,9 +70,12 @@ def only(outliers: Mapping[str, Any] | None, path: str) -> Mapping[str, Any] | N
 def of_weight(outliers: Mapping[str, Any] | None, path: str, config: Config) -> dict[str, Any]:
     """The arguments of `quantize` that say what is known of a weight's activations: those that `config` has a use for.
 
-    A scheme without decomposition leaves a `Calibration`'s columns alone if it rotates: then it wants the rest.
+    A scheme without decomposition leaves a `Calibration`'s columns alone if it rotates: then it wants the rest. So does
+    one of four bits, unless its config says that outliers are static.
     """
     columns = None if outliers is None else outliers.get(path)
+    if isinstance(outliers, Calibration) and config.four_bits:
+        return {"outliers": columns if config.uses_calibrated_columns else None, "rms": outliers.rms.get(path)}
     if not isinstance(outliers, Calibration) or not config.rotate:
         return {"outliers": columns}
     return {"outliers": columns if config.table_row.decomposition else None, "rms": outliers.rms.get(path)}

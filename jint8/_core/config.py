@@ -11,7 +11,11 @@ import numpy as np
 OutlierMode = Literal["batch", "token", "static"]
 OUTLIER_MODES: tuple[OutlierMode, ...] = get_args(OutlierMode)
 Preset = Literal["paper", "static", "rotated", "best", "fast"]
+Grouping = Literal["oc", "ic", "ada"]
+GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
 LARGEST_BLOCK = 512  # of a rotation: larger matrices cost more than they gain
+LARGEST_GROUP = 1024
+FOUR_BIT_OPTIONS = ("group", "grouping", "rounding")  # of a `Config`; other schemes have no use for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +24,21 @@ class Scheme:
 
     Attributes:
       activations: one scale per `"token"`, one per `"tensor"`, or None for float activations.
-      weights: one scale per output `"channel"`, one per `"tensor"`, or None for float weights.
+      weights: one scale per output `"channel"`, one per `"tensor"`, a step and a minimum per `"group"` in four bits, or
+        None for float weights.
       affine: whether both sides have a zero point.
       decomposition: whether outlier feature dimensions are multiplied in 16 bits.
     """
 
     activations: Literal["token", "tensor"] | None
-    weights: Literal["channel", "tensor"] | None
+    weights: Literal["channel", "tensor", "group"] | None
     affine: bool = False
     decomposition: bool = False
 
     def __post_init__(self):
         for name, value, known in (
             ("activations", self.activations, ("token", "tensor", None)),
-            ("weights", self.weights, ("channel", "tensor", None)),
+            ("weights", self.weights, ("channel", "tensor", "group", None)),
         ):
             if value not in known:
                 raise ValueError(f"Expected {name} to be one of {', '.join(map(str, known))}, got {value!r}.")
@@ -49,6 +54,7 @@ SCHEMES = {
     "vector-zp": Scheme("token", "channel", affine=True),
     "llm.int8": Scheme("token", "channel", decomposition=True),
     "llm.int8-zp": Scheme("token", "channel", affine=True, decomposition=True),
+    "int4": Scheme(None, "group", decomposition=True),
 }
 
 
@@ -58,7 +64,8 @@ class Config:
 
     Args:
       scheme: a name from Table 1 of the paper: `"llm.int8"` (vector-wise with mixed-precision decomposition),
-        `"vector"` (without decomposition), `"none"` (no quantization), and the others in `jint8.SCHEMES`.
+        `"vector"` (without decomposition), `"none"` (no quantization), and the others in `jint8.SCHEMES`; or `"int4"`,
+        weights of four bits and float activations.
       threshold: a feature dimension with `abs(x) >= threshold` is an outlier. 0 turns decomposition off.
       outliers: who decides that a column is an outlier. `"batch"`: any token of the call (the paper). `"token"`:
         each token for itself, so that a token's result doesn't depend on its neighbours in the batch. `"static"`:
@@ -72,12 +79,19 @@ class Config:
         that weights and activations share the error) and rotated, after which neither has outliers. A `QTensor` has
         here what it was rotated by, the largest power of two up to this that divides the number of its features; 1
         smooths alone. Goes with calibrated outlier columns, which are taken out before, or with none.
+      group: of `"int4"`: how many weights share a step and a minimum; where it doesn't divide their number, the last
+        group is shorter.
+      grouping: of `"int4"`: the weights of a group belong to one output channel (`"oc"`) or to one feature (`"ic"`);
+        `"ada"` chooses for each weight what leaves the smaller error of its output, and a `QTensor` has what was
+        chosen.
+      rounding: of `"int4"`: `"nearest"`.
 
     Raises:
-      TypeError: `threshold` isn't a real number, `relative` isn't a bool, or `rotate` isn't an integer.
-      ValueError: unknown `scheme` or `outliers`, a negative or non-finite `threshold`, `digits` other than 1 and 2,
-        `rotate` that isn't 0 or a power of two up to 512, or `rotate` with outliers that the activations of a call
-        decide.
+      TypeError: `threshold` isn't a real number, `relative` isn't a bool, or `rotate` or `group` isn't an integer.
+      ValueError: unknown `scheme`, `outliers`, `grouping` or `rounding`, a negative or non-finite `threshold`, `digits`
+        other than 1 and 2, `rotate` that isn't 0 or a power of two up to 512, `rotate` with outliers that the
+        activations of a call decide, `group` that isn't a power of two from 2 to 1024, `digits` with float activations
+        in four bits, or what is of `"int4"` alone beside another scheme.
 
     Examples:
       >>> import jint8
@@ -94,6 +108,9 @@ class Config:
     relative: bool = False
     digits: Literal[1, 2] = 1
     rotate: int = 0
+    group: int = 64
+    grouping: Grouping = "ada"
+    rounding: Literal["nearest"] = "nearest"
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -115,6 +132,7 @@ class Config:
         object.__setattr__(self, "threshold", threshold)
         object.__setattr__(self, "digits", int(self.digits))
         self._check_rotate()
+        self._check_groups()
 
     def _check_rotate(self) -> None:
         if isinstance(self.rotate, bool) or not isinstance(self.rotate, (int, np.integer)):
@@ -128,6 +146,25 @@ class Config:
                 "Expected rotate with calibrated outlier columns (outliers='static') or without decomposition "
                 f"(scheme='vector', as in the preset 'rotated'; or threshold=0), got outliers={self.outliers!r}."
             )
+
+    def _check_groups(self) -> None:
+        if isinstance(self.group, bool) or not isinstance(self.group, (int, np.integer)):
+            raise TypeError(f"Expected group to be an integer, got {self.group!r}.")
+        if not 2 <= self.group <= LARGEST_GROUP or self.group & (self.group - 1):
+            raise ValueError(f"Expected group to be a power of two from 2 to {LARGEST_GROUP}, got {self.group}.")
+        object.__setattr__(self, "group", int(self.group))
+        if self.grouping not in GROUPINGS:
+            raise ValueError(f"Expected grouping to be one of {', '.join(GROUPINGS)}, got {self.grouping!r}.")
+        if self.rounding != "nearest":
+            raise ValueError(f"Expected rounding to be 'nearest', got {self.rounding!r}.")
+        if self.four_bits:
+            if self.digits != 1:
+                raise ValueError(f"Expected digits=1 with float activations (scheme='int4'), got {self.digits}.")
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in FOUR_BIT_OPTIONS:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"Expected {name} with scheme='int4', got {name}={value!r} with {self.scheme!r}.")
 
     @classmethod
     def preset(cls, name: Preset) -> Config:
@@ -161,13 +198,22 @@ class Config:
 
     @property
     def quantizes_weights(self) -> bool:
-        """Whether weights become int8: all schemes but `"none"`."""
+        """Whether weights become int8, or codes of four bits: all schemes but `"none"`."""
         return self.table_row.weights is not None
 
     @property
+    def four_bits(self) -> bool:
+        """Whether weights are codes of four bits, two to a byte."""
+        return self.table_row.weights == "group"
+
+    @property
     def decomposes(self) -> bool:
-        """Whether outlier dimensions are split off: the scheme says so and the threshold isn't 0."""
-        return self.table_row.decomposition and self.threshold > 0
+        """Whether outlier dimensions are split off: the scheme says so and the threshold isn't 0.
+
+        Of float activations only calibrated columns are, whose weights stay in 16 bits.
+        """
+        row = self.table_row
+        return row.decomposition and self.threshold > 0 and (row.activations is not None or self.outliers == "static")
 
     @property
     def uses_calibrated_columns(self) -> bool:
@@ -182,10 +228,13 @@ class Config:
     @property
     def is_calibrated(self) -> bool:
         """Whether weights are quantized by what is known of activations: outlier columns, or how large features are."""
-        return self.quantizes_weights and (self.uses_calibrated_columns or self.rotate > 0)
+        chooses = self.four_bits and self.grouping == "ada"
+        return self.quantizes_weights and (self.uses_calibrated_columns or self.rotate > 0 or chooses)
 
     def for_calibration(self) -> Config:
         """The config of an int8 model on which this one's outlier columns and root mean squares are found."""
+        if self.four_bits:
+            return Config(threshold=self.threshold, relative=self.relative, outliers="token")
         scheme = self.scheme if self.table_row.decomposition else Config().scheme
         return dataclasses.replace(self, scheme=scheme, outliers="token", rotate=0)
 

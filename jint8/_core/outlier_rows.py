@@ -66,6 +66,16 @@ def keep_rows(w, scale, outliers, *, contract_axes, stack_axes) -> tuple[jax.Arr
     return _unflatten(rows, at, others), _unflatten(index, at, others)
 
 
+def without_columns(w: jax.Array, columns: jax.Array, *, contract_axes, stack_axes) -> jax.Array:
+    """A weight with 0 in calibrated columns `[*stack, c]`."""
+    flat = columns_last(w, contract_axes)
+    own = [a for a in range(w.ndim) if a not in contract_axes]
+    numbers = jnp.arange(flat.shape[-1], dtype=jnp.int32)
+    taken = jnp.any(columns[..., None] == numbers, axis=-2)
+    taken = jnp.expand_dims(taken, [i for i, a in enumerate(own) if a not in stack_axes])
+    return columns_back(jnp.where(taken, 0, flat), [w.shape[a] for a in contract_axes], contract_axes)
+
+
 def scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
     """float32 rows in units of `scale`, in float16: up to 255, or `MOST_STEPS` if rotated, for any weight."""
     return jnp.where(scale < SMALLEST_NORMAL, 0.0, rows / scale).astype(jnp.float16)

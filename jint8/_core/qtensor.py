@@ -1,9 +1,8 @@
-"""`QTensor`, an int8 weight: a pytree that stands for a float array."""
+"""`QTensor`, a weight in int8 or in four bits: a pytree that stands for a float array."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -14,11 +13,15 @@ import numpy as np
 
 from jint8._core.axes import canonical_axes, columns_back, columns_last
 from jint8._core.config import Config
+from jint8._core.four_bits import of_members, unpack
 from jint8._core.outlier_rows import put_rows
 from jint8._core.rotation import out_of_coordinates
+from jint8._core.storage import contracted_axes as contracted_axes
+from jint8._core.storage import grouped_axis, packed_axis, stored_shape
+from jint8._core.storage import storage_axes as storage_axes
 
-ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index", "smooth")
-STATIC_FIELDS = ("dtype", "config", "order", "stack")
+ARRAY_FIELDS = ("q", "scale", "zero", "outlier_rows", "outlier_index", "smooth", "group_scale", "group_min")
+STATIC_FIELDS = ("dtype", "config", "order", "stack", "features")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,12 +29,14 @@ class QTensor:
     """An int8 weight: a pytree that stands for the float array `scale * (q - zero)`.
 
     Where it was smoothed and rotated (`config.rotate`), that is the weight in other coordinates: the float array is
-    `smooth * rotated(scale * (q - zero))`.
+    `smooth * rotated(scale * (q - zero))`. In four bits, `scale * (group_scale * code + group_min)` is in the place of
+    `scale * (q - zero)`; see `jint8._core.four_bits` for how codes are packed.
 
     Made by `jint8.quantize` and `jint8.quantize_params`; not meant to be built by hand.
 
     Attributes:
-      q: int8, the quantized values.
+      q: int8, the quantized values; or uint8, of which each has two codes of four bits that are neighbours but for a
+        group on the last contracted axis.
       scale: float32, of `q`'s rank, with size 1 on the contracted axes: one scale per output channel.
       zero: None, or float32 of `scale`'s shape: the integer that stands for 0 (affine schemes).
       outlier_rows: None, or float16: the weight's rows for calibrated outlier columns, in units of `scale`. Of `q`'s
@@ -40,12 +45,17 @@ class QTensor:
         (over all contracted axes, flattened). The number of columns in all marks a slot that isn't used.
       smooth: None, or float32, of `q`'s rank, with size 1 on the axes of output channels: what each feature of the
         weight was divided by, and each of the activations is multiplied by.
+      group_scale: None, or float16, in units of `scale`: the step of each group of four-bit weights. Of the float
+        weight's shape as it is stored, but that one axis has one entry for each group: the last contracted one
+        (`config.grouping` is `"oc"`), or the last one of output channels (`"ic"`).
+      group_min: None, or float16 of `group_scale`'s shape: what code 0 stands for.
       dtype: the dtype of the float weight.
       config: the `Config` that `jint8.matmul` uses unless it is given another.
       order: None, or a permutation of the weight's own axes, `q = transpose(w, order)`: `q` is stored with the
         contracted axes last. Stacked axes, such as a scanned layer axis, aren't among them and keep their position.
       stack: for each stacked axis, how many own axes are in front of it. A slice of one layer has lost an axis and
         keeps this metadata, so all are equal: whichever is gone, the others are known.
+      features: None, or how many features the last contracted axis has of which `q` has two in a byte.
 
     Invariants: every leaf has `q`'s rank, so that scanned, sliced and vmapped axes sit at the same place in all; no
     static field names an axis that a scanned axis shifts.
@@ -57,16 +67,19 @@ class QTensor:
     outlier_rows: jax.Array | None = None
     outlier_index: jax.Array | None = None
     smooth: jax.Array | None = None
+    group_scale: jax.Array | None = None
+    group_min: jax.Array | None = None
     dtype: Any = np.dtype("float32")  # noqa: RUF009
     config: Config = Config()
     order: tuple[int, ...] | None = None
     stack: tuple[int, ...] = ()
+    features: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the float weight."""
-        positions = storage_axes(self)
-        return tuple(self.q.shape[p] for p in positions)
+        stored = stored_shape(self)
+        return tuple(stored[p] for p in storage_axes(self))
 
     @property
     def ndim(self) -> int:
@@ -76,7 +89,7 @@ class QTensor:
     @property
     def size(self) -> int:
         """The number of elements of the float weight."""
-        return math.prod(self.q.shape)
+        return math.prod(stored_shape(self))
 
     @property
     def nbytes(self) -> int:
@@ -105,12 +118,13 @@ class QTensor:
 def _children(w: QTensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arrays and the static fields, as JAX takes a pytree apart.
 
-    `smooth` is a child only of a rotated weight, so that a tree without is the one that jint8 0.1.0 wrote to disk. Of
-    that it stays one where a function that maps trees has put None in its place: the structure is that of the weight.
+    `smooth` is a child only of a rotated weight, and what groups have only of one in four bits, so that a tree without
+    is the one that jint8 0.1.0 wrote to disk. Of those weights they stay children where a function that maps trees has
+    put None in their place: the structure is that of the weight.
     """
-    arrays = tuple(getattr(w, name) for name in ARRAY_FIELDS)
     has_smooth = w.config.rotate or w.smooth is not None
-    return arrays if has_smooth else arrays[:-1], tuple(getattr(w, name) for name in STATIC_FIELDS)
+    count = len(ARRAY_FIELDS) if w.features is not None else 6 if has_smooth else 5
+    return tuple(getattr(w, name) for name in ARRAY_FIELDS[:count]), tuple(getattr(w, name) for name in STATIC_FIELDS)
 
 
 def _children_with_keys(w: QTensor):
@@ -123,60 +137,6 @@ def _of_children(static: tuple[Any, ...], arrays: Iterable[Any]) -> QTensor:
 
 
 jax.tree_util.register_pytree_with_keys(QTensor, _children_with_keys, _of_children, _children)
-
-
-def storage_axes(w: QTensor) -> tuple[int, ...]:
-    """For each axis of the float weight, the axis of `w.q` that holds it.
-
-    `order` names the weight's own axes. What `q` has beyond those are stacked axes: of those that `stack` places, some
-    may be gone (a scan over layers takes one), and others may have come in front (as by `jnp.stack`). Both at once
-    can't be told from neither: slices of a weight whose stacked axes aren't in front mustn't be stacked again.
-
-    Raises:
-      ValueError: the weight has lost an axis that it needs, or it can't be told which stacked axis it has lost.
-    """
-    ndim = len(w.q.shape)
-    if w.order is None:
-        return tuple(range(ndim))
-    extra = ndim - len(w.order)
-    if extra < 0:
-        raise ValueError(f"Expected a weight of at least {len(w.order)} dimensions, got {w.q.shape}.")
-    stacked = _stacked_positions(w, extra)
-    own = [axis for axis in range(ndim) if axis not in stacked]
-    positions = list(range(ndim))
-    for stored, original in enumerate(w.order):
-        positions[own[original]] = own[stored]
-    return tuple(positions)
-
-
-def _stacked_positions(w: QTensor, count: int) -> tuple[int, ...]:
-    """Where in `w.q` the `count` stacked axes are that it has."""
-    if count >= len(w.stack):
-        before = (0,) * (count - len(w.stack)) + w.stack
-        return tuple(own + i for i, own in enumerate(before))
-    # Some are gone. `contract_last` makes sure that all have equally many own axes in front: then it doesn't matter
-    # which. Weights that 0.1.0 saved may differ there: of those, contracted axes are stored last, which `scale` shows.
-    choices = {tuple(own + i for i, own in enumerate(kept)) for kept in itertools.combinations(w.stack, count)}
-    if len(choices) > 1:
-        contracted = [size != scale for size, scale in zip(w.q.shape, w.scale.shape, strict=True)]
-
-        def contracted_are_last(stacked: tuple[int, ...]) -> bool:
-            own = [contracted[axis] for axis in range(len(contracted)) if axis not in stacked]
-            return own == sorted(own) and not any(contracted[axis] for axis in stacked)
-
-        choices = set(filter(contracted_are_last, choices))
-    if len(choices) != 1:
-        raise ValueError(
-            f"Expected a slice of an int8 weight that shows which stacked axis it has lost, got {w.q.shape} of one "
-            "that jint8 0.1.0 quantized with several: quantize it again."
-        )
-    return choices.pop()
-
-
-def contracted_axes(w: QTensor) -> tuple[int, ...]:
-    """The contracted axes of `w.q`: where `scale` has size 1 (of two such, those where `q` hasn't)."""
-    ones = [axis for axis, size in enumerate(w.scale.shape) if size == 1]
-    return tuple(axis for axis in ones if w.q.shape[axis] != 1) or tuple(ones)
 
 
 def ordered(w: QTensor) -> QTensor:
@@ -198,12 +158,24 @@ def config_for(w: QTensor, config: Config | None) -> Config:
     """
     if config is None or not isinstance(config, Config):  # which whoever uses it refuses
         return w.config if config is None else config
+    if w.features is not None or config.four_bits:
+        return _for_four_bits(w, config)
     if config.quantizes_weights and bool(config.rotate) != bool(w.config.rotate):
         raise ValueError(
             f"Expected a config with rotate={w.config.rotate}, as the weight was quantized, got rotate="
             f"{config.rotate}: quantize the float weight with that config instead."
         )
     return dataclasses.replace(config, rotate=w.config.rotate)
+
+
+def _for_four_bits(w: QTensor, config: Config) -> Config:
+    """`config_for` where the weight or the config has four bits."""
+    if config.four_bits != (w.features is not None) and config.quantizes_weights:
+        raise ValueError(
+            f"Expected a config of the scheme {w.config.scheme!r}, as the weight was quantized, got {config.scheme!r}: "
+            "quantize the float weight with that config instead."
+        )
+    return w.config  # Nothing in it says how to multiply, which is in floating point in any case.
 
 
 def axis_order(w: QTensor) -> tuple[int, ...]:
@@ -240,16 +212,26 @@ def dequantize(w: QTensor, dtype=None) -> jax.Array:
     """
     if not isinstance(w, QTensor):
         raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
-    q = w.q.astype(jnp.float32)
-    if w.zero is not None:
-        q = q - w.zero
-    values, axes = q * w.scale, contracted_axes(w)
+    values, axes = in_units(w) * w.scale, contracted_axes(w)
     if w.smooth is not None:
         flat = out_of_coordinates(columns_last(values, axes), columns_last(w.smooth, axes), w.config.rotate)
-        values = columns_back(flat, [w.q.shape[a] for a in axes], axes)
+        values = columns_back(flat, [values.shape[a] for a in axes], axes)
     if w.outlier_index is not None:
         values = put_rows(values, w.scale, w.outlier_rows, w.outlier_index, contract_axes=axes)
     return jnp.transpose(values, storage_axes(w)).astype(w.dtype if dtype is None else dtype)
+
+
+def in_units(w: QTensor) -> jax.Array:
+    """The quantized values as stored, float32 in units of `scale`: `q - zero`, or `group_scale * code + group_min`."""
+    if w.features is None:
+        q = w.q.astype(jnp.float32)
+        return q if w.zero is None else q - w.zero
+    assert w.group_scale is not None
+    assert w.group_min is not None
+    group, axis = w.config.group, grouped_axis(w)
+    codes = unpack(w.q, packed_axis(w), w.features, group).astype(jnp.float32)
+    step, low = (of_members(a, axis, codes.shape[axis], group) for a in (w.group_scale, w.group_min))
+    return codes * step.astype(jnp.float32) + low.astype(jnp.float32)
 
 
 def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence[int] = ()) -> QTensor:

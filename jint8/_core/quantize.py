@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jint8._core.axes import canonical_axes, columns_back
+from jint8._core.axes import canonical_axes, column_axis
 from jint8._core.config import Config, check_config
+from jint8._core.four_bits import pack
+from jint8._core.grouping import grouped, with_grouping
 from jint8._core.outlier_rows import MOST_STEPS, check_outliers, keep_rows
 from jint8._core.qtensor import ARRAY_FIELDS, QTensor
-from jint8._core.rotation import check_rms, into_coordinates, rotation_block
+from jint8._core.rotation import check_rms, into_coordinates_in_place, rotation_block
 from jint8._core.rounding import absmax, affine, symmetric
 
 # What JAX calls `_quantize` in the program of a model that quantizes float weights itself, such as one with
@@ -31,27 +33,30 @@ def _named(function):
 @functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
 @_named
 def _quantize(w, columns, rms, *, contract_axes, stack_axes, config):
-    """`q`, `scale`, `zero`, `outlier_rows`, `outlier_index` and `smooth` of a `QTensor`."""
+    """The arrays of a `QTensor`, in the order of `ARRAY_FIELDS`."""
     scheme = config.table_row
     per_channel = scheme.weights == "channel"
     axis = contract_axes if per_channel else tuple(a for a in range(w.ndim) if a not in stack_axes)
     values, smooth, least = w, None, None
+    axes = {"contract_axes": contract_axes, "stack_axes": stack_axes}
+    if config.four_bits:
+        groups = grouped(w, columns, rms, config=config, **axes)
+        q = pack(groups.codes, column_axis(w.shape, contract_axes), config.group)
+        rows, index = keep_rows(w, groups.scale, columns, **axes)
+        return q, groups.scale, None, rows, index, groups.smooth, groups.step, groups.low
     if config.rotate:
-        inside = into_coordinates(
-            w, rms, columns, contract_axes=contract_axes, stack_axes=stack_axes, block=config.rotate
-        )
-        back = functools.partial(columns_back, sizes=[w.shape[a] for a in contract_axes], contract_axes=contract_axes)
-        values, smooth = back(inside.values), back(inside.smooth)
+        inside = into_coordinates_in_place(w, rms, columns, **axes, block=config.rotate)
+        values, smooth = inside.values, inside.smooth
         if inside.taken is not None:
             # Calibrated columns are kept in units of the scale, of which float16 holds 65,504. They aren't among the
             # values that decide it here, which may be much smaller.
-            least = absmax(back(inside.taken), axis) / MOST_STEPS
+            least = absmax(inside.taken, axis) / MOST_STEPS
     q, scale, *rest = (affine if scheme.affine else symmetric)(values, axis, least)
     shape = tuple(1 if a in contract_axes else size for a, size in enumerate(w.shape))
     # A scale of the whole tensor is repeated for each channel, so that in every scheme size 1 marks contracted axes.
     scale, *rest = (jnp.broadcast_to(leaf, shape) for leaf in (scale, *rest))
-    rows, index = keep_rows(w, scale, columns, contract_axes=contract_axes, stack_axes=stack_axes)
-    return q, scale, rest[0] if rest else None, rows, index, smooth
+    rows, index = keep_rows(w, scale, columns, **axes)
+    return q, scale, rest[0] if rest else None, rows, index, smooth, None, None
 
 
 def quantize(
@@ -63,11 +68,14 @@ def quantize(
     outliers: Any = None,
     rms: Any = None,
 ) -> QTensor:
-    """Quantizes a weight to int8, by default with one scale per output channel ("vector-wise").
+    """Quantizes a weight to int8, by default with one scale per output channel ("vector-wise"), or to four bits.
 
     Formula: `scale = max(abs(w), contract_axes) / 127`, `q = clip(round_half_even(w / scale), -127, 127)`. Affine
     schemes: `scale = (max - min) / 255`, `zero = round(-128 - min / scale)`, `q = round(w / scale) + zero`. With
     `config.rotate`, `w` is first smoothed, `w / s` with `s = sqrt(rms_w / rms_x)` for each feature, and rotated.
+
+    The scheme `"int4"` has codes from 0 to 15, two in a byte, and for each group of weights a step and a minimum in
+    float16: `w = scale * (group_scale * code + group_min)`.
 
     Args:
       w: float array of any shape, such as a kernel `[k, n]`.
@@ -78,8 +86,8 @@ def quantize(
       outliers: None, or which columns of the activations are outliers: integers `[c]`, or `[*stack, c]` for each of the
         stacked weights, in the contracted axes flattened; k, their number, fills up a shorter list. Their rows of `w`
         are kept in 16 bits as well, and the result's config has `outliers="static"`.
-      rms: with `config.rotate`, the root mean square of each feature of the activations over tokens: floats `[k]`, or
-        `[*stack, k]`. None smooths by the weight alone.
+      rms: with `config.rotate` or in four bits, the root mean square of each feature of the activations over tokens:
+        floats `[k]`, or `[*stack, k]`. None smooths, and chooses between groupings, by the weight alone.
 
     Returns:
       A `QTensor` of `w`'s shape and dtype (float64 is float32 unless JAX has it enabled), stored in `w`'s order. An
@@ -90,7 +98,7 @@ def quantize(
       ValueError: axes that `w` hasn't, the scheme `"none"`, or NaN or infinity in `w` (not seen under `jit`, where
         the channel's scale is NaN instead); `outliers` of another shape, out of range, named twice (neither is seen
         under `jit`), or with a scheme that has no decomposition; `rms` without `rotate`, of another shape, or with
-        values that aren't finite.
+        values that aren't finite; in four bits fewer than three features, or `grouping="ada"` under `jit`.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -114,14 +122,17 @@ def quantize(
     if outliers is not None:
         config, outliers = check_outliers(outliers, w.shape, contract_axes, stack_axes, config)
     if rms is not None:
-        if not config.rotate:
+        if not config.rotate and not config.four_bits:
             raise ValueError("Expected rms of activations with rotate, got it with rotate=0, which smooths nothing.")
         rms = check_rms(rms, w.shape, contract_axes, stack_axes)
     # Of a weight that is sharded, each device's features are rotated among themselves.
     config = dataclasses.replace(config, rotate=rotation_block(w, contract_axes, config.rotate))
+    if config.four_bits:
+        config = with_grouping(w, outliers, rms, contract_axes, stack_axes, config)
     leaves = _quantize(w, outliers, rms, contract_axes=contract_axes, stack_axes=stack_axes, config=config)
     scale = leaves[1]
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
     arrays = dict(zip(ARRAY_FIELDS, leaves, strict=True))
-    return QTensor(**arrays, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config)
+    features = w.shape[column_axis(w.shape, contract_axes)] if config.four_bits else None
+    return QTensor(**arrays, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config, features=features)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-from jint8._core.axes import columns_last
+from jint8._core.axes import columns_back, columns_last
 
 # A feature's mean square counts as at least this share of all features': one that is zero throughout the calibration
 # data, or in the weight, would otherwise get a factor that is infinite, or zero.
@@ -190,6 +190,24 @@ def into_coordinates(
     squares = jnp.sum(jnp.square(scaled), axis=channels, keepdims=True) / count
     factor = smoothing_factors(squares, None if rms is None else jnp.expand_dims(rms, channels), kept)
     return InCoordinates(rotate(flat / factor, block), factor, taken)
+
+
+def into_coordinates_in_place(
+    w: jax.Array,
+    rms: jax.Array | None,
+    columns: jax.Array | None,
+    *,
+    contract_axes: tuple[int, ...],
+    stack_axes: tuple[int, ...],
+    block: int,
+) -> InCoordinates:
+    """`into_coordinates`, with arrays of `w`'s rank whose axes are where `w` has them."""
+    inside = into_coordinates(w, rms, columns, contract_axes=contract_axes, stack_axes=stack_axes, block=block)
+    sizes = [w.shape[a] for a in contract_axes]
+    values, smooth = (columns_back(a, sizes, contract_axes) for a in inside[:2])
+    return InCoordinates(
+        values, smooth, None if inside.taken is None else columns_back(inside.taken, sizes, contract_axes)
+    )
 
 
 def out_of_coordinates(flat: jax.Array, smooth: jax.Array, block: int) -> jax.Array:

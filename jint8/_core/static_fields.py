@@ -13,17 +13,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import export
 
-from jint8._core.config import Config
+from jint8._core.config import FOUR_BIT_OPTIONS, Config
 from jint8._core.qtensor import STATIC_FIELDS, QTensor
 
 
 def config_to_json(config: Config) -> dict[str, Any]:
     """A `Config`'s options, as values that JSON has.
 
-    `rotate` only where it isn't 0: jint8 0.1.0, which doesn't know it, reads everything else.
+    `rotate` only where it isn't 0, and what is of four bits only there: jint8 0.1.0, which doesn't know them, reads
+    everything else.
     """
-    options = dataclasses.asdict(config)
-    return options if config.rotate else {name: value for name, value in options.items() if name != "rotate"}
+    unknown = {*(() if config.rotate else ("rotate",)), *(() if config.four_bits else FOUR_BIT_OPTIONS)}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in unknown}
 
 
 def config_from_json(options: Any) -> Config:
@@ -40,7 +41,8 @@ def config_from_json(options: Any) -> Config:
 
 
 def static_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that `STATIC_FIELDS` names, as values that JSON has."""
+    """The fields that `STATIC_FIELDS` names, as values that JSON has; `features` only of four-bit weights."""
+    fields = {name: value for name, value in fields.items() if name != "features" or value is not None}
     return {**fields, "dtype": jnp.dtype(fields["dtype"]).name, "config": config_to_json(fields["config"])}
 
 
@@ -59,6 +61,9 @@ def static_from_json(fields: Any) -> dict[str, Any]:
     order = fields.get("order")
     if order is not None and sorted(order) != list(range(len(order))):
         raise ValueError(f"Expected order to be a permutation of a QTensor's axes, got {order}.")
+    features = fields.get("features")
+    if features is not None and (isinstance(features, bool) or not isinstance(features, int) or features < 1):
+        raise ValueError(f"Expected features to be a number of features, got {features!r}.")
     static = {**fields, "dtype": jnp.dtype(fields["dtype"]), "config": config_from_json(fields["config"])}
     # JSON has lists; fields are compared and hashed, for which they have to be tuples.
     return static | {name: tuple(static[name]) for name in ("order", "stack") if static.get(name) is not None}
@@ -85,7 +90,7 @@ def _serialize(static: tuple[Any, ...]) -> bytes:
 
 def _deserialize(text: bytes | bytearray) -> tuple[Any, ...]:
     fields = static_from_text(bytes(text).decode())
-    return tuple(fields[name] for name in STATIC_FIELDS)
+    return tuple(fields.get(name) for name in STATIC_FIELDS)
 
 
 export.register_pytree_node_serialization(

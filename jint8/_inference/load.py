@@ -217,7 +217,7 @@ def _load_fields(
             if outliers is not None:
                 if not quantize:
                     raise ValueError(f"{path}: Expected outliers for weights in int8, got them with quantize=False.")
-                if quant.table_row.decomposition or not quant.rotate:
+                if not quant.four_bits and (quant.table_row.decomposition or not quant.rotate):
                     quant = dataclasses.replace(quant, outliers="static")
             elif quant.uses_calibrated_columns and (find_outliers is None or calibrate is False):
                 got = "calibrate=False" if find_outliers else "an encoder"

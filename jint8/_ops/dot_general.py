@@ -19,7 +19,7 @@ from jint8._ops.checks import check_activations, check_bias, check_result_type
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
 from jint8._ops.stand_ins import no_stand_ins
-from jint8._ops.weight import Weight
+from jint8._ops.weight import Weight, groups_of, packing_of
 
 Axes = Sequence[int]
 DimensionNumbers = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]  # (contracted of x, of w), (batch of x, of w)
@@ -172,7 +172,7 @@ def _rows_first(
     k_last = min(stored_contract) > max(stored_free, default=-1)
     order = stored_batch + (stored_free + stored_contract if k_last else stored_contract + stored_free)
     batch_shape = [x.shape[a] for a in x_batch]
-    k = math.prod(x.shape[a] for a in x_contract)
+    k, bytes_of_k = math.prod(x.shape[a] for a in x_contract), math.prod(w.q.shape[a] for a in stored_contract)
     free_shape = [w.q.shape[a] for a in stored_free]
     n = math.prod(free_shape)
     if bias is not None:
@@ -189,15 +189,28 @@ def _rows_first(
         outlier_index = _column_lists(w.outlier_index, order, stored_batch, stored_free, batch_shape)
         c = outlier_index.shape[-1]
         outlier_rows = jnp.transpose(w.outlier_rows, order).reshape(*batch_shape, *((n, c) if k_last else (c, n)))
+    packing = packing_of(w, stored_free)
+    group_scale, group_min = groups_of(w, packing)
+
+    def groups(leaf):
+        if leaf is None:
+            return None
+        moved = jnp.transpose(leaf, order)
+        along = [math.prod(leaf.shape[a] for a in axes) for axes in (stored_free, stored_contract)]
+        return moved.reshape(*batch_shape, *(along if k_last else along[::-1]))
+
     flat = Weight(
-        q=jnp.transpose(w.q, order).reshape(*batch_shape, *((n, k) if k_last else (k, n))),
+        q=jnp.transpose(w.q, order).reshape(*batch_shape, *((n, bytes_of_k) if k_last else (bytes_of_k, n))),
         scale=channels(w.scale),
         zero=None if w.zero is None else channels(w.zero),
         outlier_rows=outlier_rows,
         outlier_index=outlier_index,
         smooth=None if w.smooth is None else _column_lists(w.smooth, order, stored_batch, stored_free, batch_shape),
+        group_scale=groups(group_scale),
+        group_min=groups(group_min),
         k_last=k_last,
         block=w.config.rotate,
+        packing=packing,
     )
 
     def product(x, weight, bias):

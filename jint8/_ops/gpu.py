@@ -36,6 +36,8 @@ def unsupported(m: int, w: Weight, config: Config) -> str | None:
     """Why the kernels can't compute the product of `m` rows and `w`; None if they can."""
     scheme = config.table_row
     n, k = w.n, w.k
+    if w.packing is not None:
+        return "weights of four bits, which XLA multiplies on GPUs"
     if (scheme.activations, scheme.weights, scheme.affine) != ("token", "channel", False) or w.zero is not None:
         return f"scheme {config.scheme!r}, whose scales aren't one per token and output channel without zero points"
     if config.decomposes and config.relative:

@@ -1,4 +1,4 @@
-"""What the layers of Flax compute, with an int8 weight: shared by linen and nnx, and free of both.
+"""What the layers of Flax compute, with a quantized weight: shared by linen and nnx, and free of both.
 
 A weight is a `QTensor`, or a float array with the `Config` to quantize it by: then the gradient reaches it straight
 through (as if it weren't quantized).
@@ -22,6 +22,7 @@ from jint8._core.rotation import out_of_coordinates
 from jint8._ops.checks import check_activations, check_precision
 from jint8._ops.dot_general import DimensionNumbers, activations_first, dot_general
 from jint8._ops.einsum import parse_subscripts
+from jint8._ops.weight import rows_in_units
 
 FloatOrInt8 = QTensor | jax.Array
 
@@ -143,7 +144,7 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: DTypeLike | None = None) -> 
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"Expected tokens to be integers, got {tokens.dtype}.")
 
-    def rows(leaf, dtype=jnp.float32):
+    def rows(leaf, dtype=jnp.float32, at=tokens):
         leaf = jnp.transpose(leaf, storage_axes(w))  # A no-op where w is stored in its own order; XLA removes it.
         if leaf.shape[0] == 1 and w.shape[0] > 1:  # one value for all tokens: nothing to take
             same = jnp.broadcast_to(leaf[0].astype(dtype), (*tokens.shape, leaf.shape[1]))
@@ -151,9 +152,15 @@ def lookup(w: QTensor, tokens: jax.Array, *, dtype: DTypeLike | None = None) -> 
             return jnp.where(in_range[..., None], same, jnp.nan) if dtype == jnp.float32 else same
         # The barrier keeps rows from being converted before they are taken: a loop around this would convert the whole
         # table once, before it.
-        return lax.optimization_barrier(jnp.take(leaf, tokens, axis=0)).astype(dtype)
+        return lax.optimization_barrier(jnp.take(leaf, at, axis=0)).astype(dtype)
 
-    q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
+    if w.features is not None:
+        by_group = tokens % w.shape[0] // w.config.group if w.config.grouping == "ic" else tokens
+        step, low = (rows(leaf, at=by_group) for leaf in (w.group_scale, w.group_min))
+        q = rows_in_units(w, rows(w.q, jnp.uint8), step, low)
+        q = jnp.where(((tokens >= -w.shape[0]) & (tokens < w.shape[0]))[..., None], q, jnp.nan)
+    else:
+        q = rows(w.q) if w.zero is None else rows(w.q) - rows(w.zero)
     scale = rows(w.scale)
     values = q * scale
     if w.smooth is not None:

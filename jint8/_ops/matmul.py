@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, config_for, contracted_axes, is_qtensor
+from jint8._core.storage import stored_shape
 from jint8._ops.checks import check_activations, check_bias
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
-from jint8._ops.weight import ContractSharding, Weight
+from jint8._ops.weight import ContractSharding, Weight, packing_of
 
 
 def matmul(
@@ -41,7 +42,8 @@ def matmul(
         among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
         (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier
         columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
-        which is for tests. `"dequantize"` is another result: activations stay in floating point.
+        which is for tests. `"dequantize"` is another result: activations stay in floating point, as they do beside a
+        weight of four bits. Of that, `"xla_blocks"` is the product of one row, block by block as it is packed.
 
     Returns:
       `[..., n]` in `x.dtype`. A row of `x` with NaN or infinity comes out non-finite.
@@ -49,7 +51,8 @@ def matmul(
     Raises:
       TypeError: `x` or `bias` isn't of a supported float dtype, or `w` isn't a `QTensor`.
       ValueError: shapes that don't fit, or an unknown implementation.
-      NotImplementedError: `"triton"`, `"mosaic"` or `"xla_row"` for a scheme or a size that they don't compute.
+      NotImplementedError: `"triton"`, `"mosaic"`, `"xla_row"` or `"xla_blocks"` for a scheme or a size that they don't
+        compute, or any of int8 for a weight of four bits.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -97,7 +100,7 @@ def _matmul(
     if w.q.ndim != 2:
         raise ValueError(f"Expected w to have 2 dimensions, got shape {w.q.shape}; see jint8.dot_general.")
     axis = contracted_axes(w)[-1] if 1 in w.scale.shape else 0
-    k, n = w.q.shape[axis], w.q.shape[1 - axis]
+    k, n = stored_shape(w)[axis], w.q.shape[1 - axis]
     if w.scale.shape[axis] != 1 or w.scale.shape[1 - axis] != n:
         raise ValueError(f"Expected w to be quantized over one axis, got scales {w.scale.shape} for {w.q.shape}.")
     if x.shape[-1:] != (k,):
@@ -114,8 +117,11 @@ def _matmul(
         outlier_rows=w.outlier_rows,
         outlier_index=None if w.outlier_index is None else w.outlier_index.reshape(-1),
         smooth=None if w.smooth is None else w.smooth.reshape(-1),
+        group_scale=w.group_scale,
+        group_min=w.group_min,
         k_last=axis == 1,
         block=w.config.rotate,
+        packing=packing_of(w, free_axes=[1 - axis]),
     )
     y = rows_product(
         rows,

@@ -17,16 +17,17 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from jint8._core.config import Config, check_config
-from jint8._core.platform import gpu_available
+from jint8._core.platform import gpu_available, on_one_cpu
 from jint8._ops import gpu
 from jint8._ops.checks import check_precision
 from jint8._ops.weight import ContractSharding, Weight
+from jint8._ops.xla.blocks import fits_blocks
 from jint8._ops.xla.one_row import fits_row
 from jint8._ops.xla.paths import choose_xla_path, xla_product
 from jint8._ops.xla.plain import column_product, float_product, without_columns
 
 # "dequantize" isn't another path to the same result: it keeps activations in floating point.
-Implementation = Literal["xla", "xla_row", "xla_digits", "xla_gather", "dequantize", "triton", "mosaic"]
+Implementation = Literal["xla", "xla_row", "xla_digits", "xla_gather", "xla_blocks", "dequantize", "triton", "mosaic"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 KERNELS_ON_GPU = "kernels_on_gpu"  # a path: the Pallas kernels in programs for CUDA, XLA in others
 
@@ -35,6 +36,10 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
     """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or `KERNELS_ON_GPU`."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
+    if w.packing is not None:
+        return _four_bit_path(m, w, implementation)
+    if implementation == "xla_blocks":
+        raise NotImplementedError("Expected a weight of four bits for 'xla_blocks', got one of int8.")
     if config.table_row.activations is None:
         return "dequantize"
     reason = gpu.unsupported(m, w, config)
@@ -48,6 +53,21 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
     if implementation is None and not reason and w.k_last and gpu_available():
         return KERNELS_ON_GPU
     return choose_xla_path(m, w, config)
+
+
+def _four_bit_path(m: int, w: Weight, implementation: str | None) -> str:
+    if implementation == "xla_blocks" and not fits_blocks(m, w):
+        raise NotImplementedError(
+            f"Expected one row and a weight stored [n, k] in whole blocks, got {m} rows of {w.k} features in groups of "
+            f"{w.packing.group if w.packing else None}."
+        )
+    if implementation in ("xla_blocks", "dequantize"):
+        return implementation
+    if implementation in (None, "xla"):
+        return "xla_blocks" if on_one_cpu() and fits_blocks(m, w) else "dequantize"
+    raise NotImplementedError(
+        f"Expected 'xla', 'xla_blocks' or 'dequantize' for a weight of four bits, got {implementation!r}."
+    )
 
 
 def rows_product(
@@ -100,7 +120,7 @@ class _Static(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(static: _Static, x, w: Weight, bias):
-    if static.path == "dequantize":
+    if static.path in ("dequantize", "xla_blocks"):
         return _compute(static, x, w, bias)
     if w.outlier_index is None or not (w.block or static.config.uses_calibrated_columns):
         return _compute(static, w.coordinates(x), w.int8_alone(), bias)

@@ -24,7 +24,9 @@ from jax import lax
 from jint8._core.axes import column_axis
 from jint8._core.qtensor import QTensor, axis_order, contracted_axes, ordered, permuted, storage_axes
 from jint8._core.rotation import out_of_coordinates
+from jint8._core.storage import grouped_axis, packed_axis, stored_shape
 from jint8._ops.observe import Observed, take_columns
+from jint8._ops.weight import rows_in_units
 from jint8._tracing.views import View
 
 __all__ = ["dynamic_sliced", "expanded", "looked_up", "ordered", "permuted", "reshaped", "sliced", "squeezed"]
@@ -48,6 +50,7 @@ def expanded(w: QTensor, rank: int, positions: Sequence[int]) -> QTensor:
 def sliced(w: QTensor, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> QTensor:
     """`lax.slice(w, start, limit, strides)`."""
     strides = [1] * w.ndim if strides is None else strides
+    _check_whole(w, [len(range(*each)) for each in zip(start, limit, strides, strict=True)])
     return _each_leaf(w, list(zip(start, limit, strides, strict=True)), lambda size: (0, size, 1), _slice)
 
 
@@ -61,6 +64,7 @@ def _slice(array: Any, start: Sequence[int], limit: Sequence[int], strides: Sequ
 def dynamic_sliced(w: QTensor, start: Sequence[Any], sizes: Sequence[int]) -> QTensor:
     """`lax.dynamic_slice(w, start, sizes)`."""
     zero = jnp.zeros_like(start[0])
+    _check_whole(w, sizes)
     return _each_leaf(w, list(zip(start, sizes, strict=True)), lambda size: (zero, size), lax.dynamic_slice)
 
 
@@ -73,14 +77,15 @@ def _each_leaf(
     """
     stored = [per_axis[axis] for axis in axis_order(w)]
     contracted = contracted_axes(w)
+    uncut = set() if w.features is None else {packed_axis(w), grouped_axis(w)}
 
     def slice_axes(leaf: Any, axes: Sequence[int]) -> Any:
         arguments = [given if s in axes else whole(leaf.shape[s]) for s, given in enumerate(stored)]
         return operation(leaf, *map(list, zip(*arguments, strict=True)))
 
     def runs_over(name: str, leaf: jax.Array) -> list[int]:
-        axes = range(w.ndim)
-        over_columns = name in ("q", "smooth")
+        axes = [s for s in range(w.ndim) if s not in uncut]
+        over_columns = name in ("q", "smooth", "group_scale", "group_min")
         return [s for s in axes if leaf.shape[s] == w.q.shape[s] and (over_columns or s not in contracted)]
 
     leaves: dict[str, Any] = {name: slice_axes(leaf, runs_over(name, leaf)) for name, leaf in _leaves(w).items()}
@@ -89,6 +94,37 @@ def _each_leaf(
         return result
     numbers = slice_axes(_column_numbers(w), contracted)
     return _with_columns(w, result, contracted, numbers.ravel())
+
+
+def _check_whole(w: QTensor, sizes: Sequence[int]) -> None:
+    """Raises ValueError where a slice of these `sizes` cuts groups or bytes of a weight of four bits."""
+    if w.features is None:
+        return
+    full = stored_shape(w)
+    for stored in {packed_axis(w), grouped_axis(w)}:
+        axis = axis_order(w)[stored]
+        if sizes[axis] != full[stored]:
+            raise ValueError(
+                f"Expected slices of a weight in four bits that don't cut the axis along which it is packed or grouped "
+                f"(axis {axis} of {w.shape}), got {sizes[axis]} of it: quantize this weight with a scheme of int8."
+            )
+
+
+def _check_kept(w: QTensor, view: View, shape: Sequence[int]) -> None:
+    """Raises ValueError where a reshape merges or splits the axes along which four bits are packed or grouped."""
+    if w.features is None:
+        return
+    full = stored_shape(w)
+    for stored in {packed_axis(w), grouped_axis(w)}:
+        axis = axis_order(w)[stored]
+        if full[stored] != 1 and not any(
+            size == full[stored] and {a for a in axes if w.shape[a] != 1} == {axis}
+            for size, axes in zip(shape, view.axes, strict=True)
+        ):
+            raise ValueError(
+                f"Expected a reshape of a weight in four bits that keeps the axis along which it is packed or grouped "
+                f"(axis {axis} of {w.shape}), got {tuple(shape)}: quantize this weight with a scheme of int8."
+            )
 
 
 def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
@@ -102,6 +138,7 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
     view = View.of_leaf(0, w.shape).reshaped(w.shape, shape)
     if any(0 < len(contracted & set(axes)) < len(set(axes)) for axes in view.axes):
         raise ValueError(f"Expected a reshape of {w.shape} that keeps contracted axes apart, got {tuple(shape)}.")
+    _check_kept(w, view, shape)
     is_contracted = [bool(contracted & set(axes)) for axes in view.axes]
     if not any(is_contracted):  # a single column, whose axis of size 1 the reshape drops
         raise ValueError(f"Expected a reshape of {w.shape} that keeps a contracted axis, got {tuple(shape)}.")
@@ -115,6 +152,11 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
         return array.transpose([order.index(axis) for axis in grouped])
 
     def reshape(name: str, leaf: jax.Array) -> jax.Array:
+        of_four_bits = name in ("group_scale", "group_min") or (name == "q" and w.features is not None)
+        if of_four_bits:  # on the axes that are kept, bytes or groups
+            held = [leaf.shape[order.index(axis)] for axis in range(w.ndim)]
+            new = [math.prod(held[a] for a in axes if w.shape[a] != 1) for axes in view.axes]
+            return group(leaf).reshape([new[axis] for axis in new_order])
         leaf = group(leaf)
         if name == "q":
             return leaf.reshape([shape[axis] for axis in new_order])
@@ -142,7 +184,7 @@ def _leaves(w: QTensor) -> dict[str, jax.Array]:
 def _column_numbers(w: QTensor) -> np.ndarray:
     """For each entry of the contracted axes of `q`, its number in lists over columns; other axes have size 1."""
     contracted = contracted_axes(w)
-    shape = [size if s in contracted else 1 for s, size in enumerate(w.q.shape)]
+    shape = [size if s in contracted else 1 for s, size in enumerate(stored_shape(w))]
     return np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
 
 
@@ -223,9 +265,16 @@ def looked_up(
         taken = jnp.moveaxis(taken, at, last)
         return taken.reshape(*taken.shape[: taken.ndim - len(at)], math.prod(taken.shape[taken.ndim - len(at) :]))
 
-    q = take(w.q, 0).astype(jnp.float32)
     scale = take(w.scale, 0)
-    values = (q if w.zero is None else q - take(w.zero, 0)) * scale
+    if w.features is not None:
+        if w.config.grouping != "oc":
+            raise ValueError("Expected grouping='oc' of a weight in four bits that is looked up, got 'ic'.")
+        assert w.group_scale is not None
+        assert w.group_min is not None
+        values = rows_in_units(w, take(w.q, 0), take(w.group_scale, 0), take(w.group_min, 0)) * scale
+    else:
+        q = take(w.q, 0).astype(jnp.float32)
+        values = (q if w.zero is None else q - take(w.zero, 0)) * scale
     if w.smooth is not None:
         values = out_of_coordinates(values, take(w.smooth, 1), w.config.rotate)
     if w.outlier_index is not None and w.outlier_rows is not None:

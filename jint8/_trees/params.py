@@ -121,8 +121,9 @@ def quantized(
             if not axes:
                 raise ValueError("Expected at least one contracted axis, got none.")
             known = of_weight(outliers, path, config)
-            if stack is None and (config.rotate or config.table_row.weights == "tensor"):
-                each = "smooths" if config.rotate else f"has one scale by {config.scheme!r} for"
+            by_features = config.four_bits and (config.grouping == "oc" or leaf.ndim <= 2)
+            if stack is None and (config.rotate or (config.table_row.weights != "channel" and not by_features)):
+                each = "smooths" if config.rotate else f"has scales of its own by {config.scheme!r} for"
                 raise ValueError(
                     f"Expected a plan that says which axes are stacked, as the config {each} each of the stacked "
                     "weights, got a plain mapping, which doesn't say which axes are stacked: pass the jint8.Plan "

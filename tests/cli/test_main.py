@@ -117,7 +117,7 @@ ARGUMENTS = {
     "unknown_option": (["eval", "x", "--text", "y", "--speed"], "--speed"),
     "no_text": (["eval", "x"], "--text --tokens"),
     "text_and_tokens": (["eval", "x", "--text", "y", "--tokens", "z"], "--tokens"),
-    "unknown_scheme": (["eval", "x", "--text", "y", "--scheme", "int4"], "'int4'"),
+    "unknown_scheme": (["eval", "x", "--text", "y", "--scheme", "int3"], "'int3'"),
     "negative_threshold": (["generate", "x", "--prompt", "y", "--threshold=-1"], "threshold"),
     "no_such_path": (["generate", "nowhere.gguf", "--prompt", "y"], "nowhere.gguf"),
     "dtype_no_float": (["quantize", "LLAMA", "DST", "--dtype", "int8"], "float"),

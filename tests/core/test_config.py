@@ -15,7 +15,7 @@ AFFINE = jint8.Config(scheme="llm.int8-zp")
 def test_the_oracle_knows_every_scheme():
     """It shares no code with the library, so a new scheme is written down twice."""
     rows = {name: dataclasses.astuple(scheme) for name, scheme in jint8.SCHEMES.items()}
-    assert rows == oracle.SCHEMES
+    assert rows == oracle.SCHEMES | oracle.FOUR_BITS
 
 
 @pytest.mark.parametrize(("arguments", "name"), [(("tokn", "channel"), "activations"), (("token", "row"), "weights")])
@@ -48,7 +48,7 @@ def test_config_is_frozen_hashable_and_keyword_only():
         ({"threshold": 10**400}, ValueError, "Expected threshold to be finite and at least 0, got 10000"),
         ({"threshold": "6"}, TypeError, "Expected threshold to be a real number, got '6'"),
         ({"threshold": True}, TypeError, "got True"),
-        ({"scheme": "int4"}, ValueError, "Expected scheme to be one of none, absmax.* got 'int4'"),
+        ({"scheme": "int3"}, ValueError, "Expected scheme to be one of none, absmax.* got 'int3'"),
         ({"outliers": "row"}, ValueError, "Expected outliers to be one of batch, token, static, got 'row'"),
     ],
 )
@@ -68,9 +68,18 @@ def test_by_token(mode, by_token):
 
 @pytest.mark.parametrize("scheme", jint8.SCHEMES)
 def test_properties_of_a_scheme(scheme):
-    activations, weights, _, decomposition = oracle.SCHEMES[scheme]
+    activations, weights, _, decomposition = (oracle.SCHEMES | oracle.FOUR_BITS)[scheme]
     config = jint8.Config(scheme=scheme, outliers="static")
     assert config.quantizes_weights == (weights is not None)
     assert config.decomposes == config.uses_calibrated_columns == decomposition
     assert config.depends_on_batch == (activations == "tensor")
     assert not jint8.Config(scheme=scheme, threshold=0).decomposes
+
+
+def test_calibrated_columns_of_four_bits():
+    """Float activations have no outliers of a call; columns that were calibrated are another matter."""
+    assert not jint8.Config(scheme="int4").decomposes
+    assert not jint8.Config(scheme="int4").depends_on_batch
+    assert jint8.Config(scheme="int4", rotate=64).is_calibrated
+    assert not jint8.Config(scheme="int4", grouping="oc").is_calibrated
+    assert jint8.Config(scheme="int4", group=32).for_calibration() == jint8.Config(outliers="token")

@@ -311,7 +311,7 @@ def test_both_orders(name, keep_order):
     assert cases.relative_error(jint8.apply(module.apply)(int8, x), module.apply(floats, x)) < 0.02
 
 
-@pytest.mark.parametrize("scheme", [name for name in jint8.SCHEMES if name != "none"])
+@pytest.mark.parametrize("scheme", [name for name in jint8.SCHEMES if name not in ("none", "int4")])
 def test_schemes(scheme):
     module, x, _ = LAYERS["attention"]
     floats, int8, _ = cases.quantize_linen(module, x, config=jint8.Config(scheme=scheme))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,11 +42,15 @@ def xla_product(
     precision: Any = None,
     sharding: ContractSharding | None = None,
 ) -> jax.Array:
-    """`x[m, k]` times an int8 weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
+    """`x[m, k]` times a quantized weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     # x is used several times: without a barrier XLA fuses what produces it into each use, and computes it again there.
     x = lax.optimization_barrier(x)
-    if path == "dequantize":
-        y = float_product(x.astype(jnp.float32), w, precision)
+    if path in ("dequantize", "xla_blocks"):
+        if w.packing is not None:
+            # A loop around this would unpack the weight once, before it, to many times its memory.
+            x, q = lax.optimization_barrier((x, w.q))
+            w = dataclasses.replace(w, q=q)
+        y = float_product(x.astype(jnp.float32), w, precision, by_blocks=path == "xla_blocks")
     elif path == "xla_row":
         y = row_by_row(config)(x, w)
     else:

@@ -10,17 +10,18 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jint8._ops.weight import Weight
+from jint8._ops.xla.blocks import block_product
 
 
-def float_product(x: jax.Array, w: Weight, precision: Any = None) -> jax.Array:
-    """`x[m, k]` times the dequantized weight, in `x`'s dtype -> `[m, n]`."""
-    q = w.q.astype(jnp.float32)
-    if w.zero is not None:
-        q = q - w.per_channel(w.zero)
+def float_product(x: jax.Array, w: Weight, precision: Any = None, *, by_blocks: bool = False) -> jax.Array:
+    """`x[m, k]` times the dequantized weight, in `x`'s dtype -> `[m, n]`; `by_blocks` as `"xla_blocks"` computes it."""
     rest = x if w.outlier_index is None else without_columns(x, w.outlier_index)
     rest = w.coordinates(rest)  # float32 where that changes them: small features of a block would drown in 16 bits
-    weights = (q * w.per_channel(w.scale)).astype(rest.dtype)
-    y = dot(rest, weights, k_last=w.k_last, dtype=rest.dtype, precision=precision).astype(x.dtype)
+    if by_blocks:
+        y = (block_product(rest.astype(jnp.float32), w) * w.scale).astype(x.dtype)
+    else:
+        weights = (w.in_units() * w.per_channel(w.scale)).astype(rest.dtype)
+        y = dot(rest, weights, k_last=w.k_last, dtype=rest.dtype, precision=precision).astype(x.dtype)
     return y if w.outlier_index is None else y + column_product(x, w, precision).astype(x.dtype)
 
 
