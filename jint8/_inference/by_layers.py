@@ -150,12 +150,13 @@ class ByLayers:
     def _advance_in_loop(self, loop: Callable[..., Any], count: int) -> np.ndarray:
         """`advance` by the loop over tokens."""
         parts, left = [np.zeros((self._rows, 0), np.int32)], count
-        while not parts[1:] or (left and not self.done):
+        while True:
             state, self._caches, tokens, done = loop(*self._loop_arguments(), np.int32(min(left, LOOP_STEPS)))
             self._x, self._at, self._angles, self._step = state
             parts.append(np.asarray(tokens)[: self._rows, : int(done)])
             left -= int(done)
-        return np.concatenate(parts, axis=1)
+            if not left or self.done:
+                return np.concatenate(parts, axis=1)
 
     def _several(
         self, tree: Any, prompts: Sequence[Sequence[int]], distinct: int, length: int, slots: int

@@ -80,14 +80,18 @@ class Sampling:
         room = -(-len(end_tokens) // END_TOKENS) * END_TOKENS or END_TOKENS
         ends = np.full(room, NO_TOKEN, np.int32)
         ends[: len(end_tokens)] = end_tokens
-        # A temperature that float32 has no number for other than 0 would become greedy decoding, silently.
-        temperature = max(temperature, float(np.finfo(np.float32).tiny)) if temperature else 0.0
+
+        def within_float32(value: float) -> np.float32:
+            # A small temperature would become 0, greedy decoding; a large penalty infinite, and 0 times it NaN.
+            limits = np.finfo(np.float32)
+            return np.float32(min(max(value, float(limits.tiny)), float(limits.max)))
+
         return cls(
-            temperature=np.float32(min(temperature, float(np.finfo(np.float32).max))),
+            temperature=within_float32(temperature) if temperature else np.float32(0),
             top_k=np.int32(min(top_k, 2**31 - 1)),
             top_p=np.float32(top_p),
             min_p=np.float32(min_p),
-            penalty=np.float32(repetition_penalty),
+            penalty=within_float32(repetition_penalty),
             end_tokens=ends,
         )
 

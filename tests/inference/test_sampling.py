@@ -105,6 +105,14 @@ def test_penalty(penalty):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("penalty", [1e300, 1e-300])
+def test_a_penalty_that_float32_has_no_number_for(penalty):
+    numbers = Sampling.of(repetition_penalty=penalty)
+    logits, seen = jax.numpy.array([[0.0, 0.0, 1.0]]), jax.numpy.array([[True, False, False]])
+    logits = sampling.penalized(logits, seen, numbers)
+    np.testing.assert_array_equal(logits, [[0.0, 0.0, 1.0]])
+
+
 def test_no_penalty_has_no_table():
     assert sampling.seen_in([[1]], 1, 50, Sampling.of()) is None
 

@@ -115,13 +115,7 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: S
     """SentencePiece's BPE: pieces with scores, spaces written as U+2581, unknown characters as bytes."""
     tokenizers, models = require("tokenizers"), require("tokenizers.models")
     normalizers, decoders = require("tokenizers.normalizers"), require("tokenizers.decoders")
-    scores = _required(metadata, "scores", path)
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    if len(scores) != len(tokens) or unknown >= len(tokens):
-        raise ValueError(
-            f"{path}: Expected a score for each of {len(tokens)} tokens and an unknown token among them, got "
-            f"{len(scores)} scores and {unknown}"
-        )
+    scores, unknown = _scores(metadata, tokens, path)
     pieces = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind not in (UNKNOWN, CONTROL, BYTE)}
     vocab = {t: i for i, t in enumerate(tokens)}
     backend = tokenizers.Tokenizer(
@@ -132,7 +126,7 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: Sequence[str], types: S
     # SentencePiece puts a space before a text, so that its first word is the token it is elsewhere; decoding strips it.
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     backend.normalizer = normalizers.Sequence(
-        [*_rewritten(metadata, extra_spaces=True)]
+        [*_normalizers(metadata, remove_spaces=False)]
         + [normalizers.Prepend(SPACE)] * prefix
         + [normalizers.Replace(" ", SPACE)]
     )
@@ -146,33 +140,39 @@ def _unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence
     """SentencePiece's unigram model: of all ways to cut a text into pieces, the one of the largest sum of scores."""
     tokenizers, models, pre = require("tokenizers"), require("tokenizers.models"), require("tokenizers.pre_tokenizers")
     normalizers, decoders = require("tokenizers.normalizers"), require("tokenizers.decoders")
-    scores = _required(metadata, "scores", path)
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    if len(scores) != len(tokens) or unknown >= len(tokens):
-        raise ValueError(
-            f"{path}: Expected a score for each of {len(tokens)} tokens and an unknown token among them, got "
-            f"{len(scores)} scores and {unknown}"
-        )
+    scores, unknown = _scores(metadata, tokens, path)
     pieces = list(zip(tokens, map(float, scores), strict=True))
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=BYTE in types))
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    backend.normalizer = normalizers.Sequence([*_rewritten(metadata, extra_spaces=False)])
+    backend.normalizer = normalizers.Sequence(_normalizers(metadata, remove_spaces=True))
     scheme = "always" if prefix else "never"
     backend.pre_tokenizer = pre.Metaspace(replacement=SPACE, prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
     return backend, False
 
 
-def _rewritten(metadata: Mapping[str, Any], *, extra_spaces: bool) -> list[Any]:
+def _scores(metadata: Mapping[str, Any], tokens: Sequence[str], path: Path) -> tuple[Sequence[float], int]:
+    """A SentencePiece model's score of each token, and which one stands for unknown characters."""
+    scores = _required(metadata, "scores", path)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if len(scores) != len(tokens) or not 0 <= unknown < len(tokens):
+        raise ValueError(
+            f"{path}: Expected a score for each of {len(tokens)} tokens and an unknown token among them, got "
+            f"{len(scores)} scores and {unknown}"
+        )
+    return scores, unknown
+
+
+def _normalizers(metadata: Mapping[str, Any], *, remove_spaces: bool) -> list[Any]:
     """The normalizers of a SentencePiece model: its table of characters, and spaces at the ends and in a row.
 
-    `extra_spaces` is whether spaces stay where the metadata doesn't say so.
+    `remove_spaces` is whether such spaces are removed where the metadata doesn't say so.
     """
     tokenizers, normalizers = require("tokenizers"), require("tokenizers.normalizers")
     steps = []
     if len(table := metadata.get("tokenizer.ggml.precompiled_charsmap", b"")):
         steps.append(normalizers.Precompiled(bytes(table)))
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", not extra_spaces):
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", remove_spaces):
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     return steps
 
