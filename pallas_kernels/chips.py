@@ -1,5 +1,6 @@
 """The GPUs that tiles are chosen for: what limits a tile on each, and which of them a program is traced for."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +16,7 @@ class Chip:
       products: marketing names of GPUs that take its tiles, the one that `device_kind` names first.
       capabilities: compute capabilities of such GPUs; a minor version of None stands for all.
       shared_bytes: shared memory that one block may use.
-      cores: multiprocessors.
+      cores: multiprocessors, of the device that `device_kind` names; others of the architecture have other numbers.
       threads: that a multiprocessor holds at once.
       registers: 32-bit registers of a multiprocessor.
       mosaic: whether `int8_matmul_mixed` has a Mosaic kernel for it.
@@ -38,8 +39,7 @@ class Chip:
         return int(digits[:-1]), int(digits[-1])
 
 
-# Source: CUDA C++ Programming Guide, technical specifications per compute capability. `cores` is that of the
-# named GPU; others of the architecture have other numbers (H100 PCIe 114, H20 78), which costs time but no correctness.
+# Source: CUDA C++ Programming Guide, technical specifications per compute capability.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -116,9 +116,7 @@ def current_capability() -> tuple[int, int] | None:
     """
     if _abstract_gpu() is not None:
         return None
-    device = getattr(jax.config, "jax_default_device", None)
-    if not isinstance(device, jax.Device):  # it may also be None, or a platform's name
-        device = jax.devices()[0]
+    device = _default_device()
     capability = str(getattr(device, "compute_capability", ""))
     if device.platform != "gpu" or not capability:
         return None
@@ -127,13 +125,20 @@ def current_capability() -> tuple[int, int] | None:
 
 
 def current_chip() -> Chip:
-    """The chip that a program is being traced for.
+    """The chip that a program is being traced for, with as many multiprocessors as the device has.
 
     That of the abstract device where one is set (`jax.sharding.use_abstract_mesh`, as for an export), else that of the
-    default device, else `SAFE_CHIP`.
+    default device, else `SAFE_CHIP`. H100 PCIe, for example, has 114 multiprocessors, H20 has 78.
     """
     abstract = _abstract_gpu()
-    return chip_for(capability=current_capability(), device_kind="" if abstract is None else abstract.device_kind)
+    chip = chip_for(capability=current_capability(), device_kind="" if abstract is None else abstract.device_kind)
+    cores = getattr(_default_device(), "core_count", None) if abstract is None else abstract.num_cores
+    return dataclasses.replace(chip, cores=cores) if cores else chip
+
+
+def _default_device() -> jax.Device:
+    device = getattr(jax.config, "jax_default_device", None)
+    return device if isinstance(device, jax.Device) else jax.devices()[0]  # it may also be None, or a platform's name
 
 
 def _abstract_gpu() -> jax.sharding.AbstractDevice | None:

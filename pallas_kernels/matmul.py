@@ -21,10 +21,10 @@ from pallas_kernels.configs import (
     mosaic_supports,
     shape_class,
 )
-from pallas_kernels.few_rows import FEW_ROWS, int8_matmul_few_rows, quantize_few_rows
-from pallas_kernels.many_rows_triton import int8_matmul_mixed_triton
-from pallas_kernels.outliers import compact, outlier_flags
-from pallas_kernels.quantize_rows import DIGITS, QuantizedRows, gather_columns, gathered_size, quantize_rows
+from pallas_kernels.triton.few_rows import int8_matmul_few_rows, quantize_few_rows
+from pallas_kernels.triton.many_rows import int8_matmul_mixed_triton
+from pallas_kernels.triton.outliers import outlier_columns
+from pallas_kernels.triton.quantize_rows import DIGITS, QuantizedRows, gathered_size, quantize_rows
 
 Mode = Literal["batch", "token"]
 
@@ -62,7 +62,7 @@ def _check(
 
 def _check_size(m: int, n: int, k: int) -> None:
     # Offsets within an array are 32 bits wide in the kernels: larger ones would turn negative.
-    padded = gathered_size(k)
+    padded = gathered_size(k, 128)
     for shape in ((n, padded), (DIGITS, m, padded), (m, n)):  # outlier columns of w, digits, the result
         if math.prod(shape) >= 2**31:
             raise NotImplementedError(
@@ -81,7 +81,14 @@ def _chip_for(backend: Backend | None) -> Chip:
 
 
 def pick_config(
-    m: int, n: int, k: int, *, chip: Chip, backend: Backend = "triton", dtype: DTypeLike = jnp.bfloat16
+    m: int,
+    n: int,
+    k: int,
+    *,
+    chip: Chip,
+    backend: Backend | None = None,
+    threshold: float = 6.0,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> TileConfig:
     """The default tile for a product of x[m, k] and w[n, k].
 
@@ -90,7 +97,8 @@ def pick_config(
       n: output channels.
       k: contracted size.
       chip: from `chip_for` or `current_chip`.
-      backend: "triton" or "mosaic" for many rows; few rows have one kernel.
+      backend: "triton" or "mosaic" for many rows; None is "mosaic" on Hopper. Few rows have one kernel.
+      threshold: 0 for a product without outliers, whose x has one plane for few rows.
       dtype: of the result.
 
     Returns:
@@ -102,9 +110,12 @@ def pick_config(
       >>> pick_config(1, 1024, 4096, chip=CHIPS["sm_90"]).splits
       4
     """
-    config = default_configs()[chip.name, shape_class(m, n, chip=chip, backend=backend, few_rows=FEW_ROWS)]
+    if backend is None:
+        backend = "mosaic" if chip.mosaic else "triton"
+    planes = 1 + DIGITS if threshold else 1
+    config = default_configs()[chip.name, shape_class(m, n, chip=chip, backend=backend, planes=planes)]
     if isinstance(config, MosaicConfig) and not mosaic_supports(m, n, k, dtype, config):
-        return pick_config(m, n, k, chip=chip, backend="triton")
+        return pick_config(m, n, k, chip=chip, backend="triton", threshold=threshold)
     if isinstance(config, FewRowsConfig):
         # As many as give each multiprocessor one program, but at least four steps each, to fill the pipeline of loads.
         splits = min(chip.cores // pl.cdiv(n, config.bn), k // (4 * config.bk))
@@ -117,24 +128,23 @@ def int8_matmul_mixed(
     w: jax.Array,
     w_scale: jax.Array,
     *,
-    outlier_w: jax.Array | None = None,
-    number: jax.Array | None = None,
+    m: int,
     bias: jax.Array | None = None,
     dtype: DTypeLike,
     config: TritonConfig | MosaicConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """y = (factors[0] * (q @ w.T) + sum over p of factors[1 + p] * (digits[p] @ outlier_w.T)) * w_scale + bias.
+    """y = (factors[0] * (q @ w.T) + outliers @ outlier_w.T) * w_scale + bias.
 
-    Every product of integers is exact in int32; the rest is float32, rounded once. The outlier sums run over `number`
-    columns, which the kernel reads from the device.
+    With digits, `outliers` is the sum over p of factors[1 + p] * outliers[p]. Every product of integers is exact in
+    int32; the rest is float32, rounded once. The outlier sums run over `x.number` columns, which the kernel reads from
+    the device.
 
     Args:
-      x: from `quantize_rows`.
+      x: from `quantize_rows`, in the form and blocks of outliers that the config wants.
       w: int8[n, k].
       w_scale: float32[n].
-      outlier_w: from `gather_columns`, where x has digits.
-      number: `Outliers.number`, where x has digits.
+      m: rows of the result; x may have been allocated with more, for whole tiles.
       bias: float[n] or None.
       dtype: of the result.
       config: the tile; its type picks the backend.
@@ -144,39 +154,35 @@ def int8_matmul_mixed(
       dtype[m, n].
 
     Raises:
-      ValueError: x has digits but `outlier_w` or `number` is missing.
       NotImplementedError: a Mosaic config for a shape or dtype that the kernel doesn't support.
+      ValueError: an x whose rows aren't allocated for whole tiles of a Mosaic config.
 
     Examples:
       >>> rows = quantize_rows(jnp.array([[127.0, 2.0]]), interpret=True)
       >>> w, one = jnp.ones((1, 2), jnp.int8), jnp.ones(1)
-      >>> int8_matmul_mixed(rows, w, one, dtype="float32", config=TritonConfig(), interpret=True).tolist()
+      >>> int8_matmul_mixed(rows, w, one, m=1, dtype="float32", config=TritonConfig(), interpret=True).tolist()
       [[129.0]]
     """
-    if x.digits is not None and (outlier_w is None or number is None):
-        raise ValueError("Expected outlier_w and number beside rows with outlier digits, got None")
     if isinstance(config, MosaicConfig):
-        if not mosaic_supports(x.q.shape[0], w.shape[0], w.shape[1], dtype, config):
+        if not mosaic_supports(m, w.shape[0], w.shape[1], dtype, config):
             raise NotImplementedError(
-                f"Expected whole tiles of {config} and a 16-bit result, got {w.shape} and {dtype}"
+                f"Expected at least a tile of {config} and a 16-bit result, got {w.shape} and {dtype}"
             )
         # Imported here: where a JAX comes without Mosaic GPU, the rest still works.
-        from pallas_kernels.many_rows_mosaic import int8_matmul_mixed_mosaic
+        from pallas_kernels.mosaic.many_rows import int8_matmul_mixed_mosaic
 
         return int8_matmul_mixed_mosaic(
             x,
             w,
             w_scale,
-            outlier_w=outlier_w,
-            number=number,
+            m=m,
             bias=bias,
             dtype=dtype,
             config=config,
+            cores=_chip_for("mosaic").cores,
             interpret=interpret,
         )
-    return int8_matmul_mixed_triton(
-        x, w, w_scale, outlier_w=outlier_w, number=number, bias=bias, dtype=dtype, config=config, interpret=interpret
-    )
+    return int8_matmul_mixed_triton(x, w, w_scale, bias=bias, dtype=dtype, config=config, interpret=interpret)
 
 
 def llm_int8_matmul(
@@ -207,8 +213,8 @@ def llm_int8_matmul(
       mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
         so that a row's result is bit for bit independent of the others.
       dtype: of the result; None is x.dtype.
-      backend: "triton" or "mosaic" (Hopper; Triton where its tiles don't divide n and k); None is "triton" as long as
-        no measurement says that the other is faster. Only many rows have a choice.
+      backend: "triton" or "mosaic" (Hopper; Triton for shapes and dtypes that `mosaic_supports` excludes); None is
+        "mosaic" on Hopper and "triton" elsewhere. Only many rows have a choice.
       config: a tile instead of the table's. Its type decides the kernel: `FewRowsConfig` that for few rows, the others
         Triton's or Mosaic's for many; a `backend` that contradicts it is refused.
       interpret: run in Pallas's interpret mode.
@@ -245,7 +251,7 @@ def llm_int8_matmul(
         pad = ((0, 0), (0, -k % _ALIGN))
         x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
     if config is None:
-        config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend or "triton", dtype=dtype)
+        config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend, threshold=threshold, dtype=dtype)
     else:
         own: Backend = "mosaic" if isinstance(config, MosaicConfig) else "triton"
         if backend not in (None, own):
@@ -257,22 +263,17 @@ def llm_int8_matmul(
         planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)
         return int8_matmul_few_rows(planes, w, w_scale, bias=bias, dtype=dtype, config=config, interpret=interpret)
 
-    # Many rows: find the outlier columns, gather those of the weights, quantize x and gather its own, multiply.
-    outliers = outlier_w = None
-    if threshold:
-        outliers = compact(outlier_flags(x, threshold, interpret=interpret), interpret=interpret)
-        outlier_w = gather_columns(w, outliers, interpret=interpret)
-    # In mode "token" only some entries of an outlier column are outliers: the kernel compares again.
-    rows = quantize_rows(x, outliers, threshold=threshold if mode == "token" else None, interpret=interpret)
-    number = None if outliers is None else outliers.number
-    return int8_matmul_mixed(
-        rows,
+    # Many rows: find the outlier columns, quantize x and gather those columns of x and of the weights, multiply.
+    form = config.outlier_form(x.dtype, per_token=mode == "token")
+    rows = quantize_rows(
+        x,
         w,
-        w_scale,
-        outlier_w=outlier_w,
-        number=number,
-        bias=bias,
-        dtype=dtype,
-        config=config,
+        outlier_columns(x, threshold, interpret=interpret) if threshold else None,
+        form=form,
+        block=config.outlier_block(form),
+        # In mode "token" only some entries of an outlier column are outliers: the kernel compares again.
+        threshold=threshold if mode == "token" else None,
+        height=config.height,
         interpret=interpret,
     )
+    return int8_matmul_mixed(rows, w, w_scale, m=m, bias=bias, dtype=dtype, config=config, interpret=interpret)

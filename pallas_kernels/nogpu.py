@@ -29,13 +29,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._described_device import device_for
+from pallas_kernels._numerics import DIGITS
 from pallas_kernels.chips import CHIPS, Chip
-from pallas_kernels.configs import TileConfig, default_configs, from_json, to_json
+from pallas_kernels.configs import FEW_ROWS, FewRowsConfig, TileConfig, default_configs, from_json, to_json
+from pallas_kernels.machine_code import TENSOR_CORE, Loop, loops
 from pallas_kernels.matmul import llm_int8_matmul
 
 # The environment variable through which `run` tells its child process where XLA dumps to.
@@ -44,8 +47,30 @@ _PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 
 # Triton kernels are named after their functions, all of which end so; Mosaic kernels end in "_mosaic_gpu_kernel".
 _KERNEL_SUFFIX = "_kernel"
-# Tensor-core instructions: I for int8, H for 16-bit floats; with a G, those of a warpgroup (Hopper's wgmma).
-_TENSOR_CORE = re.compile(r"\b(IGMMA|HGMMA|IMMA|HMMA)\b")
+
+# Chips that take the tiles of older ones, to compile for: shared memory and multiprocessors are those of the GPU named.
+BLACKWELL = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="sm_100",
+            device_kind="NVIDIA B200",
+            products=("B200",),
+            capabilities=((10, 0),),
+            shared_bytes=232448,
+            cores=148,
+        ),
+        Chip(
+            name="sm_120",
+            device_kind="NVIDIA GeForce RTX 5090",
+            products=("RTX 5090",),
+            capabilities=((12, 0),),
+            shared_bytes=101376,
+            cores=170,
+            threads=1536,
+        ),
+    )
+}
 
 # What is compiled: a config, (m, n, k), the threshold.
 Case = tuple[TileConfig, tuple[int, int, int], float]
@@ -62,6 +87,7 @@ class Kernel:
       shared: bytes of shared memory, says XLA; None where Mosaic launches the kernel itself.
       tensor_core: instruction -> how often it occurs in the code.
       async_loads: how many instructions copy from device to shared memory in the background.
+      loops: what a step of each loop with tensor-core instructions does.
     """
 
     name: str
@@ -70,6 +96,7 @@ class Kernel:
     shared: int | None
     tensor_core: dict[str, int]
     async_loads: int
+    loops: list[Loop]
 
 
 def missing() -> str | None:
@@ -141,8 +168,9 @@ def _assemble(ptx: Path, name: str, target: str, shared: int | None) -> Kernel:
         registers=int(registers[1]),
         spilled=sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
         shared=shared,
-        tensor_core=dict(sorted(collections.Counter(_TENSOR_CORE.findall(code)).items())),
+        tensor_core=dict(sorted(collections.Counter(TENSOR_CORE.findall(code)).items())),
         async_loads=len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
+        loops=loops(code),
     )
 
 
@@ -158,16 +186,17 @@ def cases(chip: Chip) -> dict[str, Case]:
         if name == chip.name:
             configs.setdefault(config, shape)
     for config, shape in configs.items():
-        if shape == "few":
-            found[f"{shape} rows=16"] = config, (16, 4096, 4096), 6.0
-            found[f"{shape} rows=1"] = config, (1, 4096, 4096), 6.0
-            found[f"{shape} rows=1 threshold=0"] = config, (1, 4096, 4096), 0.0
-            found[f"{shape} odd"] = config, (3, 1001, 1001), 6.0
+        if isinstance(config, FewRowsConfig):
+            rows = config.rows // (1 + DIGITS)  # of x, in each of its planes
+            for m in (1, rows) if rows == 4 else (rows,):
+                found[f"{shape} rows={m}"] = config, (m, 14336, 4096), 6.0
+            found[f"{shape} threshold=0"] = config, (min(FEW_ROWS, config.rows), 4096, 14336), 0.0
+            found[f"{shape} odd"] = config, (rows - 1, 1001, 1001), 6.0
         else:
             found[shape] = config, (2048, 4096, 4096), 6.0
             found[f"{shape} threshold=0"] = config, (2048, 4096, 4096), 0.0
-            if config.kind == "triton":
-                found[f"{shape} odd"] = config, (1001, 1001, 1001), 6.0
+            odd = (1001, 1001, 1001) if config.kind == "triton" else (1001, 960, 960)  # whose weights have whole tiles
+            found[f"{shape} odd"] = config, odd, 6.0
     return found
 
 
@@ -199,7 +228,7 @@ def run(chip: Chip, chosen: dict[str, Case] | None = None) -> dict[str, list[dic
     """Compiles cases for a chip in a process of its own.
 
     Args:
-      chip: an entry of `CHIPS`.
+      chip: an entry of `CHIPS` or `BLACKWELL`.
       chosen: label -> case; None for `cases(chip)`.
 
     Returns:
@@ -239,6 +268,9 @@ def table(resources: dict[str, dict[str, list[dict]]]) -> str:
         for label, kernels in by_case.items():
             for k in kernels:
                 ops = " ".join(f"{op}:{count}" for op, count in k["tensor_core"].items())
+                for loop in k["loops"]:
+                    step = " ".join(f"{op}:{count}" for op, count in loop["tensor_core"].items())
+                    ops += f"  step: {step} waits {loop['waits']} barriers {loop['barriers']} copies {loop['copies']}"
                 lines.append(
                     f"{chip}  {label:28} {k['name'][:32]:32} {k['registers']:4} registers {k['spilled']:4} spilled "
                     f"{k['shared']!s:>7} shared {k['async_loads']:3} async loads  {ops}"
@@ -250,22 +282,28 @@ def write(path: Path, resources: dict[str, dict[str, list[dict]]]) -> None:
     """Puts the resources into a JSON file beside those of other toolchains; one line per kernel."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[toolchain()] = resources
-    text = json.dumps(kept, indent=1)
-    path.write_text(re.sub(r"\{\s+(\"name\".*?)\n\s+\}(?=,?\n\s+[\]{])", _one_line, text, flags=re.S) + "\n")
+    path.write_text(_lines(kept, depth=3) + "\n")
 
 
-def _one_line(match: re.Match[str]) -> str:
-    return "{" + re.sub(r"\s*\n\s*", " ", match[1]) + "}"
+def _lines(value: Any, depth: int, indent: str = "") -> str:
+    """JSON with dictionaries of up to `depth` levels and the lists below them over several lines."""
+    deeper = indent + " "
+    if isinstance(value, dict) and depth:
+        inner = [f"{json.dumps(key)}: {_lines(each, depth - 1, deeper)}" for key, each in value.items()]
+        return "{\n" + ",\n".join(deeper + line for line in inner) + f"\n{indent}}}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(deeper + json.dumps(each) for each in value) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 def main() -> None:
     """Prints the table, and writes it as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", help="put the resources into this JSON file")
-    parser.add_argument("--child", choices=list(CHIPS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*CHIPS, *BLACKWELL], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(_compile_cases(CHIPS[args.child], json.load(sys.stdin))))
+        print(json.dumps(_compile_cases((CHIPS | BLACKWELL)[args.child], json.load(sys.stdin))))
         return
     if reason := missing():
         parser.exit(2, reason + "\n")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from pallas_kernels._numerics import DIGITS
 from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.configs import (
     Backend,
@@ -31,9 +32,6 @@ from pallas_kernels.matmul import pick_config
 
 _HERE = Path(__file__).parent
 
-# Values worth trying for the parameters of a Mosaic tile; of those that `MosaicConfig` has.
-_MOSAIC_VALUES = {"bn": (256, 128), "panels": (2, 1), "cluster": (1, 2), "group": (8, 16), "num_stages": (3, 4)}
-
 
 def all_candidates(kind: str, chip: Chip) -> list[TileConfig]:
     """Every combination of tile sizes worth compiling that the chip's limits allow.
@@ -43,8 +41,12 @@ def all_candidates(kind: str, chip: Chip) -> list[TileConfig]:
     warps_and_stages = tuple(itertools.product((8, 4), (4, 3)))
     made: list[TileConfig]
     if kind == "few":
-        sizes = itertools.product((32, 64), (256, 128), warps_and_stages)
-        made = [FewRowsConfig(bn=bn, bk=bk, num_warps=w, num_stages=s) for bn, bk, (w, s) in sizes]
+        few = [(16, bn, bk) for bk in (256, 128) for bn in (32, 64)]
+        few += [(rows, bn, 128) for rows in (64, 128) for bn in (128, 64)]
+        made = [
+            FewRowsConfig(rows=rows, bn=bn, bk=bk, num_warps=w, num_stages=s)
+            for (rows, bn, bk), (w, s) in itertools.product(few, ((4, 4), (8, 4), (4, 5), (8, 3)))
+        ]
     elif kind == "triton":
         tiles = (128, 256, 2), (128, 128, 1), (256, 128, 1), (64, 256, 1), (64, 128, 1), (64, 64, 1)
         made = [
@@ -52,9 +54,8 @@ def all_candidates(kind: str, chip: Chip) -> list[TileConfig]:
             for (bm, bn, panels), (w, s) in itertools.product(tiles, warps_and_stages)
         ]
     else:
-        fields = {field.name for field in dataclasses.fields(MosaicConfig)}
-        values = {name: tried for name, tried in _MOSAIC_VALUES.items() if name in fields}
-        made = [MosaicConfig(**dict(zip(values, each, strict=True))) for each in itertools.product(*values.values())]
+        rings = itertools.product(((256, 4), (128, 6), (128, 4), (256, 3)), (8, 16), (1, 2))
+        made = [MosaicConfig(bn=bn, group=group, num_stages=s, cluster=cluster) for (bn, s), group, cluster in rings]
     return [config for config in made if fits(config, chip)]
 
 
@@ -99,8 +100,11 @@ def prune() -> dict[str, dict[str, list[dict]]]:
     for chip in CHIPS.values():
         kinds = ("few", "triton", "mosaic") if chip.mosaic else ("few", "triton")
         made = {f"{kind} {i}": (kind, c) for kind in kinds for i, c in enumerate(all_candidates(kind, chip))}
-        sizes = {"few": (16, 4096, 4096)}
-        cases = {label: (c, sizes.get(kind, (2048, 4096, 4096)), 6.0) for label, (kind, c) in made.items()}
+
+        def rows(config: TileConfig) -> int:
+            return config.rows // (1 + DIGITS) if isinstance(config, FewRowsConfig) else 2048
+
+        cases = {label: (c, (rows(c), 4096, 4096), 6.0) for label, (_, c) in made.items()}
         found = nogpu.run(chip, cases)
         kept[chip.name] = {kind: [] for kind in kinds}
         for label, kernels in found.items():
@@ -130,7 +134,7 @@ def entry_for(m: int, n: int, k: int, *, chip: Chip, backend: Backend = "triton"
 
     Examples:
       >>> entry_for(1, 4096, 4096, chip=CHIPS["sm_90"])
-      'few'
+      'few_16'
     """
     mark = 1 << 20  # of steps in flight: no tile has so many
     for name in [name for of, name in default_configs() if of == chip.name]:

@@ -13,6 +13,7 @@ from gpu.setting import Setting, compile_all, text_of
 
 import pallas_kernels as pk
 from pallas_kernels import tune
+from pallas_kernels.configs import mosaic_supports
 
 TOGETHER = 8  # cases that compile at the same time; what they find is kept before the next ones begin
 
@@ -41,6 +42,9 @@ FEW = (
     Case(16, 4096, 14336, 64, mode="token"),
     Case(16, 256, 512, 3, "float32"),
     Case(7, 272, 528, 3, "float16", bad=True),
+    Case(4, 14336, 4096, 40),
+    Case(32, 14336, 4096, 40),
+    Case(29, 320, 1008, 1008),
 )
 MANY = (
     Case(2048, 4096, 4096),
@@ -68,7 +72,10 @@ def triton(record: Record, setting: Setting) -> None:
     few, many = (TOY_FEW, TOY_MANY) if setting.rehearse else (FEW, MANY)
     cases = []
     for tile in dict.fromkeys(tiles.values()):
-        cases += [(case, {"config": tile}) for case in (few if tile.kind == "few_rows" else many)]
+        if isinstance(tile, pk.FewRowsConfig):
+            cases += [(case, {"config": tile}) for case in few if 4 * case.m <= tile.rows]  # four planes of its rows
+        else:
+            cases += [(case, {"config": tile}) for case in many]
     if not setting.rehearse:
         cases += [(case, {"backend": "triton"}) for case in (*few[:2], *many[:4], LARGE)]
     _run(record, setting, cases)
@@ -83,13 +90,13 @@ def mosaic_one_tile(record: Record, setting: Setting) -> None:
 
 
 def mosaic(record: Record, setting: Setting) -> None:
-    """Each default Mosaic tile at sizes that it divides, and what the table picks at all sizes."""
+    """Each default Mosaic tile at sizes that it supports, and what the table picks at all sizes."""
     tiles = _mosaic_tiles(record, setting)
     many = (Case(130, 128, 256, 3),) if setting.rehearse else MANY
     cases = []
     for config in tiles:
-        whole = [c for c in many if c.n % config.bn == 0 and c.k % config.bk == 0 and c.dtype != "float32"]
-        cases += [(case, {"config": config}) for case in whole]
+        supported = [c for c in many if mosaic_supports(c.m, c.n, c.k, c.dtype, config)]
+        cases += [(case, {"config": config}) for case in supported]
     if tiles and not setting.rehearse:
         cases += [(case, {"backend": "mosaic"}) for case in (*MANY, LARGE)]
     _run(record, setting, cases)
@@ -173,7 +180,7 @@ def _mosaic_tiles(record: Record, setting: Setting) -> list[Any]:
         if not hasattr(_mosaic_gpu(), "InterpretGPUParams"):
             record.put(skipped=f"jax {jax.__version__} has no interpret mode for Mosaic")
             return []
-        return [pk.MosaicConfig(bn=64, num_stages=2, group=1)]
+        return [pk.MosaicConfig(bn=128, num_stages=2, group=1)]
     tiles = [config for config in _defaults(setting).values() if config.kind == "mosaic"]
     if not setting.chip.mosaic or not tiles:
         record.put(skipped=f"{setting.chip.name} has no Mosaic kernel")

@@ -50,7 +50,8 @@ def expected(
     for start in range(0, len(q), CHUNK):
         w = q[start : start + CHUNK].astype(np.float64).T * scale[start : start + CHUNK].astype(np.float64)
         right.append(values @ w)
-        allowed.append(slack @ np.abs(w) + rounding * np.abs(right[-1]) + np.finfo(np.float32).tiny)
+        off = slack @ np.abs(w)  # before the result is rounded
+        allowed.append(off + rounding * (np.abs(right[-1]) + off) + np.finfo(np.float32).tiny)
     return np.concatenate(right, axis=1), np.concatenate(allowed, axis=1)
 
 

@@ -44,7 +44,10 @@ def run(record: Record, setting: Setting) -> None:
             continue
         size: dict[str, Any] = {"m": m, "n": n, "k": k, "backend": backend, "entry": entry, "timed": []}
         record.add("sizes", size)
-        found = [c for c in _candidates(kind, setting) if type(c) is type(pk.default_configs()[chip.name, entry])]
+        default = pk.default_configs()[chip.name, entry]
+        found = [c for c in _candidates(kind, setting) if type(c) is type(default)]
+        if isinstance(default, pk.FewRowsConfig):
+            found = [c for c in found if c.rows == default.rows or setting.rehearse]
         _time(record, setting, size, found)
         size["timed"].sort(key=lambda t: t.get("us", float("inf")))
         record.put(winners=tune.winners(record.values))

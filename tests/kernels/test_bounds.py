@@ -15,7 +15,7 @@ import pytest
 from kernels.test_kernels import CASES, PATHS, QUICK, THRESHOLD, check
 
 import pallas_kernels as pk
-from pallas_kernels import _triton
+from pallas_kernels.triton import _pallas
 
 POISON = {"f": jnp.nan, "i": 113, "V": jnp.nan}  # bfloat16 has kind V
 
@@ -29,7 +29,7 @@ def inside(ref, index):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    load, store = _triton.load, _triton.store
+    load, store = _pallas.load, _pallas.store
 
     def checked_load(ref, index, *, mask=None, other=0):
         value = load(ref, index, mask=inside(ref, index))
@@ -43,8 +43,8 @@ def poisoned(monkeypatch):
         value = jnp.where(jnp.any(mask & ~inside(ref, index)), poison, value)
         store(ref, index, value, mask=mask & inside(ref, index))
 
-    monkeypatch.setattr(_triton, "load", checked_load)
-    monkeypatch.setattr(_triton, "store", checked_store)
+    monkeypatch.setattr(_pallas, "load", checked_load)
+    monkeypatch.setattr(_pallas, "store", checked_store)
     jax.clear_caches()
     yield monkeypatch
     jax.clear_caches()
@@ -64,18 +64,18 @@ def test_nothing_beyond_the_bounds(poisoned, path):
 
 
 def drop_clamp(patch):
-    patch.setattr(_triton, "clamped_rows", lambda block, size, limit: _triton.span(block * size, size))
+    patch.setattr(_pallas, "clamped_rows", lambda block, size, limit: _pallas.span(block * size, size))
 
 
 def drop_load_masks(patch):
-    load = _triton.load
-    patch.setattr(_triton, "load", lambda ref, index, *, mask=None, other=0: load(ref, index))
+    load = _pallas.load
+    patch.setattr(_pallas, "load", lambda ref, index, *, mask=None, other=0: load(ref, index))
 
 
 def drop_store_masks(patch):
-    store = _triton.store
+    store = _pallas.store
     patch.setattr(
-        _triton, "store", lambda ref, index, value, *, mask: store(ref, index, value, mask=jnp.ones_like(mask))
+        _pallas, "store", lambda ref, index, value, *, mask: store(ref, index, value, mask=jnp.ones_like(mask))
     )
 
 
@@ -93,5 +93,5 @@ def test_a_broken_kernel_is_found(poisoned, path, break_it):
 
 def test_only_the_checked_functions_touch_memory():
     for file in Path(pk.__file__).parent.glob("*.py"):
-        if file.name != "_triton.py" and "mosaic" not in file.name:
+        if file.name != "_pallas.py" and "mosaic" not in file.name:
             assert not re.search(r"\bplt?\.(load|store)\(|_ref\[", file.read_text()), file

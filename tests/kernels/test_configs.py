@@ -22,7 +22,7 @@ def test_defaults_fit_their_chip(key, config):
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
-@pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 2048])
+@pytest.mark.parametrize("m", [1, 4, 16, 17, 32, 33, 64, 65, 2048])
 @pytest.mark.parametrize("n", [1, 1000, 57344])
 def test_every_shape_has_a_config(chip, m, n):
     for backend in ("triton", "mosaic") if chip.mosaic else ("triton",):
@@ -86,8 +86,8 @@ def test_every_tile_of_the_table_is_reachable():
     """A key that `shape_class` never returns would be a tile that nobody gets."""
     for chip in CHIPS.values():
         backends = ("triton", "mosaic") if chip.mosaic else ("triton",)
-        sizes = [(1, 64), (64, 64), (65, 64), (2**20, 2**20)]
-        names = {shape_class(*size, chip=chip, backend=b, few_rows=16) for size in sizes for b in backends}
+        sizes = [(1, 64), (16, 64), (32, 64), (64, 64), (65, 64), (2**20, 2**20)]
+        names = {shape_class(*size, chip=chip, backend=b, planes=p) for size in sizes for b in backends for p in (1, 4)}
         assert {name for of, name in pk.default_configs() if of == chip.name} == names
 
 

@@ -162,7 +162,7 @@ def test_a_wrong_tile_does_not_win(operands_and_result, tmp_path):
     timed = [{"config": configs[bn], **tuning._timed(run, [ops], rows, allowed, here)} for bn, run in tried.items()]
     assert ["wrong" in row for row in timed] == [True, True, False, False]
     assert ["us" in row for row in timed] == [False, False, True, False]
-    assert tune.winners({"sizes": [{"entry": "few", "timed": timed}]}) == {"few": configs[128]}
+    assert tune.winners({"sizes": [{"entry": "few_16", "timed": timed}]}) == {"few_16": configs[128]}
 
 
 @pytest.mark.parametrize("mode", ["batch", "token"])

@@ -10,7 +10,6 @@ import pytest
 from kernels import kernel_oracle
 
 import pallas_kernels as pk
-from pallas_kernels.quantize_rows import OUTLIER_BLOCK
 
 INTERPRET = jax.default_backend() != "gpu"
 THRESHOLD = 6.0
@@ -159,11 +158,11 @@ def test_empty(shape):
 
 @pytest.mark.slow
 def test_long_sums_leave_int32_in_between(monkeypatch):
-    from pallas_kernels import few_rows, many_rows_triton
+    from pallas_kernels.triton import few_rows, many_rows
 
     jax.clear_caches()
     monkeypatch.setattr(few_rows, "K_EXACT", 128)
-    monkeypatch.setattr(many_rows_triton, "K_EXACT", 128)
+    monkeypatch.setattr(many_rows, "K_EXACT", 128)
     for path in ("few_rows", "triton"):
         y = pk.llm_int8_matmul(*ORDINARY[:3], bias=ORDINARY.bias, config=PATHS[path], interpret=True)
         check(y, ORDINARY, THRESHOLD, "batch")
@@ -176,12 +175,19 @@ def test_longest_exact_sum():
     assert K_EXACT * 127 * 128 <= 2**31 - 1 < (K_EXACT + 1) * 127 * 128
 
 
+BLOCK = 32  # gathered columns are zero to the end of a block
+
+
 @functools.partial(jax.jit, static_argnames="mode")
-def quantized(x, mode):
-    """Where the outliers are; rows with gathered outliers, and with their digits in place."""
-    found = pk.compact(pk.find_outliers(x, THRESHOLD, interpret=INTERPRET), interpret=INTERPRET)
-    rows = pk.quantize_rows(x, found, threshold=THRESHOLD if mode == "token" else None, interpret=INTERPRET)
-    return found, rows, pk.quantize_few_rows(x, THRESHOLD, per_token=mode == "token", interpret=INTERPRET)
+def quantized(x, w, mode):
+    """Where the outliers are; rows with gathered outliers as digits and as they are, and with their digits in place."""
+    found = pk.outlier_columns(x, THRESHOLD, interpret=INTERPRET)
+    threshold = THRESHOLD if mode == "token" else None
+    digits, floats = (
+        pk.quantize_rows(x, w, found, form=form, block=BLOCK, threshold=threshold, interpret=INTERPRET)
+        for form in ("digits", "floats")
+    )
+    return found, digits, floats, pk.quantize_few_rows(x, THRESHOLD, per_token=mode == "token", interpret=INTERPRET)
 
 
 @pytest.mark.parametrize(
@@ -189,15 +195,16 @@ def quantized(x, mode):
 )
 @pytest.mark.parametrize("mode", ["batch", "token"])
 def test_quantized_rows(name, mode):
-    x = CASES[name].x
+    x, w = CASES[name][:2]
     x64 = np.asarray(x, np.float64)
     out = kernel_oracle.outliers(x64, THRESHOLD, mode)
     _, scale, ratio = kernel_oracle.quantize_rows(x64, out)
-    found, rows, planes = quantized(x, mode)
+    found, rows, floats, planes = quantized(x, w, mode)
     columns = np.flatnonzero(kernel_oracle.outliers(x64, THRESHOLD, "token").any(axis=0))
     np.testing.assert_array_equal(found.order[: len(columns)], columns)
     np.testing.assert_array_equal(np.sort(found.order), np.arange(x.shape[1]))
-    assert found.number.tolist() == [len(columns)]
+    np.testing.assert_array_equal(np.flatnonzero(found.mask), columns)
+    assert found.number.tolist() == rows.number.tolist() == [len(columns)]
 
     np.testing.assert_allclose(rows.factors[0], scale, rtol=1e-6)
     finite = np.isfinite(np.asarray(rows.factors)).all(axis=0)
@@ -210,12 +217,23 @@ def test_quantized_rows(name, mode):
     wanted = np.where(out, x64, 0)[finite]
     factors = np.asarray(rows.factors, np.float64)[1:, finite, None]
     in_place = (np.asarray(planes.planes, np.float64)[1:, finite] * factors).sum(axis=0)
-    digits = np.asarray(rows.digits, np.float64)[:, finite, : len(columns)]
+    digits = np.asarray(rows.outliers, np.float64)[:, finite, : len(columns)]
     allowed = 2.0**-21 * np.abs(wanted).max(axis=1, keepdims=True)
     assert (np.abs(in_place - wanted) <= allowed).all()
     assert (np.abs((digits * factors).sum(axis=0) - wanted[:, columns]) <= allowed).all()
-    end = -(-len(columns) // OUTLIER_BLOCK) * OUTLIER_BLOCK
-    assert not np.asarray(rows.digits)[:, finite, len(columns) : end].any(), "padding lanes must be zero"
+    end = -(-len(columns) // BLOCK) * BLOCK
+    assert not np.asarray(rows.outliers)[:, finite, len(columns) : end].any(), "padding lanes must be zero"
+
+    # As they are, outliers and the weights of their columns are exact, and zero to the end of the block.
+    np.testing.assert_array_equal(floats.q, rows.q)
+    np.testing.assert_array_equal(floats.factors[0], rows.factors[0])
+    exact = np.where(out, x64, 0)[:, columns]
+    np.testing.assert_array_equal(np.asarray(floats.outliers, np.float64)[:, : len(columns)], exact)
+    for outlier_w in (rows.outlier_w, floats.outlier_w):
+        outlier_w = np.asarray(outlier_w, np.float32)
+        np.testing.assert_array_equal(outlier_w[:, : len(columns)], w[:, columns])
+        assert not outlier_w[:, len(columns) : end].any()
+    assert not np.asarray(floats.outliers, np.float32)[:, len(columns) : end].any()
 
 
 def test_ties_round_to_even():

@@ -1,5 +1,6 @@
 """Where `jint8.matmul` takes the Pallas kernels, and programs for CUDA exported from a machine without a GPU."""
 
+import functools
 import importlib.util
 
 import jax
@@ -40,8 +41,10 @@ def test_one_program_for_cpu_and_cuda(gpu, m):
 def test_mosaic_is_in_a_program_for_hopper():
     w = jint8.quantize(jnp.ones((512, 512)), contract_axes=(1,))
     x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
-    exported = jint8.export(lambda x, w: jint8.matmul(x, w, implementation="mosaic"), gpu="H100")(x, w)
-    assert "mosaic_gpu" in exported.mlir_module()
+    for gpu, implementation, found in (("H100", None, True), ("H100", "triton", False), ("A100", None, False)):
+        product = functools.partial(jint8.matmul, implementation=implementation)
+        exported = jint8.export(product, gpu=gpu)(x, w)
+        assert ("mosaic_gpu" in exported.mlir_module()) == found, (gpu, implementation)
 
 
 def test_what_the_kernels_can_not_do_is_left_to_xla():

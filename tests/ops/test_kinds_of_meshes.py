@@ -77,29 +77,34 @@ def test_experts_on_explicit_axes(found, layout, spec):
     assert found["experts"][layout]["error"] < 1e-6
 
 
-MESH = AbstractMesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,), abstract_device=_device("A100"))
 SPEC = P("model", None)
 
 
-def for_cuda(function):
-    """The program of `function(x, w)` for eight GPUs, from shapes."""
-    w = jax.eval_shape(lambda: jint8.quantize(jnp.ones((256, 512)), contract_axes=(1,)))
-    placed = jint8.shardings(w, SPEC, mesh=MESH)
+def for_cuda(function, gpu, rows):
+    """The program of `function(mesh, specs)(x, w)` for eight GPUs, from shapes."""
+    mesh = AbstractMesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,), abstract_device=_device(gpu))
+    w = jax.eval_shape(lambda: jint8.quantize(jnp.ones((256 * DEVICES, 512)), contract_axes=(1,)))
+    placed = jint8.shardings(w, SPEC, mesh=mesh)
     abstract = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16, sharding=NamedSharding(MESH, P()))
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
     specs = jax.tree.map(lambda sharding: sharding.spec, placed)
-    with jax.sharding.use_abstract_mesh(MESH):
-        traced = jax.jit(function(specs)).trace(x, jax.tree.map(abstract, w, placed))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(function(mesh, specs)).trace(x, jax.tree.map(abstract, w, placed))
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_a_program_that_xla_divides_has_no_kernels():
+KERNELS = [("A100", 16, "__gpu$xla.gpu.triton"), ("A100", 512, "__gpu$xla.gpu.triton"), ("H100", 512, "mosaic_gpu")]
+
+
+@pytest.mark.parametrize(("gpu", "rows", "call"), KERNELS)
+def test_a_program_that_xla_divides_has_no_kernels(gpu, rows, call):
     """Each device would get all weights."""
-    assert "triton" not in for_cuda(lambda specs: jint8.matmul)
+    assert call not in for_cuda(lambda mesh, specs: jint8.matmul, gpu, rows)
 
 
-def test_in_a_shard_map_the_kernels_run_on_each_devices_part():
-    def parts(specs):
-        return jax.shard_map(jint8.matmul, mesh=MESH, in_specs=(P(), specs), out_specs=P(None, "model"))
+@pytest.mark.parametrize(("gpu", "rows", "call"), KERNELS)
+def test_in_a_shard_map_the_kernels_run_on_each_devices_part(gpu, rows, call):
+    def parts(mesh, specs):
+        return jax.shard_map(jint8.matmul, mesh=mesh, in_specs=(P(), specs), out_specs=P(None, "model"))
 
-    assert "__gpu$xla.gpu.triton" in for_cuda(parts)
+    assert call in for_cuda(parts, gpu, rows)

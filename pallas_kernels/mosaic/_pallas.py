@@ -1,6 +1,6 @@
 """Where the supported versions of JAX differ in Mosaic GPU, an unstable interface (`jax.experimental`).
 
-Mosaic GPU is Pallas's way to Hopper's TMA copies and wgmma. Only `many_rows_mosaic.py` uses it; what its versions name
+Mosaic GPU is Pallas's way to Hopper's TMA copies and wgmma. Only `many_rows.py` uses it; what its versions name
 differently is here. Checked on JAX 0.10.2, 0.11.2 and 0.12.0.1 by compiling, and on 0.12.0.1 by interpreting: 0.10.2
 has no interpret mode, and that of 0.11.2 refuses kernels that end before every barrier was waited for.
 """
