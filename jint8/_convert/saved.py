@@ -69,6 +69,11 @@ def saved_dtype(checkpoint: Jint8Checkpoint) -> np.dtype:
         raise ValueError(f"{checkpoint.path / METADATA}: Expected a dtype, got {name!r}: {error}") from None
 
 
+def saved_quantized(checkpoint: Jint8Checkpoint) -> bool:
+    """Whether any weight of a saved model is quantized: `jint8.save` also takes models in floating point."""
+    return bool(_field(checkpoint, "weights", dict))
+
+
 def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
     """The Config to run a saved model with: its own, or `config` where its weights allow that.
 

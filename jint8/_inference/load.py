@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jint8._convert.lora import saved_factors, with_adapter
 from jint8._convert.read_params import Progress, read_params
-from jint8._convert.saved import read_saved, saved_config, saved_dtype
+from jint8._convert.saved import read_saved, saved_config, saved_dtype, saved_quantized
 from jint8._convert.settings import resolve_settings
 from jint8._convert.targets import abstract_float_params, check_sizes
 from jint8._convert.tied import with_own_head
@@ -65,7 +65,8 @@ def load(
         float32 on CPUs and bfloat16 on GPUs.
       mesh: the devices that the model is sharded over, by `jint8.models.partition_specs`. Each process reads the shards
         of its own devices; no device ever holds the whole. None is one device.
-      quantize: False keeps every weight in `dtype`, whatever `config`, `skip` and `include` say.
+      quantize: False keeps every weight in `dtype`, whatever `config`, `skip` and `include` say; also of a model that
+        was saved in floating point.
       skip: patterns or a predicate of weights that stay in floating point, besides the output head, the router of
         experts, and the `llm_int8_skip_modules` of a `quantization_config`. They are matched against our paths
         (`"layers_0/mlp/down"`) and the checkpoint's names, with dots as slashes (`"mlp/down_proj"`, `"lm_head"`). Where
@@ -198,8 +199,10 @@ def _load_fields(
         if mesh is None:  # with one, another process may read most of it
             checkpoint.read_ahead()
         if isinstance(checkpoint, Jint8Checkpoint):
-            if not quantize or selection != Selection() or outliers is not None or calibrate is not None:
+            asks_for_floats = not quantize and saved_quantized(checkpoint)
+            if asks_for_floats or selection != Selection() or outliers is not None or calibrate is not None:
                 raise ValueError(f"{path}: Expected a checkpoint in floating point, got one that jint8 saved.")
+            config = config if quantize else None  # of a model that was saved in floating point
             quant = saved_config(checkpoint, config)
             model = build(checkpoint, saved_dtype(checkpoint) if dtype is None else dtype)
             expected = abstract_float_params(model)

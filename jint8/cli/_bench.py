@@ -2,7 +2,8 @@
 
 The two take turns, and medians are reported, so that a busy machine slows both. Prompts are random tokens. Decoding is
 also set against the machine: bytes of weights that are read for each step, as a share of the bytes per second that a
-float32 matrix-vector product reads here ("roofline").
+float32 matrix-vector product reads here ("roofline"). A checkpoint in int8 is set against the one that it was made
+from, which --float names.
 
 JSON: prefill_tokens_per_s and decode_tokens_per_s {int8, float} at the first --batch-size; weight_bytes {int8, float};
 first_token_s {int8, float}, with compilation; batches: the same by batch size, with decode_roofline {int8, float};
@@ -16,7 +17,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from jint8.cli import _common, _generate
+from jint8.cli import _common, _float_model, _generate
 
 if TYPE_CHECKING:
     from jint8 import LanguageModel
@@ -27,6 +28,7 @@ KINDS = ("int8", "float")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("source", metavar="SRC", help=_common.SOURCE)
+    _float_model.add_float_argument(parser)
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of each prompt (512)")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (32)")
     parser.add_argument(
@@ -50,12 +52,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"Expected --batch-size to be at least 1, got {min(batches)}")
     config = _common.quant_config(args)
     source = _common.find_source(args, args.source)
-    _common.check_float(source, "a comparison")
+    float_source = _float_model.find_float(args, source, "a comparison")
     _common.use_compile_cache(args)
-    models = {
-        "int8": _common.load(args, source, config=config),
-        "float": _common.load(args, source, quantize=False),
-    }
+    int8 = _common.load(args, source, config=config)
+    models = {"int8": int8, "float": _float_model.load_float(args, float_source, int8)}
     limit = models["int8"].config.max_positions
     if limit and args.prompt_tokens + args.new_tokens > limit:
         raise ValueError(f"Expected at most {limit} tokens, which is what the model is made for, got more")

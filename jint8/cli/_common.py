@@ -236,17 +236,25 @@ def check_writable(file: str) -> None:
         raise PermissionError(f"{file}: Expected a file that can be written, got one that can't")
 
 
-def check_float(source: str | os.PathLike[str], option: str) -> None:
-    """Raises ValueError where the weights of a checkpoint are in int8 already, and an option needs them in float."""
+def check_float(source: str | os.PathLike[str], option: str, where: str = "") -> None:
+    """Raises ValueError where the weights of a checkpoint are in int8 already, and an option needs them in float.
+
+    The message says to give the original checkpoint, and `where`.
+    """
     from jint8._convert.int8_weights import is_int8
+    from jint8._convert.saved import saved_quantized
     from jint8.checkpoints import open_checkpoint
+    from jint8.checkpoints._jint8 import Jint8Checkpoint
 
     with open_checkpoint(source) as checkpoint:
-        stored = "one that jint8 saved" if checkpoint.format == "jint8" else "int8" if is_int8(checkpoint) else None
+        if isinstance(checkpoint, Jint8Checkpoint):
+            stored = "one that jint8 saved" if saved_quantized(checkpoint) else None
+        else:
+            stored = "int8" if is_int8(checkpoint) else None
         if stored is not None:
             raise ValueError(
                 f"{source}: Expected a checkpoint in floating point for {option}, got {stored}: give the one that it "
-                "was made from"
+                f"was made from {where}".rstrip()
             )
 
 

@@ -1,5 +1,7 @@
 """Perplexity of a model on a text, alone or against the model in floating point.
 
+A checkpoint in int8 is compared with the one that it was made from, which --float names.
+
 A text is tokenized once, as a whole, with the special tokens that the tokenizer adds (so a BOS, where it adds one, is
 only at the very beginning), and cut into consecutive chunks of --seq-len tokens without overlap; what remains is
 dropped. Each token but a chunk's first is scored given those before it. Outlier columns are decided per call, which is
@@ -15,7 +17,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from jint8.cli import _common, _generate
+from jint8.cli import _common, _float_model, _generate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tokens", metavar="FILE.npy", help="token ids [n, seq]; each row is one sequence")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens per chunk of a text (512)")
     parser.add_argument("--compare", action="store_true", help="also run the model in floating point, and compare")
+    _float_model.add_float_argument(parser, "; implies --compare")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences per call (1)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
     _generate.add_kv_cache_argument(parser)
@@ -52,14 +55,16 @@ def run(args: argparse.Namespace) -> None:
     given = _common.read_text(args.text) if args.tokens is None else read_tokens(args.tokens)
     source = _common.find_source(args, args.source)
     plain = config is not None and config.scheme == "none"
-    if args.compare and not plain:
-        _common.check_float(source, "--compare")
+    compares = args.compare or args.float is not None
+    is_reference = plain and args.float is None  # the model is in floating point itself
+    if compares and not is_reference:
+        float_source = _float_model.find_float(args, source, "--compare")
     _common.use_compile_cache(args)
     model = _common.load(args, source, config=config)
     tokens = _sequences(args, model, given)
     reference = None
-    if args.compare:
-        reference = model if plain else _common.load(args, source, quantize=False)
+    if compares:
+        reference = model if is_reference else _float_model.load_float(args, float_source, model)
     begin = time.perf_counter()
     with _common.progress_bar(args, "scoring", f"evaluating {len(tokens)} sequences", unit="seq") as progress:
         options = {"batch_size": args.batch_size, "cache": args.cache, "progress": progress}

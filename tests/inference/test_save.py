@@ -74,6 +74,15 @@ def test_same_bits(options, source, tmp_path):
     assert after.hf_config == before.hf_config
 
 
+def test_floats_are_asked_for(source, tmp_path):
+    """Of a model that was saved in floating point, which has them."""
+    before = jint8.load(source, quantize=False)
+    jint8.save(tmp_path / "saved", before)
+    after = jint8.load(tmp_path / "saved", quantize=False, config=jint8.Config())
+    assert_same_bits(after.params, before.params)
+    assert after.quant == jint8.Config(scheme="none")
+
+
 def test_saved_again(saved, tmp_path):
     jint8.save(tmp_path / "again", jint8.load(saved))
     for file in saved.iterdir():
