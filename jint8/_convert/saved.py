@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jint8._convert.assemble import decoder_shardings
+from jint8._convert.compatible import check_runs
 from jint8._convert.read_params import Progress
 from jint8._convert.saved_values import check_values
 from jint8._core.config import Config
@@ -87,17 +88,11 @@ def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
         raise ValueError(f"{checkpoint.path / METADATA}: Expected a config, got {options}: {error}") from None
     if config is None:
         return own
-    wanted, got = config.table_row, own.table_row
-    if (wanted.weights, wanted.affine) != (got.weights, got.affine):
-        raise ValueError(
-            f"{checkpoint.path}: Expected a scheme that runs on weights quantized by {own.scheme!r}, got "
-            f"{config.scheme!r}: quantize the original checkpoint instead."
-        )
-    if bool(config.rotate) != bool(own.rotate):
-        raise ValueError(
-            f"{checkpoint.path}: Expected a config with rotate={own.rotate}, as the model was saved with, got rotate="
-            f"{config.rotate}: quantize the original checkpoint instead."
-        )
+    columns = own.outliers == "static" or any(name.endswith("#outlier_rows") for name in checkpoint.tensors)
+    try:
+        check_runs(config, own, columns=columns)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
     return dataclasses.replace(config, rotate=own.rotate)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jint8.cli._compile_cache import cache_directory as cache_directory
 from jint8.cli._compile_cache import use_compile_cache as use_compile_cache
+from jint8.cli._saved_config import with_given as with_given
 from jint8.cli._waiting import progress_bar as progress_bar
 from jint8.cli._waiting import say as say
 
@@ -110,6 +111,7 @@ def quant_config(args: argparse.Namespace) -> Config | None:
             "Expected --calibrate with what is calibrated (a preset that rotates or is static, --outliers static)"
         )
     check_loading(args)
+    args.given = given if args.preset is None else None
     return config if given or args.preset is not None else None
 
 
@@ -137,6 +139,8 @@ def load(args: argparse.Namespace, path: str | os.PathLike[str], **options: Any)
     import jint8
 
     options = {**args.loading, **options}
+    if options.get("config") is not None and args.given is not None:
+        options["config"] = with_given(args.given, path, options["config"])
     if not options.get("quantize", True):
         options.pop("calibrate", None)  # that of the other model of this run
     with progress_bar(args, "loading", f"reading {path}", unit="B", unit_scale=True) as progress:

@@ -54,4 +54,6 @@ def test_refused(argv, message, llama, run_error, tmp_path):
 def test_a_saved_model_is_not_rotated_otherwise(llama, run_json, run_error, tmp_path):
     run_json("quantize", llama, tmp_path / "dst", "--preset", "rotated", "--calibrate", "none")
     error = run_error("generate", tmp_path / "dst", "--prompt", "a", "--threshold", 3)
-    assert "Expected a config with rotate=64, as the model was saved with, got rotate=0" in error
+    assert "Expected no --threshold for a model that was saved with the scheme 'vector'" in error
+    error = run_error("generate", tmp_path / "dst", "--prompt", "a", "--preset", "paper")
+    assert "rotate=64, as the model was saved with (presets: rotated, best; schemes: vector), got rotate=0" in error
