@@ -40,7 +40,7 @@ def _what_runs(own: Config, columns: bool) -> str:
     """The presets and schemes that run, as in `"presets: paper; schemes: vector, llm.int8"`."""
     presets = [name for name in PRESETS if _obstacle(Config.preset(name), own, columns) is None]
     schemes = [name for name in SCHEMES if _runs_by(name, own, columns)]
-    named = {"presets": presets, "schemes": schemes}
+    named: dict[str, list[str]] = {"presets": [*presets], "schemes": schemes}
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if names)
 
 

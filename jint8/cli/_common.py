@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jint8.cli._compile_cache import cache_directory as cache_directory
 from jint8.cli._compile_cache import use_compile_cache as use_compile_cache
+from jint8.cli._hints import did_you_mean_path
 from jint8.cli._saved_config import with_given as with_given
 from jint8.cli._waiting import progress_bar as progress_bar
 from jint8.cli._waiting import say as say
@@ -184,9 +185,12 @@ def find_source(args: argparse.Namespace, source: str) -> Path:
     """
     # What is there, or can't be a name on the hub, is taken as a path; `load` says what is wrong with it.
     path = Path(source)
+    hint = "" if path.exists() else did_you_mean_path(path)
+    missing = f"Expected {SOURCE}, got {source!r}: no such path{hint}"
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix == ".gguf":
+        if hint:
+            raise FileNotFoundError(missing)
         return path
-    missing = f"Expected {SOURCE}, got {source!r}: no such path"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

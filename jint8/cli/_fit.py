@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jint8.cli import _common, _generate
+from jint8.cli._hints import did_you_mean, did_you_mean_path
 
 if TYPE_CHECKING:
     from jint8._inference.capacity import Capacity
@@ -91,7 +92,8 @@ def find_config(model: str) -> tuple[str | None, dict[str, Any]]:
     if model in known:
         return known[model]["source"], known[model]["config"]
     if not path.exists():
-        raise ValueError(f"Expected a path or one of {', '.join(known)}, got {model!r}")
+        hint = did_you_mean(model, known) or did_you_mean_path(path)
+        raise ValueError(f"Expected a path or one of {', '.join(known)}, got {model!r}{hint}")
     if path.suffix == ".json":
         return None, read_json(path)
     if (path / "config.json").exists():

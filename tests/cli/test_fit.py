@@ -25,6 +25,9 @@ def test_mesh(text, devices, memory):
 
 ERRORS = {
     "unknown": (["gpt-5", "--mesh", "8x24GiB"], "one of opt-175b, bloom-176b, llama-3-8b"),
+    "near_miss": (["opt-175", "--mesh", "8x24GiB"], "got 'opt-175'; did you mean opt-175b?"),
+    "capitals": (["Llama-3-8B", "--mesh", "8x24GiB"], "did you mean llama-3-8b?"),
+    "several": (["gemma-27b", "--mesh", "8x24GiB"], "did you mean gemma-3-27b or gemma-2-27b?"),
     "no_devices": (["opt-175b", "--mesh", "0x24GiB"], "like 8x24GiB, of 1 to 1024 devices, got '0x24GiB'"),
     "no_unit": (["opt-175b", "--mesh", "8x24"], "8x24 to be like 24GiB (MB, GB, MiB, GiB), got '24'"),
     "no_mesh": (["opt-175b"], "--mesh"),

@@ -304,6 +304,18 @@ def test_name_on_the_hub(llama, monkeypatch, run_json):
     assert asked == ["owner/model"]
 
 
+def test_near_misses_of_paths(llama, tmp_path, run_error):
+    (tmp_path / "Model-int8").symlink_to(llama)
+    (tmp_path / "other.gguf").touch()
+    error = run_error("generate", tmp_path / "model-int", "--prompt", "a")
+    assert error.endswith(f"got '{tmp_path / 'model-int'}': no such path; did you mean Model-int8?")
+    assert error == run_error("generate", tmp_path / "model-in8", "--prompt", "a").replace("model-in8", "model-int")
+    assert "did you mean other.gguf?" in run_error("generate", tmp_path / "othr.gguf", "--prompt", "a")
+    assert "did you mean Model-int8?" in run_error("fit", tmp_path / "model-in8", "--mesh", "1x1GiB")
+    assert "did you mean" not in run_error("generate", tmp_path / "something", "--prompt", "a")
+    assert "did you mean" not in run_error("generate", tmp_path / "none" / "something", "--prompt", "a")
+
+
 def test_hub_that_is_not_reached(monkeypatch, run_error):
     hub = pytest.importorskip("huggingface_hub")
 
