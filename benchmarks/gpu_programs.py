@@ -16,6 +16,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,6 @@ def compiled(config: ModelConfig, layers: int, chip: Chip, kind: str, what: str)
     floats = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     tree = jax.eval_shape(jint8.quantize_params, floats) if kind == "int8" else floats
     shapes = {leaf.shape for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.int8}
-    device = device_for(chip)
-    abstract = AbstractDevice(device_kind=chip.device_kind, num_cores=chip.cores, platform="gpu")
-    sharding = SingleDeviceSharding(device)
-
-    def placed(args: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args)
 
     def prefill(params, tokens):
         return model.apply(params, tokens, last=True)[0]
@@ -118,14 +113,23 @@ def compiled(config: ModelConfig, layers: int, chip: Chip, kind: str, what: str)
     def step(params, tokens, cache):
         return model.apply(params, tokens, jint8.models.context(tokens, jnp.int32(SLOTS - 1)), cache)
 
+    if what == "prefill":
+        text = compile_for(chip, prefill, tree, jax.ShapeDtypeStruct((1, PROMPT), jnp.int32))
+    else:
+        cache = jax.eval_shape(lambda: jint8.models.make_cache(config, 1, SLOTS, jnp.bfloat16))
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        text = compile_for(chip, step, tree, tokens, cache, donate=(2,))
+    return read(text, shapes)
+
+
+def compile_for(chip: Chip, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> str:
+    """XLA's final program of `function(*args)`, whose leaves are shapes, for a chip that isn't there."""
+    device = device_for(chip)
+    abstract = AbstractDevice(device_kind=chip.device_kind, num_cores=chip.cores, platform="gpu")
+    sharding = SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args)
     with jax.default_device(device), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
-        if what == "prefill":
-            made = jax.jit(prefill).lower(*placed((tree, jax.ShapeDtypeStruct((1, PROMPT), jnp.int32))))
-        else:
-            cache = jax.eval_shape(lambda: jint8.models.make_cache(config, 1, SLOTS, jnp.bfloat16))
-            args = tree, jax.ShapeDtypeStruct((1, 1), jnp.int32), cache
-            made = jax.jit(step, donate_argnums=2).lower(*placed(args))
-        return read(made.compile().as_text(), shapes)
+        return jax.jit(function, donate_argnums=donate).lower(*placed).compile().as_text()
 
 
 def per_layer(config: ModelConfig, chip: Chip, kind: str, what: str) -> dict[str, Any]:

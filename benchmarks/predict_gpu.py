@@ -71,12 +71,16 @@ def bf16(m: int, n: int, k: int) -> float:
 
 
 def preparation(m: int, n: int, k: int, outliers: int = 6) -> float:
-    """Seconds for the launches before a product of many rows: find, compact, quantize and gather."""
+    """Seconds for the launches before a product of many rows: find, compact, quantize and gather.
+
+    The last two are one launch where x is small (`quantize_rows.py`).
+    """
     find = LAUNCH + 2 * m * k / HBM
     compact = GAP + LAUNCH + 1.0e-6
     gather = n * -(-outliers // 64) * 64 * 3
     quantize = 2.2e-6 + (3 * m * k + gather) / HBM * (1.0 if k <= 8192 else 1.25)
-    return find + compact + GAP + quantize + GAP
+    apart = GAP + LAUNCH if m * k > 2 << 20 else 0.0
+    return find + compact + GAP + quantize + apart + GAP
 
 
 def many_rows(m: int, n: int, k: int, steps: dict[str, Step], backend: str) -> dict[str, float]:

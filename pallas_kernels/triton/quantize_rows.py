@@ -1,10 +1,10 @@
-"""Rows of x to int8, for many rows, in one launch: kept values with one scale per row, outlier columns gathered.
+"""Rows of x to int8, for many rows: kept values with one scale per row, outlier columns gathered.
 
-The same launch gathers those columns of the weights, so that the product over them is one over contiguous memory.
+Those columns of the weights are gathered too, so that the product over them is one over contiguous memory.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ from pallas_kernels.triton import _pallas
 from pallas_kernels.triton.outliers import Outliers
 
 _CHANNELS = 32  # output channels whose outlier columns one program gathers
+
+# Up to this many values of x, one launch quantizes them and gathers columns of w. More take two: the first of them is
+# the same for all products of one x, of which XLA runs one. From here on it takes longer than a launch, as predicted.
+_TOGETHER = 2 << 20
 
 
 class QuantizedRows(NamedTuple):
@@ -59,25 +63,42 @@ def gathered_size(k: int, block: int) -> int:
 
 def _quantize_rows_kernel(
     x_ref,  # [m, k]
-    *refs,  # without outliers: q, factors. With them: mask [k], order [k], number [1], w [n, k]; and the results
+    *refs,  # with outliers mask [k], order [k], number [1]; then the results
     bm: int,
     bk: int,
     form: OutlierForm | None,
     block: int,
     threshold: float | None,
 ):
-    """One program per bm rows of x, then, with outliers, one per _CHANNELS rows of w."""
+    """One program per bm rows of x."""
+    columns, out = (refs[:3], refs[3:]) if form else (None, refs)
     static = {"bm": bm, "bk": bk, "form": form, "block": block, "threshold": threshold}
-    program = pl.program_id(0)
-    if form is None:
-        _quantize_rows(program, x_ref, None, refs, **static)
-        return
+    _quantize_rows(pl.program_id(0), x_ref, columns, out, **static)
+
+
+def _gather_columns_kernel(
+    w_ref,  # [n, k]
+    *refs,  # mask [k], order [k], number [1]; the result
+    block: int,
+):
+    """One program per _CHANNELS rows of w."""
+    _gather_weights(pl.program_id(0), w_ref, refs[:3], refs[3], block=block)
+
+
+def _quantize_and_gather_kernel(
+    x_ref,  # [m, k]
+    *refs,  # mask [k], order [k], number [1], w [n, k]; the results
+    bm: int,
+    block: int,
+    **static,  # as in `_quantize_rows_kernel`
+):
+    """One program per bm rows of x, then one per _CHANNELS rows of w."""
     columns, (w_ref, *out, outlier_w_ref) = refs[:3], refs[3:]
-    row_programs = pl.cdiv(x_ref.shape[0], bm)
+    program, row_programs = pl.program_id(0), pl.cdiv(x_ref.shape[0], bm)
 
     @pl.when(program < row_programs)
     def _rows_of_x():
-        _quantize_rows(program, x_ref, columns, out, **static)
+        _quantize_rows(program, x_ref, columns, out, bm=bm, block=block, **static)
 
     @pl.when(program >= row_programs)
     def _rows_of_w():
@@ -197,6 +218,8 @@ def quantize_rows(
 ) -> QuantizedRows:
     """Quantizes each row by the largest absolute value among those that are kept, and gathers the outlier columns.
 
+    One launch, or two for many values (`_TOGETHER`).
+
     `factors[0] = max(abs(kept)) / 127`, `q = round_half_even(kept / factors[0])`. Outliers are left out of both. They
     come as they are, or as three 7-bit digits of `round(x / (max(abs(outlier)) / (127 * 2**14)))`, exact to 2**-22 of
     the row's largest outlier.
@@ -237,38 +260,30 @@ def quantize_rows(
     # where it is longer.
     bk = min(8192, max(128, pl.next_power_of_2(k)))
     bm = max(1, min(4, 2048 // bk))
-    args, programs, allocated = [x], pl.cdiv(m, bm), pl.cdiv(m, height) * height
+    programs, allocated = pl.cdiv(m, bm), pl.cdiv(m, height) * height
     digits = outliers is not None and form == "digits"
     out = [
         jax.ShapeDtypeStruct((allocated, k), jnp.int8),
         jax.ShapeDtypeStruct((1 + DIGITS if digits else 1, allocated), jnp.float32),
     ]
-    if outliers is not None and w is not None:
-        n, size = w.shape[0], gathered_size(k, block)
-        args += [*outliers, w]
-        programs += pl.cdiv(n, _CHANNELS)
-        planes = (DIGITS,) if digits else ()
-        out.append(jax.ShapeDtypeStruct((*planes, allocated, size), jnp.int8 if digits else x.dtype))
-        out.append(jax.ShapeDtypeStruct((n, size), jnp.int8 if digits else x.dtype))
-    kernel = functools.partial(
-        _quantize_rows_kernel,
-        bm=bm,
-        bk=bk,
-        form=None if outliers is None else form,
-        block=block,
-        threshold=threshold,
-    )
-    results = _pallas.call(
-        kernel,
-        (programs,),
-        args,
-        out,
-        num_warps=max(1, min(8, bm * bk // 1024)),
-        num_stages=1,
-        interpret=interpret,
-    )
-    if outliers is None:
-        q, factors = results
+    static: dict[str, Any] = {"bm": bm, "bk": bk, "block": block, "threshold": threshold}
+    call = functools.partial(_pallas.call, num_warps=max(1, min(8, bm * bk // 1024)), num_stages=1, interpret=interpret)
+    if outliers is None or w is None:
+        kernel = functools.partial(_quantize_rows_kernel, form=None, **static)
+        q, factors = call(kernel, (programs,), [x], out)
         return QuantizedRows(q, factors)
-    q, factors, gathered, outlier_w = results
+
+    static["form"] = form
+    n, size = w.shape[0], gathered_size(k, block)
+    dtype = jnp.int8 if digits else x.dtype
+    out.append(jax.ShapeDtypeStruct(((DIGITS,) if digits else ()) + (allocated, size), dtype))
+    out_w, w_programs = jax.ShapeDtypeStruct((n, size), dtype), pl.cdiv(n, _CHANNELS)
+    if m * k <= _TOGETHER:
+        kernel = functools.partial(_quantize_and_gather_kernel, **static)
+        q, factors, gathered, outlier_w = call(kernel, (programs + w_programs,), [x, *outliers, w], [*out, out_w])
+    else:
+        kernel = functools.partial(_quantize_rows_kernel, **static)
+        q, factors, gathered = call(kernel, (programs,), [x, *outliers], out)
+        kernel = functools.partial(_gather_columns_kernel, block=block)
+        (outlier_w,) = call(kernel, (w_programs,), [w, *outliers], [out_w])
     return QuantizedRows(q, factors, gathered, outlier_w, outliers.number)

@@ -32,8 +32,8 @@ IN_FLIGHT = {
     name: 2 * 0.6e-6 * bandwidth / CHIPS[name].cores
     for name, bandwidth in (("sm_80", 2.0e12), ("sm_89", 1.0e12), ("sm_90", 3.35e12))
 }
-# Launches of a product: find, compact, quantize and gather, multiply; quantize and multiply.
-LAUNCHES = {"many": 4, "few": 2}
+# Launches of a product: find, compact, quantize, gather, multiply; quantize and multiply.
+LAUNCHES = {"many": 5, "few": 2}
 KEPT = json.loads((Path(__file__).parent / "resources.json").read_text())
 
 pytestmark = pytest.mark.skipif(nogpu.missing() is not None, reason=str(nogpu.missing()))

@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import jint8
 from pallas_kernels import nogpu
 from pallas_kernels.chips import CHIPS
 
@@ -12,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_programs
 
-# A layer has four products: at most two launches each for one row, four for many, and what is no product.
-STEP, PREFILL = 24, 46
+# A layer has four products: two launches each for one row, four or five for many, and what is no product.
+STEP, PREFILL = 24, 48
 
 TEXT = """HloModule jit_step
 
@@ -47,7 +50,24 @@ def test_what_is_read_from_a_program():
 @pytest.mark.parametrize(("what", "budget"), [("step", STEP), ("prefill", PREFILL)])
 def test_launches_of_a_layer(chip, what, budget):
     found = gpu_programs.per_layer(gpu_programs.MODELS["Llama-3.1-8B"], CHIPS[chip], "int8", what)
-    assert found["by_kind"]["custom-call"] == (8 if what == "step" else 16), "the kernels aren't taken"
+    kernels = found["by_kind"]["custom-call"]
+    assert kernels == 8 if what == "step" else 16 <= kernels <= 20, "the kernels aren't taken"
     assert found["per_layer"] <= budget, found
     assert not found["synchronizing"]
     assert not found["rewritten_weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nogpu.missing() is not None, reason=str(nogpu.missing()))
+@pytest.mark.parametrize(("rows", "one", "three"), [(1, 2, 4), (1024, 4, 8), (4096, 5, 9)])
+def test_products_of_one_x_quantize_it_once(rows, one, three):
+    chip = CHIPS["sm_80"]
+    w = jax.eval_shape(lambda: jint8.quantize(jnp.ones((1024, 1024)), contract_axes=(1,)))
+    x = jax.ShapeDtypeStruct((rows, 1024), jnp.bfloat16)
+
+    def products(x, *weights):
+        return [jint8.matmul(x, w) for w in weights]
+
+    for weights, launches in (([w], one), ([w] * 3, three)):
+        text = gpu_programs.compile_for(chip, products, x, *weights)
+        assert gpu_programs.read(text, set()).launches == {"custom-call": launches}

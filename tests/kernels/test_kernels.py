@@ -169,6 +169,22 @@ def test_long_sums_leave_int32_in_between(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["batch", "token"])
+def test_gathering_in_a_launch_of_its_own_changes_nothing(monkeypatch, mode):
+    from pallas_kernels.triton import quantize_rows
+
+    together = quantized(ORDINARY.x, ORDINARY.w, mode)[1:3]
+    jax.clear_caches()
+    monkeypatch.setattr(quantize_rows, "_TOGETHER", 0)
+    apart = quantized(ORDINARY.x, ORDINARY.w, mode)[1:3]
+    jax.clear_caches()
+    as_floats = lambda tree: [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(tree)]
+    for got, want in zip(as_floats(apart), as_floats(together), strict=True):
+        np.testing.assert_array_equal(got, want)
+    check(product(*ORDINARY, threshold=THRESHOLD, mode=mode, config=PATHS["triton"]), ORDINARY, THRESHOLD, mode)
+
+
 def test_longest_exact_sum():
     from pallas_kernels._numerics import K_EXACT
 
