@@ -84,6 +84,8 @@ def read(text: str, weights: set[tuple[int, ...]]) -> Program:
         launches[found["op"]] += 1
         if found["op"] in _SYNCHRONIZING:
             synchronizing.append(found["name"])
+        if found["op"] == "custom-call":  # a kernel, whose buffer for outlier columns may be as large as the weight
+            continue
         for dims in re.findall(r"s8\[([\d,]+)\]", found["type"]):
             shape = tuple(map(int, dims.split(",")))
             if shape in weights or shape[::-1] in weights:

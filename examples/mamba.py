@@ -140,7 +140,8 @@ def measure(model, params, inputs, calibration, configs):
     for name, config in configs.items():
         calibrated = config.outliers == "static" or getattr(config, "rotate", 0)
         int8 = jint8.quantize_params(params, config=config, plan=plan, outliers=found if calibrated else None)
-        got = [log_probabilities(run(int8, x)) for x in inputs]
+        run_it = run_float if config.scheme == "none" else run
+        got = [log_probabilities(run_it(int8, x)) for x in inputs]
         results[name] = {**compare(wanted, got), "bytes": jint8.memory_report(int8).bytes}
     return results
 

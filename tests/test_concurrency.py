@@ -64,7 +64,7 @@ def jobs():
         return jax.jit(jint8.apply(layer.apply))(tree, x)
 
     def of_nnx(threshold):
-        return jint8.nnx.quantize(Own(), config=Config(threshold=threshold))(x)
+        return jint8.nnx.quantize(Own(), x, config=Config(threshold=threshold))(x)
 
     return {
         **{f"generate {i}": lambda i=i: generated(i) for i in range(len(CONFIGS))},

@@ -44,7 +44,7 @@ def test_what_is_read_from_a_program():
     assert found.rewritten == ["turned: s8[8, 4]"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(nogpu.missing() is not None, reason=str(nogpu.missing()))
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("what", "budget"), [("step", STEP), ("prefill", PREFILL)])
