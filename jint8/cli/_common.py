@@ -83,6 +83,12 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter that PEFT saved, to add to the model")
 
 
+def add_batch_argument(parser: argparse._ActionsContainer, what: str, default: int | None = 1) -> None:
+    """`--batch-size`: how many of `what` go through the model at once. None is all."""
+    said = "all" if default is None else default
+    parser.add_argument("--batch-size", type=int, default=default, metavar="N", help=f"{what} ({said})")
+
+
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     """`--no-compile-cache`."""
     parser.add_argument(

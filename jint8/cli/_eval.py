@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens per chunk of a text (512)")
     parser.add_argument("--compare", action="store_true", help="also run the model in floating point, and compare")
     _float_model.add_float_argument(parser, "; implies --compare")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences per call (1)")
+    _common.add_batch_argument(parser, "sequences per call")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
     _generate.add_kv_cache_argument(parser)
     _common.add_model_arguments(parser)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, a config.json, or a known size: opt-175b, ...")
     parser.add_argument("--mesh", required=True, metavar="NxMEMORY", help="devices and the memory of each: 8x24GiB")
     parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (1)")
+    parser.add_argument("--batch-size", "--batch", type=int, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument(
         "--reserve", default=RESERVE, metavar="MEMORY", help=f"of each device, for drivers and fragments ({RESERVE})"
     )
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     devices, memory = parse_mesh(args.mesh)
     reserve = parse_bytes(args.reserve, "--reserve")
-    _common.check_least(args, context=1, batch=1)
+    _common.check_least(args, context=1, batch_size=1)
     _common.quant_config(args)
     source, config = find_config(args.model)
     use_cpu_devices(devices)
@@ -142,7 +142,7 @@ def fit(
             decoder,
             devices,
             context=context,
-            batch=args.batch,
+            batch=args.batch_size,
             dtype=dtype,
             quant=_common.quant_config(args) or Config(),
             cache=args.cache,
@@ -158,7 +158,7 @@ def fit(
         "memory": memory,
         "reserve": reserve,
         "context": args.context,
-        "batch": args.batch,
+        "batch": args.batch_size,
         "dtype": dtype.name,
         "cache": args.cache,
         "per_device": {

@@ -1,13 +1,13 @@
 """Continue a text, or answer in a chat.
 
-The answer goes to standard output as it comes; several prompts run as one batch, and their answers are printed at the
-end. --chat without a prompt is a conversation: each line of standard input is a turn, until it ends (Ctrl-D). Ctrl-C
-ends an answer, and between answers the conversation.
+The answer goes to standard output as it comes; several prompts run as one batch, or as several of --batch-size, whose
+answers are printed when all of the batch are complete. --chat without a prompt is a conversation: each line of standard
+input is a turn, until it ends (Ctrl-D). Ctrl-C ends an answer, and between answers the conversation.
 
 JSON: text (a list for several prompts), prompt_tokens, new_tokens (with the end token), tokens_per_s (of decoding,
 without the first token; from the second block of tokens on, as the first one waits for compilation, where there are
-more; null where there was only one token), first_token_s (with compilation), weight_bytes {int8, float}: of all
-parameters as they are, and all in floating point.
+more; null where there was only one token), first_token_s (with compilation; of the first batch), weight_bytes {int8,
+float}: of all parameters as they are, and all in floating point.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help=_common.SOURCE)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated")
     parser.add_argument("--prompt-file", action="append", metavar="FILE", help="a file with a prompt; may be repeated")
+    _common.add_batch_argument(parser, "prompts at once", default=None)
     parser.add_argument("--chat", action="store_true", help="prompts are messages for the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message, with which each chat begins")
     parser.add_argument("--warm", action="store_true", help="compile before the first turn of a conversation")
@@ -96,10 +97,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("Expected a --prompt or a --prompt-file (or --chat, without --json), got none")
     if args.system is not None and not args.chat:
         raise ValueError("Expected --system with --chat, got it without")
+    if args.batch_size is not None and not prompts:
+        raise ValueError("Expected --batch-size with a --prompt, got it with a conversation")
     if args.warm and (prompts or not args.chat):
         raise ValueError("Expected --warm with a conversation (--chat without a prompt), got it without")
     for text, name in [*((prompt, "--prompt") for prompt in prompts), (args.system or "", "--system")]:
         _common.check_text(text, name)
+    _common.check_least(args, batch_size=1)
     check_sampling(args)
     config = _common.quant_config(args)
     _common.use_compile_cache(args)
@@ -115,7 +119,36 @@ def run(args: argparse.Namespace) -> None:
         ids = [chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-    _common.report(args, answer(args, model, ids))
+    _common.report(args, answer_in_batches(args, model, ids))
+
+
+def answer_in_batches(args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]]) -> dict[str, Any]:
+    """`answer`, of `--batch-size` prompts at a time. Speed is that of all tokens, each at the speed of its batch."""
+    import numpy as np
+
+    size = args.batch_size or len(prompts)
+    if size >= len(prompts):
+        return answer(args, model, prompts)
+    results, texts = [], []
+    for begin in range(0, len(prompts), size):
+        batch = prompts[begin : begin + size]
+        if begin and not args.json:
+            print()  # between answers, as there is within a batch
+        is_last = begin + size >= len(prompts)
+        # Each batch draws numbers of its own: the same prompt twice may have two answers.
+        seed = args.seed if not begin else int(np.random.SeedSequence([args.seed % 2**64, begin]).generate_state(1)[0])
+        result = answer(args, model, batch, None if is_last else [""] * len(batch), seed=seed)
+        texts += [result["text"]] if len(batch) == 1 else result["text"]
+        results.append(result)
+    timed = [result for result in results if result["tokens_per_s"]]
+    seconds = sum(result["new_tokens"] / result["tokens_per_s"] for result in timed)
+    tokens = sum(result["new_tokens"] for result in timed)
+    return results[0] | {
+        "text": texts,
+        "prompt_tokens": sum(result["prompt_tokens"] for result in results),
+        "new_tokens": sum(result["new_tokens"] for result in results),
+        "tokens_per_s": tokens / seconds if timed else None,
+    }
 
 
 def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -154,11 +187,17 @@ def _turn() -> str | None:
 
 
 def answer(
-    args: argparse.Namespace, model: LanguageModel, prompts: list[list[int]], texts: list[str] | None = None
+    args: argparse.Namespace,
+    model: LanguageModel,
+    prompts: list[list[int]],
+    texts: list[str] | None = None,
+    *,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Continues tokens; the text is printed as it comes unless `--json` was given. Returns it, and what it took.
 
     `texts` is given where more answers follow; it receives what there is of each text, for whoever interrupts it.
+    `seed` takes the place of `--seed`.
     """
     from jint8 import memory_report
     from jint8._inference.language_model import STOP_TOKENS, STREAM_TOKENS
@@ -169,7 +208,7 @@ def answer(
     chunks = model.generate_tokens(
         prompts,
         max_tokens=args.max_tokens,
-        seed=args.seed,
+        seed=args.seed if seed is None else seed,
         cache=args.cache,
         every=STREAM_TOKENS if stream else STOP_TOKENS,
         **choice(args),

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relative", action="store_true", help="the threshold is in mean magnitudes of the token")
     parser.add_argument("--layer-share", type=float, default=0.25, metavar="P", help="share of layers (0.25)")
     parser.add_argument("--position-share", type=float, default=0.06, metavar="P", help="share of positions (0.06)")
+    _common.add_batch_argument(parser, "sequences per call")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
     parser.add_argument("--plot", metavar="FILE", help="a map of layers and dimensions, as .png, .svg or .pdf")
     parser.add_argument("--plot-magnitudes", metavar="FILE", help="magnitudes by layer")
@@ -39,13 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    import numpy as np
+
     from jint8 import analysis
     from jint8.analysis._criteria import Criteria
 
     plots = {"plot_features": args.plot, "plot_magnitudes": args.plot_magnitudes}
     plots = {name: file for name, file in plots.items() if file is not None}
     _check_files(list(plots.values()), args.html)
-    _common.check_least(args, seq_len=2, limit=1)
+    _common.check_least(args, seq_len=2, batch_size=1, limit=1)
     options = {"threshold": args.threshold, "relative": args.relative}
     criteria = {"layer_share": args.layer_share, "position_share": args.position_share}
     Criteria(**options, **criteria)  # checks them
@@ -56,13 +59,13 @@ def run(args: argparse.Namespace) -> None:
         _common.check_float(source, "--float")
     _common.use_compile_cache(args)
     model = _common.load(args, source, quantize=not args.float)
-    batches = model.batches(text, args.seq_len)[: args.limit]
-    with _common.progress_bar(args, "reading", f"evaluating {len(batches)} sequences", unit="seq") as progress:
+    sequences = model.batches(text, args.seq_len)[: args.limit]
+    with _common.progress_bar(args, "reading", f"evaluating {len(sequences)} sequences", unit="seq") as progress:
 
         def counted():
-            for done, batch in enumerate(batches):
-                progress(done, len(batches))
-                yield batch
+            for done in range(0, len(sequences), args.batch_size):
+                progress(done, len(sequences))
+                yield np.concatenate(sequences[done : done + args.batch_size])
 
         found = analysis.outlier_statistics(model.run, {"params": model.params}, counted(), **options)
     for name, file in plots.items():
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         page = analysis.html_report(found, title=f"Outlier features of {Path(args.source).name}", **criteria)
         Path(args.html).write_text(page, encoding="utf-8")
     if args.json:
-        tokens = sum(batch.size for batch in batches)
+        tokens = sum(sequence.size for sequence in sequences)
         made = {"plots": list(plots.values()), "html": args.html}
         _common.report(args, {"tokens": tokens, **found.to_dict(**criteria), **made})
     else:

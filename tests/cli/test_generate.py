@@ -89,6 +89,34 @@ def test_batch_of_the_command(llama, model, tmp_path, run, run_json):
     assert (status, out) == (0, "\n\n".join(got["text"]) + "\n")
 
 
+def test_batches_of_the_command(llama, token_model, run, run_json):
+    prompts = [PROMPT, OTHER, "x", "hello", "a b"]
+    argv = [word for prompt in prompts for word in ("--prompt", prompt)]
+    common = ("generate", llama, *argv, "--max-tokens", N, "--dtype", "float32", "--outliers", "token")
+    got = run_json(*common, "--batch-size", 2)
+    assert got["text"] == token_model.generate(prompts, max_tokens=N)
+    assert (got["prompt_tokens"], got["new_tokens"]) == (sum(map(len, prompts)), len(prompts) * N)
+    assert got["tokens_per_s"] > 0
+    assert set(got) == set(run_json(*common, "--batch-size", 9))
+    for size in (1, 2):  # one at a time are streamed
+        status, out, _ = run(*common, "--batch-size", size)
+        assert (status, out) == (0, "\n\n".join(got["text"]) + "\n")
+
+
+def test_batches_draw_for_themselves(llama, run_json):
+    common = ("generate", llama, *("--prompt", PROMPT) * 3, "--max-tokens", N, "--temperature", 2.0, "--seed", 7)
+    first, second, third = run_json(*common, "--batch-size", 1)["text"]
+    assert len({first, second, third}) == 3
+    assert run_json(*common, "--batch-size", 1)["text"] == [first, second, third]
+    alone = ("generate", llama, "--prompt", PROMPT, "--max-tokens", N, "--temperature", 2.0, "--seed", 7)
+    assert run_json(*alone)["text"] == first
+
+
+def test_one_token_in_batches(llama, run_json):
+    got = run_json("generate", llama, "--prompt", "a", "--prompt", "b", "--batch-size", 1, "--max-tokens", 1)
+    assert (got["new_tokens"], got["tokens_per_s"]) == (2, None)
+
+
 def test_prompt_from_standard_input(llama, model, monkeypatch, run_json):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     got = run_json("generate", llama, "--prompt-file", "-", "--max-tokens", N, "--dtype", "float32")

@@ -106,6 +106,18 @@ def test_outliers(llama, run_json, tmp_path):
     assert "<svg" in (tmp_path / "magnitudes.svg").read_text()
 
 
+def test_outliers_in_batches(llama, run_json, tmp_path):
+    """What is counted doesn't depend on how many sequences a call has; the last one has fewer."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    common = ("outliers", llama, "--float", "--text", tmp_path / "text.txt", "--seq-len", 20)
+    one, three = run_json(*common), run_json(*common, "--batch-size", 3)
+    assert one["tokens"] == three["tokens"] == 100
+    found = [{(f["projection"], f["dimension"], f["position_share"]) for f in got["features"]} for got in (one, three)]
+    assert found[0] == found[1] != set()
+    qkv = "layers_*/attention/qkv/weight"
+    assert one["projections"][qkv]["outlier_values"] == three["projections"][qkv]["outlier_values"]
+
+
 def test_outliers_as_a_table(llama, run):
     status, out, _ = run("outliers", llama, "--float", "--limit", 1)
     assert status == 0
