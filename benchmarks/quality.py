@@ -12,7 +12,9 @@ comes with the package. What is measured is added to the rows of the same text t
 
 Variants of the model compute the same function in floating point (`jint8.analysis.inject_outliers`): in `planted` six
 feature dimensions, drawn at random, are 64 times larger; in `own` six of which one is the model's own largest; in
-`broad` half of all dimensions 8 times, as some families have.
+`broad` half of all dimensions 8 times, as some families have. In `permuted` the channels of the residual stream, of the
+MLPs and within each head's values are in another, random order: the file's weights are in blocks of four bits already,
+which groups of four bits would otherwise hit by luck; `permuted own` is that of `own`.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ from harness import RESULTS, write
 
 import jint8
 from jint8._inference.evaluate import evaluate
+from jint8._inference.load import FOUR_BIT_COLUMNS
 from jint8._trees.memory import projection_bytes
 from jint8._trees.params import with_config
 from jint8.analysis import inject_outliers, outlier_statistics
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
+from jint8.models._fused import row_order
 
 sys.path.append(str(Path(__file__).with_name("peers")))
 from measure import Missing, Worker
@@ -61,6 +65,8 @@ VARIANTS: dict[str, tuple[Sequence[int], float]] = {  # outlier feature dimensio
     "planted": (PLANTED, 64.0),
     "own": (OWN, 64.0),
     "broad": (range(0, 576, 2), 8.0),
+    "permuted": ((), 1.0),
+    "permuted own": (OWN, 64.0),
 }
 PEERS: dict[str, dict[str, Any]] = {  # of peers/with_torch.py
     "bitsandbytes": {"quantization": "bitsandbytes"},
@@ -99,6 +105,15 @@ def _rows() -> dict[str, Row]:
     rows["static, relative"] = Row(dataclasses.replace(config.preset("static"), **relative), relative)
     for budget in (0.005, 0.01, 0.02):
         rows[f"static, budget {budget:g}"] = Row(config.preset("static"), {"budget": budget})
+    for grouping in ("oc", "ic", "ada"):
+        rows[f"int4, {grouping}"] = Row(config(scheme="int4", grouping=grouping), {})
+    rows["int4, 16 columns"] = Row(config(scheme="int4", outliers="static"), {"budget": 16})
+    rows["int4, smoothed, 8 columns"] = Row(config(scheme="int4", rotate=1, outliers="static"), {"budget": 8})
+    rows["int4, rotated"] = Row(config(scheme="int4", rotate=64), {})
+    for group in (32, 128):
+        four = dataclasses.replace(config.preset("w4"), group=group)
+        rows[f"w4, group {group}"] = Row(four, {"budget": FOUR_BIT_COLUMNS})
+    rows["w4"] = Row(config.preset("w4"), {"budget": FOUR_BIT_COLUMNS})
     rows["two digits"] = Row(config(scheme="vector", digits=2))
     return rows
 
@@ -135,7 +150,7 @@ class Bench:
         self.reference: Any = Computed.of(self.model, self.tokens)
 
     def measure(self, variant: str, row: Row) -> dict[str, Any]:
-        floats = planted(self.model.params, variant)
+        floats = planted(self.model.params, variant, self.model.config)
         outliers = None
         if row.criteria is not None:
             other = row.config.for_calibration()
@@ -146,6 +161,7 @@ class Bench:
         model = dataclasses.replace(self.model, params=params)
         start = time.perf_counter()
         result = {**self._compare(model), "projection_bytes": projection_bytes(params)}
+        result["bits"] = 8 * result["projection_bytes"] / projection_size(params)
         result["seconds"] = time.perf_counter() - start
         if outliers is not None and row.config.uses_calibrated_columns:
             columns = sum(len(found) for found in outliers.values())
@@ -184,7 +200,7 @@ class Bench:
         """Of the inputs' columns, of which any value in a call reaches the threshold, and of their values."""
         if threshold == 0:
             return {"columns": 0.0, "values": 0.0}
-        params = {"params": planted(self.model.params, variant)}
+        params = {"params": planted(self.model.params, variant, self.model.config)}
         columns, values = [], []
         for ids in self.tokens[:2]:
             found = outlier_statistics(self.model.run, params, [ids[None]], threshold=threshold).projections.values()
@@ -199,9 +215,53 @@ class Bench:
         return {str(path): leaf.shape[-1] for path, leaf in leaves if isinstance(leaf, jint8.QTensor)}
 
 
-def planted(params: Any, variant: str) -> Any:
+def projection_size(params: Any) -> int:
+    """How many weights the projections have."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, jint8.QTensor))
+    return sum(leaf.size for leaf in leaves if isinstance(leaf, jint8.QTensor))
+
+
+def planted(params: Any, variant: str, config: Any = None) -> Any:
     dimensions, factor = VARIANTS[variant]
-    return inject_outliers(params, dimensions, factor) if dimensions else params
+    params = inject_outliers(params, dimensions, factor) if dimensions else params
+    return permuted(params, config) if variant.startswith("permuted") else params
+
+
+def permuted(params: Any, config: Any) -> Any:
+    """The parameters of a Llama with its channels in a random order: the same function."""
+    rng = np.random.default_rng(0)
+    stream, head, heads = rng.permutation(config.hidden_size), config.head_dim, config.num_kv_heads
+    group = config.num_heads // heads  # query heads to one head of values
+
+    def in_order(module: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of stacked projections as the model interleaves them: `fused[result] == stacked[rows][order]`."""
+        order = row_order(module, config)
+        return np.argsort(order)[rows[order]]
+
+    def layer(of: Any) -> Any:
+        hidden = rng.permutation(config.intermediate_size)
+        values = np.stack([rng.permutation(head) for _ in range(heads)])
+        others = np.arange((config.num_heads + heads) * head)  # rows before those of the values
+        start = len(others) + head * np.arange(heads)[:, None]
+        rows = in_order("attention/qkv", np.concatenate([others, (start + values).reshape(-1)]))
+        columns = np.concatenate([head * h + values[h // group] for h in range(config.num_heads)])
+        pairs = in_order("mlp/gate_up", np.concatenate([hidden, config.intermediate_size + hidden]))
+        attention, mlp = of["attention"], of["mlp"]
+        return {
+            "attention_norm": {"scale": of["attention_norm"]["scale"][stream]},
+            "attention": {
+                "qkv": {"weight": attention["qkv"]["weight"][rows][:, stream]},
+                "out": {"weight": attention["out"]["weight"][stream][:, columns]},
+            },
+            "mlp_norm": {"scale": of["mlp_norm"]["scale"][stream]},
+            "mlp": {
+                "gate_up": {"weight": mlp["gate_up"]["weight"][pairs][:, stream]},
+                "down": {"weight": mlp["down"]["weight"][stream][:, hidden]},
+            },
+        }
+
+    top = {"embedding": params["embedding"][:, stream], "norm": {"scale": params["norm"]["scale"][stream]}}
+    return top | {name: layer(of) for name, of in params.items() if name.startswith("layers_")}
 
 
 def planted_by_names(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:
@@ -342,6 +402,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> list[str]:
         "lowest_cosine": ("lowest", "{:.4f}"),
         "nearest": ("nearest text equal", "{:.3f}"),
         "projection_bytes": ("projections, MB", "{:.2f}"),
+        "bits": ("bits a weight", "{:.2f}"),
         "calibrated_columns": ("calibrated columns", "{:.2%}"),
         "columns": ("columns in 16 bits", "{:.2%}"),
         "values": ("values in 16 bits", "{:.3%}"),

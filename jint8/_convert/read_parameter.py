@@ -23,6 +23,7 @@ from jint8._convert.targets import Target
 from jint8._core.config import Config
 from jint8._core.outlier_rows import check_outliers
 from jint8._core.qtensor import QTensor
+from jint8._core.quantize import quantize
 from jint8._core.rotation import check_rms, rotation_block
 from jint8._core.rounding import SMALLEST_NORMAL, affine, symmetric
 from jint8.checkpoints import Checkpoint
@@ -71,6 +72,8 @@ class ParameterReader:
             arrays = {"float": Assembly(shape, self.dtype, sharding)}
             self._fill(arrays, self._float_blocks)
             return arrays["float"].array()
+        if self.config.four_bits:
+            return self._four_bits(outliers, rms)
         of_q, of_scale = (None, None) if sharding is None else (sharding.q, sharding.scale)
         arrays = {"q": Assembly(shape, np.int8, of_q), "scale": Assembly((*shape[:-1], 1), np.float32, of_scale)}
         if self.config.table_row.affine:
@@ -94,6 +97,13 @@ class ParameterReader:
         self._fill(arrays, functools.partial(self._int8_blocks, rotation), columns)
         more |= {field: assembly.array() for field, assembly in arrays.items()}
         return QTensor(**more, dtype=self.dtype, config=config)
+
+    def _four_bits(self, outliers: ArrayLike | None, rms: ArrayLike | None) -> QTensor:
+        """The parameter in four bits: all of it is in floating point first, as groups may run over its rows."""
+        whole = {"float": Assembly(self.target.float_leaf.shape, np.float32)}
+        self._fill(whole, functools.partial(self._float_blocks, dtype=np.float32))
+        w = self._checked(_quantized, whole["float"].array(), config=self.config, outliers=outliers, rms=rms)
+        return dataclasses.replace(w, dtype=jnp.dtype(self.dtype))
 
     def _checked(self, check: Callable[..., Any], value: ArrayLike, **options: Any) -> Any:
         """`check(value, shape, contract_axes, stack_axes)`, with the parameter's name in its errors."""
@@ -186,9 +196,9 @@ class ParameterReader:
         yield original, {"q": np.asarray(rounded), **dict(zip(("scale", "zero"), columns, strict=False))}
 
     def _float_blocks(
-        self, name: str, rows: slice, at: np.ndarray
+        self, name: str, rows: slice, at: np.ndarray, dtype: DTypeLike | None = None
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Rows of a tensor in floating point."""
+        """Rows of a tensor in floating point, in `dtype` or that of the parameter."""
         del at
         # int8 nevertheless, where another tensor of the same fused projection was skipped
         if int8_weights.is_int8_weight(self.checkpoint, name):
@@ -197,7 +207,7 @@ class ParameterReader:
         else:
             value = self._read(name, rows)
             check_finite(value)
-        yield value, {"float": cast(value, self.dtype)}
+        yield value, {"float": cast(value, self.dtype if dtype is None else dtype)}
 
     def _read(self, name: str, rows: slice) -> np.ndarray:
         """Rows of a tensor in floating point, as the checkpoint has them but for the order of axes."""
@@ -217,6 +227,12 @@ class ParameterReader:
 @functools.cache
 def _rounding(is_affine: bool) -> Callable[..., tuple[jax.Array, ...]]:
     return jax.jit(affine if is_affine else symmetric, static_argnums=1)
+
+
+def _quantized(w: jax.Array, shape: Any, contract_axes: Any, stack_axes: Any, **options: Any) -> QTensor:
+    """`quantize`, with the arguments of a check."""
+    del shape
+    return quantize(w, contract_axes=contract_axes, stack_axes=stack_axes, **options)
 
 
 def _outlier_rows(values: np.ndarray, columns: np.ndarray, scale: np.ndarray) -> np.ndarray:

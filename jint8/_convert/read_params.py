@@ -59,10 +59,10 @@ def read_params(
         can't shard evenly; the message names file and tensor, or the path.
     """
     check_calibrated(outliers)
-    if config.four_bits:
+    if config.four_bits and mesh is not None:
         raise ValueError(
-            f"{checkpoint.path}: Expected a scheme of int8 for a checkpoint, got {config.scheme!r}: load it with "
-            "quantize=False, and quantize its params."
+            f"{checkpoint.path}: Expected a scheme of int8 with a mesh, got {config.scheme!r}: load without a mesh, "
+            "save, and load what was saved with it."
         )
     targets = find_targets(checkpoint, model, config=config, selection=selection)
     if unknown := sorted(calibrated_paths(outliers) - set(targets)):

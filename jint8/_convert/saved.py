@@ -2,8 +2,8 @@
 
 An array `a/b` of the parameters is saved under that name; a `QTensor` as its arrays, `a/b#q`, `a/b#scale` and so on.
 `jint8.json` has the rest: the dtype of activations, the model's `Config` (`"quant"`), and for each `QTensor`
-(`"weights"`) which arrays it has and its other fields, with null for arrays that it doesn't have. A model that isn't
-rotated is written as jint8 0.1.0 reads it.
+(`"weights"`) which arrays it has and its other fields, with null for arrays that it doesn't have. A model in
+int8 that isn't rotated is written as jint8 0.1.0 reads it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,9 +23,9 @@ from jax.typing import DTypeLike
 from jint8._convert.assemble import decoder_shardings
 from jint8._convert.compatible import check_runs
 from jint8._convert.read_params import Progress
-from jint8._convert.saved_values import check_values
+from jint8._convert.saved_values import check_arrays, check_values
 from jint8._core.config import Config
-from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, contracted_axes, is_qtensor
+from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, is_qtensor
 from jint8._core.static_fields import config_from_json, config_to_json, static_from_json, static_to_json
 from jint8._trees.params import with_config
 from jint8._trees.paths import leaf_paths, nested
@@ -55,8 +54,9 @@ def to_arrays(params: Any, *, quant: Config, dtype: DTypeLike) -> tuple[dict[str
             weights[path] = _description(leaf)
         else:
             arrays[path] = leaf
-    rotates = quant.rotate or any("smooth" in description["arrays"] for description in weights.values())
-    version = VERSIONS[-1] if rotates else VERSIONS[0]
+    written = {array for description in weights.values() for array in description["arrays"]}
+    four_bits = quant.four_bits or "group_scale" in written
+    version = VERSIONS[2 if four_bits else 1 if quant.rotate or "smooth" in written else 0]
     described = {"dtype": jnp.dtype(dtype).name, "quant": config_to_json(quant), "weights": weights}
     return arrays, {"version": version, **described}
 
@@ -93,6 +93,8 @@ def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
         check_runs(config, own, columns=columns)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
+    if own.four_bits:  # nothing in it says how to multiply
+        return own
     return dataclasses.replace(config, rotate=own.rotate)
 
 
@@ -213,7 +215,7 @@ def _own_arrays(w: QTensor) -> list[str]:
 def _description(w: QTensor) -> dict[str, Any]:
     """Which fields are arrays, and the others."""
     arrays = _own_arrays(w)
-    absent = {field: None for field in ARRAY_FIELDS if field not in arrays and field != "smooth"}
+    absent = {field: None for field in ARRAY_FIELDS[:5] if field not in arrays}  # those that jint8 0.1.0 knows
     static = static_to_json({field: getattr(w, field) for field in STATIC_FIELDS})
     return {"arrays": arrays, "fields": absent | static}
 
@@ -250,38 +252,10 @@ def _checked_leaf(
             raise ValueError(f"Expected arrays {', '.join(sorted(names | {'q', 'scale'}))}, got {found}.")
         fields: dict[str, Any] = arrays | static
         leaf = QTensor(**fields)
-        _check_arrays(leaf, found)
+        check_arrays(leaf, found)
     if leaf.shape != shape:
         raise ValueError(f"Expected shape {shape}, got {found}.")
     return leaf
-
-
-def _check_arrays(w: QTensor, found: str) -> None:
-    arrays = {field: getattr(w, field) for field in _own_arrays(w)}
-    dtypes = {"q": jnp.int8, "scale": jnp.float32, "outlier_rows": jnp.float16, "smooth": jnp.float32}
-    for field, dtype in dtypes.items():
-        if field in arrays and arrays[field].dtype != dtype:
-            raise ValueError(f"Expected {field} in {jnp.dtype(dtype)}, got {found}.")
-    if any(array.ndim != w.q.ndim for array in arrays.values()):
-        raise ValueError(f"Expected arrays of {w.q.ndim} dimensions, got {found}.")
-    if any(size not in (1, full) for size, full in zip(w.scale.shape, w.q.shape, strict=True)):
-        raise ValueError(f"Expected a scale for q of shape {w.q.shape}, got {found}.")
-    _check_smooth(w, found)
-
-
-def _check_smooth(w: QTensor, found: str) -> None:
-    block = w.config.rotate
-    if bool(block) != (w.smooth is not None):
-        expected = f"smoothing factors of a weight with rotate={block}" if block else "none with rotate=0"
-        raise ValueError(f"Expected {expected}, got {found}.")
-    if w.smooth is None:
-        return
-    contracted = contracted_axes(w)
-    sizes = [(full,) if axis in contracted else (1, full) for axis, full in enumerate(w.q.shape)]
-    if any(size not in allowed for size, allowed in zip(w.smooth.shape, sizes, strict=True)):
-        raise ValueError(f"Expected a smoothing factor for each feature of q of shape {w.q.shape}, got {found}.")
-    if (k := math.prod(w.q.shape[axis] for axis in contracted)) % block:
-        raise ValueError(f"Expected features in blocks of rotate={block}, got {k}.")
 
 
 def _field(checkpoint: Jint8Checkpoint, name: str, kind: type) -> Any:

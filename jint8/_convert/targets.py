@@ -48,6 +48,8 @@ class Target(NamedTuple):
         """The parameter that is read, without values."""
         if self.contract_axes is None:
             return self.float_leaf
+        if config.four_bits and config.grouping == "ada":  # what it chooses has about as many bytes
+            config = dataclasses.replace(config, grouping="oc")
         return jax.eval_shape(
             functools.partial(quantize, contract_axes=self.contract_axes, config=config), self.float_leaf
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 OutlierMode = Literal["batch", "token", "static"]
 OUTLIER_MODES: tuple[OutlierMode, ...] = get_args(OutlierMode)
-Preset = Literal["paper", "static", "rotated", "best", "fast"]
+Preset = Literal["paper", "static", "rotated", "best", "fast", "w4"]
 Grouping = Literal["oc", "ic", "ada"]
 GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
 LARGEST_BLOCK = 512  # of a rotation: larger matrices cost more than they gain
@@ -175,6 +175,8 @@ class Config:
             `"rotated"`: features smoothed and rotated, then one int8 product without decomposition.
             `"best"`: that, and two digits per activation: what is left is the error of int8 weights alone.
             `"fast"`: zero points and no decomposition.
+            `"w4"`: weights of four bits, of features that were smoothed and rotated, beside calibrated columns in 16
+            bits; float activations.
 
         Returns:
           The config.
@@ -252,6 +254,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "rotated": {"scheme": "vector", "rotate": 64},
     "best": {"scheme": "vector", "rotate": 64, "digits": 2},
     "fast": {"scheme": "vector-zp"},
+    "w4": {"scheme": "int4", "rotate": 64, "outliers": "static"},
 }
 
 

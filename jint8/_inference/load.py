@@ -33,6 +33,10 @@ from jint8.checkpoints._sums import verify_files
 from jint8.models import Decoder, Encoder, encoder_config, model_config
 from jint8.models.families import text_config
 
+# Calibrated columns of each weight in four bits: docs/quality.md has what they gain. Large columns of activations are
+# not the reason there, so their number does not depend on how large those are.
+FOUR_BIT_COLUMNS = 8
+
 
 def load(
     path: str | os.PathLike[str],
@@ -181,13 +185,13 @@ def _load_fields(
     mesh: Mesh | None = None,
     outliers: Mapping[str, Any] | None = None,
     calibrate: str | Literal[False] | None = None,
-    find_outliers: Callable[[dict[str, Any], str | None], Calibration] | None = None,
+    find_outliers: Callable[[dict[str, Any], str | None, int | None], Calibration] | None = None,
 ) -> dict[str, Any]:
     """The fields of a `LanguageModel` or a `TextEncoder`, read from a checkpoint.
 
     Arguments are those of `load`, and two by which both kinds of model differ: `build` makes the Flax module, and
-    `find_outliers` finds the columns for static outliers, with the fields of a model and a text; it is None for a kind
-    of model that can't.
+    `find_outliers` finds the columns for static outliers, with the fields of a model, a text and how many columns each
+    layer has (None goes by their size); it is None for a kind of model that can't.
     """
     if config is not None:
         check_config(config)
@@ -230,7 +234,8 @@ def _load_fields(
                 # the result are read: both together may not fit.
                 other = quant.for_calibration()
                 dynamic = read(config=other)
-                outliers = find_outliers(_fields(checkpoint, model, dynamic, other), calibrate)
+                budget = FOUR_BIT_COLUMNS if quant.four_bits else None
+                outliers = find_outliers(_fields(checkpoint, model, dynamic, other), calibrate, budget)
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:
@@ -238,8 +243,8 @@ def _load_fields(
         return _fields(checkpoint, model, params, quant)
 
 
-def _find_outliers(fields: dict[str, Any], text: str | None) -> Calibration:
-    return LanguageModel(**fields).calibrate(text)
+def _find_outliers(fields: dict[str, Any], text: str | None, budget: int | None) -> Calibration:
+    return LanguageModel(**fields).calibrate(text, budget=budget)
 
 
 def _fields(checkpoint: Checkpoint, model: Decoder | Encoder, params: dict[str, Any], quant: Config) -> dict[str, Any]:

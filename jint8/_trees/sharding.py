@@ -10,8 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
+from jint8._core.four_bits import group_count
 from jint8._core.qtensor import QTensor, contracted_axes, is_qtensor, storage_axes
 from jint8._core.rotation import features_together
+from jint8._core.storage import grouped_axis, packed_axis, stored_shape
 from jint8._trees.paths import path_string
 
 
@@ -21,8 +23,9 @@ def shardings(params: Any, specs: Any, *, mesh: Mesh | None = None) -> Any:
     `jax.device_put(params, shardings)` then distributes the tree, and products under `jax.jit` equal those on one
     device: outlier columns and row scales are found over all devices, sums stay exact in int32.
 
-    A weight's int8 values are sharded as the float weight, wherever they store its axes. Its scales and what else it
-    has are sharded the same, but on axes that they don't have in full (the contracted ones), where they are whole.
+    A weight's values are sharded as the float weight, wherever they store its axes; of four bits by whole blocks. Its
+    scales and what else it has are sharded the same, but on axes that they don't have in full (the contracted ones),
+    where they are whole.
 
     Args:
       params: a tree with `QTensor`s (arrays or `jax.ShapeDtypeStruct`s).
@@ -109,13 +112,36 @@ def _leaf(name: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*axes))
     stored = [axis for _, axis in sorted(zip(storage_axes(leaf), axes, strict=True), key=lambda pair: pair[0])]
 
-    _check_block(name, leaf, NamedSharding(mesh, PartitionSpec(*stored)))
+    placed = NamedSharding(mesh, PartitionSpec(*stored))
+    _check_block(name, leaf, placed)
+    full, grouped = stored_shape(leaf), set[int]()
+    if leaf.features is not None:
+        grouped = {packed_axis(leaf), grouped_axis(leaf)}
+        _check_bytes(name, leaf, placed)
 
     def of(part):
-        whole = zip(part.shape, leaf.q.shape, stored, strict=True)
-        return NamedSharding(mesh, PartitionSpec(*(axis if size == full else None for size, full, axis in whole)))
+        """The axes that a part has in full: each feature or channel, or the bytes and the groups that they are in."""
+        own = []
+        for s, (size, axis) in enumerate(zip(part.shape, stored, strict=True)):
+            together = full[s] // _devices(name, axis, mesh)
+            by_group = s in grouped and size in (leaf.q.shape[s], group_count(full[s], leaf.config.group))
+            own.append(axis if size == full[s] or (by_group and together % leaf.config.group == 0) else None)
+        return NamedSharding(mesh, PartitionSpec(*own))
 
     return jax.tree.map(of, leaf)
+
+
+def _check_bytes(name: str, w: QTensor, sharding: NamedSharding) -> None:
+    """Raises ValueError where a device would have a part of a block of features that share bytes."""
+    if 0 in w.q.shape:
+        return
+    packed, block = packed_axis(w), 2 * w.config.group
+    together = sharding.shard_shape(stored_shape(w))[packed]
+    if together != w.features and together % block:
+        raise ValueError(
+            f"{name}: Expected devices to have whole blocks of the {block} features that share bytes, two groups of "
+            f"{w.config.group}, got runs of {together} features each: quantize it with a smaller group."
+        )
 
 
 def _check_block(name: str, w: QTensor, sharding: NamedSharding) -> None:
@@ -123,7 +149,7 @@ def _check_block(name: str, w: QTensor, sharding: NamedSharding) -> None:
     block = w.config.rotate
     if w.smooth is None or 0 in w.q.shape:
         return
-    on_devices = jax.ShapeDtypeStruct(w.q.shape, np.int8, sharding=sharding)
+    on_devices = jax.ShapeDtypeStruct(stored_shape(w), np.int8, sharding=sharding)
     together = features_together(on_devices, contracted_axes(w))
     if together % block:
         raise ValueError(

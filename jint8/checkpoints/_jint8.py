@@ -23,8 +23,8 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PEEK = 4096  # bytes, of which hardly ever all are 0 in an array that isn't
 # Version 1 had the rows of fused projections in another order. Version 3 may have smoothed weights, which readers of
-# version 2 don't know; a model without them is written as version 2.
-VERSIONS = (2, 3)
+# version 2 don't know; version 4 weights of four bits. A model is written in the first version that can have it.
+VERSIONS = (2, 3, 4)
 
 
 class Jint8Checkpoint(SafetensorsCheckpoint):

@@ -18,7 +18,7 @@ from jint8.models._attention import Attention, Context, context, mask
 from jint8.models._cache import Cache
 from jint8.models._config import ModelConfig
 from jint8.models._fused import split_gate
-from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, implementation, project, softcap
+from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, implementation, project, softcap, weight_of
 from jint8.models._rope import Rotary, rotary
 
 
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         init, width = nn.initializers.normal(0.02), c.embedding_size or c.hidden_size
-        self.embedding = self.param("embedding", init, (c.vocab_size, width), self.dtype)
+        self.embedding = weight_of(self, "embedding", init, (c.vocab_size, width))
         if c.embedding_size:
             self.project_in = Linear(c.hidden_size, dtype=self.dtype)
             self.project_out = Linear(c.embedding_size, dtype=self.dtype)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jint8.models._attention import Context, context, mask
 from jint8.models._config import ModelConfig
 from jint8.models._decoder import Block, embed
-from jint8.models._layers import Norm
+from jint8.models._layers import Norm, weight_of
 
 
 class Encoder(nn.Module):
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         c = self.config
         at = context(tokens) if at is None else at
         init = nn.initializers.normal(0.02)
-        embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), self.dtype)
+        embedding = weight_of(self, "embedding", init, (c.vocab_size, c.hidden_size))
         positions = self.param("positions", init, (c.max_positions, c.hidden_size), self.dtype)
         kinds = self.param("token_types", init, (c.token_types, c.hidden_size), self.dtype)
         x = embed(embedding, tokens).astype(self.dtype)

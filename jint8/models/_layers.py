@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -51,7 +51,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x[..., k]` -> `[..., features]`."""
         init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-        weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
+        weight = weight_of(self, "weight", init, (self.features, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
         if is_qtensor(weight) and self.mesh is not None and self.row_parallel:
             y = sharded_matmul(x, weight, bias=bias, mesh=self.mesh, axis=model_axis(self.mesh))
@@ -63,6 +63,18 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_a"):
             y = y + project(project(x, self.get_variable("params", "lora_a")), self.get_variable("params", "lora_b"))
         return y
+
+
+def weight_of(module: Any, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+    """`module.param(name, init, shape, module.dtype)`, which may be a `QTensor` that stands for an array of this shape.
+
+    `param` compares the shape with that of the first array, of which one in four bits has two features in a byte.
+    """
+    if module.has_variable("params", name):
+        value = module.get_variable("params", name)
+        if is_qtensor(value) and value.shape == shape:
+            return value
+    return module.param(name, init, shape, module.dtype)
 
 
 def implementation(mesh: Mesh | None) -> Literal["xla"] | None:
@@ -99,7 +111,7 @@ class GroupedLinear(nn.Module):
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """`x[m, k]`, of which expert e has `group_sizes[e]` rows -> `[m, features]`."""
         init = nn.initializers.lecun_normal(in_axis=2, out_axis=1, batch_axis=0)
-        weight = self.param("weight", init, (self.experts, self.features, x.shape[-1]), self.dtype)
+        weight = weight_of(self, "weight", init, (self.experts, self.features, x.shape[-1]))
         if is_qtensor(weight):  # ragged_dot takes [e, k, n]: the same values with another declared order of axes
             return ragged_dot(x, dataclasses.replace(weight, order=(1, 0), stack=(0,)), group_sizes)
         return lax.ragged_dot(x, weight.astype(x.dtype).swapaxes(1, 2), group_sizes)

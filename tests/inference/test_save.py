@@ -383,7 +383,7 @@ FAULTS = {
     "negative_scale": (arrays(scale=lambda x: -x), f"tensor '{DOWN}': Expected scales of at least 0"),
     "scales_lost": (arrays(scale=lambda x: 0 * x), f"tensor '{DOWN}': Expected values and scales that are 0 together"),
     "values_lost": (arrays(q=lambda x: 0 * x), f"tensor '{DOWN}': Expected values and scales that are 0 together"),
-    "version": (metadata(lambda m: m.update(version=1)), r"jint8\.json: Expected format version 2 or 3, got 1: conv"),
+    "version": (metadata(lambda m: m.update(version=1)), r"jint8\.json: Expected format version 2 .*4, got 1: conv"),
     "no_dtype": (metadata(lambda m: m.pop("dtype")), r"jint8\.json: Expected a str as 'dtype'"),
     "unknown_dtype": (metadata(lambda m: m.update(dtype="float33")), "float33"),
     "no_config": (metadata(lambda m: m.pop("quant")), r"jint8\.json: Expected a dict as 'quant'"),
