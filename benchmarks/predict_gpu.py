@@ -21,6 +21,7 @@ from pallas_kernels import nogpu
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.configs import FewRowsConfig, MosaicConfig, TritonConfig
 from pallas_kernels.machine_code import Loop
+from pallas_kernels.triton.quantize_rows import TOGETHER
 
 CHIP = CHIPS["sm_90"]
 CLOCK = 1.6e9  # Hz under load; 798 TFLOP/s of bfloat16 at 8192^3 are 81 % of the tensor cores' peak at 1.83 GHz
@@ -79,7 +80,7 @@ def preparation(m: int, n: int, k: int, outliers: int = 6) -> float:
     compact = GAP + LAUNCH + 1.0e-6
     gather = n * -(-outliers // 64) * 64 * 3
     quantize = 2.2e-6 + (3 * m * k + gather) / HBM * (1.0 if k <= 8192 else 1.25)
-    apart = GAP + LAUNCH if m * k > 2 << 20 else 0.0
+    apart = GAP + LAUNCH if m * k > TOGETHER else 0.0
     return find + compact + GAP + quantize + apart + GAP
 
 

@@ -29,7 +29,7 @@ _CHANNELS = 32  # output channels whose outlier columns one program gathers
 
 # Up to this many values of x, one launch quantizes them and gathers columns of w. More take two: the first of them is
 # the same for all products of one x, of which XLA runs one. From here on it takes longer than a launch, as predicted.
-_TOGETHER = 2 << 20
+TOGETHER = 4 << 20
 
 
 class QuantizedRows(NamedTuple):
@@ -218,7 +218,7 @@ def quantize_rows(
 ) -> QuantizedRows:
     """Quantizes each row by the largest absolute value among those that are kept, and gathers the outlier columns.
 
-    One launch, or two for many values (`_TOGETHER`).
+    One launch, or two for many values (`TOGETHER`).
 
     `factors[0] = max(abs(kept)) / 127`, `q = round_half_even(kept / factors[0])`. Outliers are left out of both. They
     come as they are, or as three 7-bit digits of `round(x / (max(abs(outlier)) / (127 * 2**14)))`, exact to 2**-22 of
@@ -278,7 +278,7 @@ def quantize_rows(
     dtype = jnp.int8 if digits else x.dtype
     out.append(jax.ShapeDtypeStruct(((DIGITS,) if digits else ()) + (allocated, size), dtype))
     out_w, w_programs = jax.ShapeDtypeStruct((n, size), dtype), pl.cdiv(n, _CHANNELS)
-    if m * k <= _TOGETHER:
+    if m * k <= TOGETHER:
         kernel = functools.partial(_quantize_and_gather_kernel, **static)
         q, factors, gathered, outlier_w = call(kernel, (programs + w_programs,), [x, *outliers, w], [*out, out_w])
     else:

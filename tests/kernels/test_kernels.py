@@ -176,7 +176,7 @@ def test_gathering_in_a_launch_of_its_own_changes_nothing(monkeypatch, mode):
 
     together = quantized(ORDINARY.x, ORDINARY.w, mode)[1:3]
     jax.clear_caches()
-    monkeypatch.setattr(quantize_rows, "_TOGETHER", 0)
+    monkeypatch.setattr(quantize_rows, "TOGETHER", 0)
     apart = quantized(ORDINARY.x, ORDINARY.w, mode)[1:3]
     jax.clear_caches()
     as_floats = lambda tree: [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(tree)]
