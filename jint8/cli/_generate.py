@@ -129,7 +129,8 @@ def answer_in_batches(args: argparse.Namespace, model: LanguageModel, prompts: l
     size = args.batch_size or len(prompts)
     if size >= len(prompts):
         return answer(args, model, prompts)
-    results, texts = [], []
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
     for begin in range(0, len(prompts), size):
         batch = prompts[begin : begin + size]
         if begin and not args.json:
