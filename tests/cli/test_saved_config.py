@@ -15,16 +15,22 @@ RUNS = {  # by the preset that a model was saved with
     "rotated": ["rotated", "best"],
     "best": ["rotated", "best"],
     "fast": ["fast"],
+    "w4": ["w4"],
 }
 OTHERS = [(own, other) for own in RUNS for other in RUNS[own] if other != own]
 REFUSED = [(own, other) for own in RUNS for other in RUNS if other not in RUNS[own]]
 IDS = np.random.default_rng(0).integers(3, 259, (2, 12))
 
 
+def test_every_preset_is_here():
+    assert set(RUNS) == set(PRESETS)
+
+
 def made_by(preset, llama):
     """A model quantized by a preset; smoothed by its weights alone, since calibration differs by preset."""
     config = jint8.Config.preset(preset)
-    return jint8.load(llama, dtype="float32", config=config, calibrate=False if config.rotate else None)
+    by_weights_alone = config.rotate > 0 and not config.uses_calibrated_columns
+    return jint8.load(llama, dtype="float32", config=config, calibrate=False if by_weights_alone else None)
 
 
 @pytest.fixture(scope="module")
