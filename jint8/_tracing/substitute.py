@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._ops.dot_general import dot_general
 from jint8._ops.ragged_dot import ragged_dot
-from jint8._tracing import loops
+from jint8._tracing import loops, shards
 from jint8._tracing import rearrange as _rearrange
 from jint8._tracing.loops import UnsupportedUse
 
@@ -106,7 +106,12 @@ def _with_weight(eqn: Any, operands: list[Any]) -> list[Any]:
     raise UnsupportedUse(f"Expected an int8 weight to be multiplied, rearranged or looked up, got {name}.")
 
 
-_CONTROL_FLOW = {"scan": loops.scan, "while": loops.while_loop, "cond": loops.cond}
+_CONTROL_FLOW = {
+    "scan": loops.scan,
+    "while": loops.while_loop,
+    "cond": loops.cond,
+    "shard_map": shards.shard_map,
+}
 
 
 # Products

@@ -101,8 +101,11 @@ def _own_int8(module: nn.Module) -> dict[str, QTensor]:
 
 
 def _runs_nnx(module: nn.Module) -> bool:
-    """Whether a module is `nnx.bridge.ToLinen`, known by where it is defined: nothing here imports nnx."""
-    return any(base.__module__.startswith("flax.nnx.bridge") for base in type(module).__mro__)
+    """Whether a module runs a whole model of nnx, as `nnx.bridge.ToLinen` does.
+
+    It is known by its field `nnx_class`, not by its class: MaxText has a `ToLinen` of its own.
+    """
+    return "nnx_class" in getattr(type(module), "__dataclass_fields__", {})
 
 
 def _nested_leaves(params: Mapping[str, Any], above: str = "") -> dict[str, Any]:

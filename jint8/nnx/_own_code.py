@@ -84,6 +84,7 @@ def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callab
         graphdef, state = nnx.split(self)
         variables = {keys: leaf for keys, leaf in own_leaves(self).items() if isinstance(leaf, Quantized)}
         weights = {join("", *keys): variable.get_value() for keys, variable in variables.items()}
+        made: dict[Keys, Any] = {}  # what the method adds to the layer, such as Intermediates
 
         def run(floats: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
             layer = nnx.merge(graphdef, state, copy=True)
@@ -92,6 +93,7 @@ def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callab
                 put(layer, keys, _float_leaf(variable, floats[join("", *keys)]))
             before = _values(layer)
             result = method(layer, *args, **kwargs)
+            made.update((path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(layer)) if path not in before)
             return result, {path: value for path, value in _values(layer).items() if value is not before.get(path)}
 
         try:
@@ -103,7 +105,9 @@ def _in_int8(layer_type: type[nnx.Module], method: Callable[..., Any]) -> Callab
             ) from error
         mine = dict(nnx.to_flat_state(nnx.state(self)))
         for path, value in changed.items():
-            if isinstance(mine[path], nnx.Variable):
+            if isinstance(variable := made.get(path), nnx.Variable):
+                _put_below(self, path, type(variable).from_metadata(value, dict(variable.get_metadata())))
+            elif isinstance(mine.get(path), nnx.Variable):
                 mine[path].set_value(value)
             else:
                 _put_below(self, path, value)
@@ -118,8 +122,8 @@ def _values(layer: nnx.Module) -> dict[Any, Any]:
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
-def _put_below(layer: nnx.Module, path: Keys, value: jax.Array) -> None:
-    """Puts a plain array into a layer or into a module in it."""
+def _put_below(layer: nnx.Module, path: Keys, value: jax.Array | nnx.Variable) -> None:
+    """Puts a plain array, or a new Variable, into a layer or into a module in it."""
     for i, key in enumerate(path[:-1]):
         inner = getattr(layer, key, None) if isinstance(key, str) else None
         if not isinstance(inner, nnx.Module) or contents(inner) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jint8._core.calibration import calibrated_paths, check_calibrated, only
@@ -61,7 +62,8 @@ def quantize(
       in whose place they are.
 
     Raises:
-      TypeError: `model` isn't an nnx module, or there are both a plan and inputs.
+      TypeError: `model` isn't an nnx module, there are both a plan and inputs, or the model's own code splits the state
+        of stacked layers by `nnx.Param` (found out where there are inputs).
       ValueError: a path in `plan` or `outliers` that isn't an attribute of a module, or NaN or infinity in a weight.
 
     Examples:
@@ -113,20 +115,52 @@ def quantize(
         raise ValueError(f"Expected outliers for attributes of modules, got {', '.join(unseen)}.")
     if config.quantizes_weights:
         _say_left_out(result, known, chosen, traced, unknown)
+    if traced and known is not None and any(known.stacked.get(path) for path in known):
+        _check_runs(result.model, inputs, call)
     return result.model
 
 
 def _traced_plan(model: nnx.Module, inputs: Sequence[Any], call: Callable[..., Any] | None) -> Plan:
     """What the model multiplies by, found by tracing it; its state, such as caches and statistics, isn't a weight."""
+    run, state = _as_function(model, call)
+    kinds = nnx.Cache, nnx.BatchStat, nnx.RngState, nnx.Intermediate, Quantized
+    no_weights = {join("", *keys) for keys, leaf in nnx.to_flat_state(state) if isinstance(leaf, kinds)}
+    return find_plan(run, state, *inputs).without(lambda path: path in no_weights)
+
+
+def _as_function(model: nnx.Module, call: Callable[..., Any] | None) -> tuple[Callable[..., Any], Any]:
+    """The model as a function of its state and inputs, and that state."""
     graphdef, state = nnx.split(model)
 
     def run(state: Any, *inputs: Any) -> Any:
         merged = nnx.merge(graphdef, state)
         return merged(*inputs) if call is None else call(merged, *inputs)
 
-    kinds = nnx.Cache, nnx.BatchStat, nnx.RngState, nnx.Intermediate, Quantized
-    no_weights = {join("", *keys) for keys, leaf in nnx.to_flat_state(state) if isinstance(leaf, kinds)}
-    return find_plan(run, state, *inputs).without(lambda path: path in no_weights)
+    return run, state
+
+
+def _check_runs(model: nnx.Module, inputs: Sequence[Any], call: Callable[..., Any] | None) -> None:
+    """Raises TypeError where the model's own code takes the state of its stacked layers apart and misses int8 weights.
+
+    Such code (MaxText's is of this kind) filters by `nnx.Param`, moves the axis of the layers of what it gets, and
+    scans. It is found out by tracing the model again.
+    """
+    run, state = _as_function(model, call)
+    leaves, tree = jax.tree.flatten((state, inputs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+    def traced(arrays: dict[int, Any]) -> Any:
+        state, inputs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return [leaf for leaf in jax.tree.leaves(run(state, *inputs)) if isinstance(leaf, jax.Array)]
+
+    try:
+        jax.eval_shape(traced, arrays)
+    except Exception as error:
+        raise TypeError(
+            "Expected a model whose own code runs with jint8.nnx.Quantized in the place of nnx.Param, got "
+            f"{type(error).__name__}: {error} If it splits the state of stacked layers by nnx.Param, let it name "
+            "jint8.nnx.Quantized too, or run it as a function of its state, by jint8.quantize_params and jint8.apply."
+        ) from error
 
 
 def _say_left_out(

@@ -5,6 +5,7 @@ import pickle
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -170,6 +171,31 @@ def test_state_is_kept_and_not_the_models():
     run(int8, X)
     assert int8.calls[...] == 2
     assert model.calls[...] == 0
+
+
+class Observing(nnx.Module):
+    """Adds Variables to itself while it runs."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (32, 16)) / 6)
+
+    def __call__(self, x):
+        y = x @ self.w[...]
+        self.mean = nnx.Intermediate(y.mean(), note="of the products")
+        self.first = nnx.Intermediate((y[0],))  # as sow makes them, which newer versions of Flax deprecate here
+        return y
+
+
+@pytest.mark.parametrize("jit", [lambda run: run, nnx.jit], ids=["eager", "jit"])
+def test_variables_that_are_made_in_a_call(jit):
+    x = jax.random.normal(jax.random.key(1), (2, 32))
+    model = Observing(nnx.Rngs(0))
+    int8 = jint8.nnx.quantize(model, x)
+    y = jit(lambda model, x: model(x))(int8, x)
+    assert type(int8.mean) is type(int8.first) is nnx.Intermediate
+    assert int8.mean.note == "of the products"
+    np.testing.assert_allclose(int8.mean[...], y.mean(), rtol=1e-5)
+    np.testing.assert_array_equal(int8.first.get_value()[0], y[0])
 
 
 def test_gradient_leaves_int8_weights_alone():
