@@ -102,10 +102,14 @@ def test_int8_of_others(tmp_path, run, run_json, run_error):
     assert f"{stored}no outliers split off (vector)\n" in err
     assert err.count("as quark stored") == 1
     assert "8 weights in int8, 8 parameters in floating point" in out
-    for path in (source, dst):  # the second is ours
-        status, _, err = run("eval", path, "--tokens", save_tokens(tmp_path), "--threshold", 4)
-        assert status == 0
-        assert (f"{stored}outliers from 4 on in 16 bits (llm.int8)" in err) == (path == source)
+    tokens = ("--tokens", save_tokens(tmp_path))
+    status, _, err = run("eval", source, *tokens, "--threshold", 4)
+    assert status == 0
+    assert f"{stored}outliers from 4 on in 16 bits (llm.int8)" in err
+    # A model of ours has the config that it was saved with, whose scheme knows no threshold.
+    assert "saved with the scheme 'vector'" in run_error("eval", dst, *tokens, "--threshold", 4)
+    status, _, err = run("eval", dst, *tokens, "--scheme", "llm.int8", "--threshold", 4)
+    assert (status, "stored them" in err) == (0, False)
     assert "stored them" in run("quantize", source, tmp_path / "no", "--dry-run")[2]
     assert not run("quantize", source, tmp_path / "no", "--dry-run", "--quiet")[2]
     error = run_error("eval", source, "--tokens", save_tokens(tmp_path), "--compare")
