@@ -133,7 +133,8 @@ def test_no_races(detecting, mode):
 def test_a_race_is_found(detecting):
     # The producer refills slots that the consumers still read, and these don't wait for what they read.
     detecting.setattr(many_rows.plgpu, "barrier_wait", lambda barrier: None)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+    # JAX 0.11 sees before that a barrier went on without anyone waiting for it.
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RACE DETECTED|no threads observed"):
         run(make_case(128, 128, 512), SMALL, threshold=0.0)
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
