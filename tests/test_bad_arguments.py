@@ -86,7 +86,7 @@ CASES = {
     "Int8Embed: float tokens": (lambda: jint8.nnx.Int8Embed(TABLE)(X), TypeError, "integers, got float32"),
     "Int8Embed: attend to another k": (lambda: jint8.nnx.Int8Embed(TABLE).attend(NARROW), ValueError, "got 4 .* and 8"),
     "nnx: sharding of a result": (
-        lambda: jint8.nnx.Int8Linear(8, 4, kernel=W)(X, out_sharding="model"), NotImplementedError, "no out_sharding"
+        lambda: jint8.nnx.Int8Linear(8, 4, kernel=W)(X, out_sharding="model"), TypeError, "out_sharding.*PartitionSpec"
     ),
 }  # fmt: skip
 
