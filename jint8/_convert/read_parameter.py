@@ -15,12 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from jint8._convert import four_bit_codes as four_bit_codes
 from jint8._convert import int8_weights as int8_weights
 from jint8._convert.assemble import Assembly, place
 from jint8._convert.quantize_rows import cast, check_finite, quantized_rows
 from jint8._convert.rotate_rows import MeanSquares, Rotation
 from jint8._convert.targets import Target
 from jint8._core.config import Config
+from jint8._core.four_bits import group_count, packed_size
 from jint8._core.outlier_rows import check_outliers
 from jint8._core.qtensor import QTensor
 from jint8._core.quantize import quantize
@@ -72,13 +74,20 @@ class ParameterReader:
             arrays = {"float": Assembly(shape, self.dtype, sharding)}
             self._fill(arrays, self._float_blocks)
             return arrays["float"].array()
-        if self.config.four_bits:
+        group = self.target.group
+        if self.config.four_bits and group is None:
             return self._four_bits(outliers, rms)
         of_q, of_scale = (None, None) if sharding is None else (sharding.q, sharding.scale)
-        arrays = {"q": Assembly(shape, np.int8, of_q), "scale": Assembly((*shape[:-1], 1), np.float32, of_scale)}
+        arrays = {"scale": Assembly((*shape[:-1], 1), np.float32, of_scale)}
+        if group is None:
+            arrays["q"] = Assembly(shape, np.int8, of_q)
+        else:
+            arrays["q"] = Assembly((*shape[:-1], packed_size(shape[-1])), np.uint8)
+            for field in ("group_scale", "group_min"):
+                arrays[field] = Assembly((*shape[:-1], group_count(shape[-1], group)), np.float16)
         if self.config.table_row.affine:
             arrays["zero"] = Assembly((*shape[:-1], 1), np.float32, of_scale)
-        config, columns, more = self.config, None, dict[str, Any]()
+        config, columns, more = self.target.config(self.config), None, dict[str, Any]()
         if outliers is not None:
             config, index = self._checked(check_outliers, outliers, config=config)
             if slots := index.shape[-1]:
@@ -94,9 +103,10 @@ class ParameterReader:
             rotation = Rotation(self._smooth(of_x, columns), columns, config.rotate)
             smooth = rotation.smooth.reshape(*shape[:-2], 1, shape[-1])
             more["smooth"] = place(smooth, None if sharding is None else sharding.smooth)
-        self._fill(arrays, functools.partial(self._int8_blocks, rotation), columns)
+        blocks = functools.partial(self._int8_blocks, rotation) if group is None else self._code_blocks
+        self._fill(arrays, blocks, columns)
         more |= {field: assembly.array() for field, assembly in arrays.items()}
-        return QTensor(**more, dtype=self.dtype, config=config)
+        return QTensor(**more, dtype=self.dtype, config=config, features=None if group is None else shape[-1])
 
     def _four_bits(self, outliers: ArrayLike | None, rms: ArrayLike | None) -> QTensor:
         """The parameter in four bits: all of it is in floating point first, as groups may run over its rows."""
@@ -194,6 +204,15 @@ class ParameterReader:
         rounded, *scales = _rounding(scheme.affine)(jnp.array(value), 1 if by_row else (0, 1), least)
         columns = (np.broadcast_to(np.asarray(leaf), (len(value), 1)) for leaf in scales)
         yield original, {"q": np.asarray(rounded), **dict(zip(("scale", "zero"), columns, strict=False))}
+
+    def _code_blocks(
+        self, name: str, rows: slice, at: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Rows of a tensor as those of a `QTensor`'s arrays, with the checkpoint's own codes."""
+        del at
+        assert self.target.group is not None
+        value = self._read(name, rows)
+        yield value, four_bit_codes.read_rows(self.checkpoint, name, rows, self.target.group, value)
 
     def _float_blocks(
         self, name: str, rows: slice, at: np.ndarray, dtype: DTypeLike | None = None

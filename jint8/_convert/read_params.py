@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings
 from jint8._convert.read_parameter import ParameterReader
-from jint8._convert.targets import abstract_leaves, find_targets
+from jint8._convert.targets import abstract_leaves, find_targets, say_what_differs
 from jint8._core.calibration import calibrated_paths, check_calibrated, of_weight
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor
@@ -65,6 +65,7 @@ def read_params(
             "save, and load what was saved with it."
         )
     targets = find_targets(checkpoint, model, config=config, selection=selection)
+    say_what_differs(checkpoint, targets, config)
     if unknown := sorted(calibrated_paths(outliers) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
     shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config, mesh), mesh)

@@ -24,8 +24,6 @@ def check_values(arrays: Mapping[str, np.ndarray], leaf: Any) -> None:
             raise ValueError(f"Expected finite values of {field}, got NaN or infinity.")
     if "scale" in arrays and (arrays["scale"] < 0).any():
         raise ValueError("Expected scales of at least 0, got a negative one.")
-    if "group_scale" in arrays and (arrays["group_scale"] < 0).any():
-        raise ValueError("Expected steps of groups of at least 0, got a negative one.")
     if "smooth" in arrays and not (arrays["smooth"] > 0).all():
         raise ValueError("Expected smoothing factors above 0, got 0 or less.")
     # Without zero points or groups, a scale is that of the largest value, 127; where all are 0, so is the scale.

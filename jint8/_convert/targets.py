@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jint8._convert import four_bit_codes as four_bit_codes
 from jint8._convert import int8_weights as int8_weights
 from jint8._convert.assemble import decoder_shardings
 from jint8._convert.settings import kept_in_float
@@ -38,16 +39,23 @@ class Target(NamedTuple):
       source: the checkpoint's tensors that it is made of.
       float_leaf: its shape and dtype in floating point.
       contract_axes: the contracted axes of a weight that becomes a `QTensor`; None where it stays in floating point.
+      group: None, or the size of the groups of four-bit codes that the checkpoint has and the parameter keeps.
     """
 
     source: Source
     float_leaf: jax.ShapeDtypeStruct
     contract_axes: tuple[int, ...] | None
+    group: int | None = None
+
+    def config(self, config: Config) -> Config:
+        """What the parameter is quantized by: `config`, but for the groups that the checkpoint has."""
+        return config if self.group is None else dataclasses.replace(config, group=self.group, grouping="oc")
 
     def abstract(self, config: Config) -> jax.ShapeDtypeStruct | QTensor:
         """The parameter that is read, without values."""
         if self.contract_axes is None:
             return self.float_leaf
+        config = self.config(config)
         if config.four_bits and config.grouping == "ada":  # what it chooses has about as many bytes
             config = dataclasses.replace(config, grouping="oc")
         return jax.eval_shape(
@@ -82,8 +90,6 @@ def find_targets(
 ) -> dict[str, Target]:
     """Every parameter's `Target` by path, in the order in which the checkpoint's files have their tensors.
 
-    One `UserWarning` names the projections that stay in floating point because the checkpoint wants it so.
-
     Raises:
       ValueError: a tensor is missing, unknown or of a wrong shape; the message names it.
     """
@@ -103,10 +109,12 @@ def find_targets(
         all_int8 = all(int8_weights.is_int8_weight(checkpoint, name) for name in found[path].tensors)
         return standard_axes(path, ndim, included=True)[0] if config.quantizes_weights and all_int8 else None
 
-    targets = {path: Target(found[path], float_leaves[path], contract_axes(path)) for path in in_order}
-    if config.quantizes_weights:
-        _say_left_out(checkpoint, targets)
-    return targets
+    def target(path: str) -> Target:
+        axes = contract_axes(path)
+        group = None if axes is None else four_bit_codes.kept_group(checkpoint, found[path].tensors, config)
+        return Target(found[path], float_leaves[path], axes, group)
+
+    return {path: target(path) for path in in_order}
 
 
 def abstract_leaves(
@@ -171,8 +179,23 @@ def _axes_to_quantize(
     return None if selection.skips(*known_as, default=FLOAT_BY_DEFAULT) else axes
 
 
+def needs_calibration(checkpoint: Checkpoint, model: Decoder | Encoder, config: Config, selection: Selection) -> bool:
+    """Whether anything is decided by what is known of activations: not where all weights keep the file's own codes."""
+    if not config.is_calibrated or config.uses_calibrated_columns or not four_bit_codes.keeps_codes(config):
+        return config.is_calibrated
+    targets = find_targets(checkpoint, model, config=config, selection=selection)
+    return any(target.contract_axes is not None and target.group is None for target in targets.values())
+
+
+def say_what_differs(checkpoint: Checkpoint, targets: Mapping[str, Target], config: Config) -> None:
+    """Warns of projections that a checkpoint keeps in floating point, and of codes of its own that aren't kept."""
+    if config.quantizes_weights:
+        _say_left_out(checkpoint, targets)
+        four_bit_codes.say_rounded(checkpoint, targets, config)
+
+
 def _say_left_out(checkpoint: Checkpoint, targets: Mapping[str, Target]) -> None:
-    """Warns of projections that a checkpoint keeps in floating point; heads and routers are so by default."""
+    """Warns of projections in floating point; heads and routers are so by default."""
     unwanted = kept_in_float(checkpoint.config)
     is_int8 = int8_weights.is_int8(checkpoint)
     reasons = {}

@@ -20,7 +20,7 @@ from jint8._convert.lora import saved_factors, with_adapter
 from jint8._convert.read_params import Progress, read_params
 from jint8._convert.saved import read_saved, saved_config, saved_dtype, saved_quantized
 from jint8._convert.settings import resolve_settings
-from jint8._convert.targets import abstract_float_params, check_sizes
+from jint8._convert.targets import abstract_float_params, check_sizes, needs_calibration
 from jint8._convert.tied import with_own_head
 from jint8._core.calibration import Calibration
 from jint8._core.config import Config, check_config
@@ -229,7 +229,11 @@ def _load_fields(
             elif quant.uses_calibrated_columns and (find_outliers is None or calibrate is False):
                 got = "calibrate=False" if find_outliers else "an encoder"
                 raise ValueError(f"{path}: Expected outliers by batch or by token without calibration, got {got}.")
-            elif quant.is_calibrated and find_outliers is not None and calibrate is not False:
+            elif (
+                find_outliers is not None
+                and calibrate is not False
+                and needs_calibration(checkpoint, model, quant, selection)
+            ):
                 # Calibrated on a model that finds outliers token by token. Its parameters are dropped before those of
                 # the result are read: both together may not fit.
                 other = quant.for_calibration()

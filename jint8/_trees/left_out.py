@@ -34,7 +34,7 @@ def say_left_out(caller: str, reasons: Mapping[str, str], advice: str, *, quanti
         return
     what = "these weights stay in floating point" if quantizes else "nothing becomes int8"
     why = _listed(reasons) if reasons else nothing
-    warnings.warn(f"{caller}: {what}: {why}. {advice}", stacklevel=_first_frame_outside())
+    warnings.warn(f"{caller}: {what}: {why}. {advice}", stacklevel=first_frame_outside())
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
@@ -50,7 +50,7 @@ def _listed(reasons: Mapping[str, str]) -> str:
     return "; ".join([*shown, *([f"and {more} more"] if more else [])])
 
 
-def _first_frame_outside() -> int:
+def first_frame_outside() -> int:
     """`stacklevel` for `warnings.warn` in the caller, so that the warning names the line of the user's own code."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] == "jint8":

@@ -10,6 +10,7 @@ change. `_gguf/architectures.py` is the table to extend for a new model family.
 """
 
 from jint8.checkpoints._checkpoint import Checkpoint as Checkpoint
+from jint8.checkpoints._checkpoint import Groups as Groups
 from jint8.checkpoints._checkpoint import TensorInfo as TensorInfo
 from jint8.checkpoints._open import open_checkpoint as open_checkpoint
 from jint8.checkpoints._tokenizer.stream import TextStream as TextStream

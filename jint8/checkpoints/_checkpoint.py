@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -15,6 +15,20 @@ from jint8.checkpoints._tokenizer.tokenizer import Tokenizer
 
 Format = Literal["gguf", "safetensors", "jint8"]
 READ_AHEAD = 2**30  # bytes: as much as is read while a model is traced, and not so much that it fills the cache
+
+
+class Groups(NamedTuple):
+    """Rows of a tensor in four bits: each value is `step * code + low` of its group.
+
+    Attributes:
+      codes: uint8 `[n, k]`, from 0 to 15.
+      step: float32 `[n, k / group]`; negative ones occur.
+      low: float32 of the same shape.
+    """
+
+    codes: np.ndarray
+    step: np.ndarray
+    low: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +126,35 @@ class Checkpoint(abc.ABC):
                 f"{info.file}: tensor {name!r}: Expected rows within a tensor of shape {info.shape}, got {start}:{stop}"
             )
         return self._read_rows(info, start, stop)
+
+    def group(self, name: str) -> int | None:
+        """How many neighbours in a row share a step and a minimum in a tensor of four bits; None for other tensors.
+
+        Args:
+          name: a key of `tensors`.
+
+        Returns:
+          The number, or None.
+        """
+        del name
+        return None
+
+    def read_groups(self, name: str, start: int, stop: int) -> Groups:
+        """Read rows of a tensor in four bits, `[out, in]` whatever the order of a float tensor is, without rounding.
+
+        Args:
+          name: a key of `tensors` that has a `group`.
+          start: first row.
+          stop: one past the last row.
+
+        Returns:
+          Codes, steps and minima.
+
+        Raises:
+          ValueError: the tensor isn't in four bits.
+          OSError: it can't be read, or the file has become too short.
+        """
+        raise ValueError(f"{self.path}: tensor {name!r}: Expected a tensor in four bits, got another one")
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace, source: Path, **options: Any) -> tuple[int, dict[str, Any]]:
     """The bytes of the files with the tensors, and what becomes of each parameter, without values."""
     from jint8._convert.settings import resolve_settings
-    from jint8._convert.targets import abstract_leaves, find_targets
+    from jint8._convert.targets import abstract_leaves, find_targets, say_what_differs
     from jint8._inference.load import build_decoder, default_dtype
     from jint8._trees.paths import Selection
     from jint8.checkpoints import open_checkpoint
@@ -103,6 +103,8 @@ def _plan(args: argparse.Namespace, source: Path, **options: Any) -> tuple[int, 
             _common.say_stored(args, checkpoint.config, config)
         model = build_decoder(checkpoint, default_dtype() if args.dtype is None else _common.float_dtype(args.dtype))
         targets = find_targets(checkpoint, model, config=config, selection=selection)
+        if args.dry_run:
+            say_what_differs(checkpoint, targets, config)
         return checkpoint.file_bytes, abstract_leaves(targets, config)
 
 

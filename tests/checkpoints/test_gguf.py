@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from checkpoint_files import LLAMA, llama_metadata, llama_tensors, write_gguf
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf_oracle import FOUR_BITS, ORACLES
 
 from jint8.checkpoints import open_checkpoint
 
@@ -16,86 +17,6 @@ HEADS, KV, D = LLAMA["heads"], LLAMA["kv_heads"], LLAMA["hidden_size"] // LLAMA[
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-# The oracles follow ggml's description of each block, one value after the other, in float64.
-
-
-def f16(block, at):
-    return float(block[at : at + 2].view(np.float16)[0])
-
-
-def nibble(qs, i):
-    return int(qs[i % 16]) & 15 if i < 16 else int(qs[i % 16]) >> 4
-
-
-def bit(block, at, i):
-    return int(block[at + i // 8]) >> (i % 8) & 1
-
-
-def q4_0(b):
-    return [f16(b, 0) * (nibble(b[2:], i) - 8) for i in range(32)]
-
-
-def q4_1(b):
-    return [f16(b, 0) * nibble(b[4:], i) + f16(b, 2) for i in range(32)]
-
-
-def q5_0(b):
-    return [f16(b, 0) * (nibble(b[6:], i) + 16 * bit(b, 2, i) - 16) for i in range(32)]
-
-
-def q5_1(b):
-    return [f16(b, 0) * (nibble(b[8:], i) + 16 * bit(b, 4, i)) + f16(b, 2) for i in range(32)]
-
-
-def q8_0(b):
-    return [f16(b, 0) * int(v) for v in b[2:].view(np.int8)]
-
-
-def scale_min(s, j):
-    """The six-bit scale and minimum of sub-block `j` in the twelve bytes of Q4_K and Q5_K."""
-    s = [int(v) for v in s]
-    if j < 4:
-        return s[j] & 63, s[j + 4] & 63
-    return (s[j + 4] & 15) | (s[j - 4] >> 6) << 4, (s[j + 4] >> 4) | (s[j] >> 6) << 4
-
-
-def k_value(b, i, quants, high):
-    sub, lane = divmod(i, 32)
-    byte = int(b[quants + 32 * (sub // 2) + lane])
-    q = (byte >> 4 if sub % 2 else byte & 15) + (16 * (int(b[high + lane]) >> sub & 1) if high else 0)
-    scale, minimum = scale_min(b[4:16], sub)
-    return f16(b, 0) * scale * q - f16(b, 2) * minimum
-
-
-def q4_k(b):
-    return [k_value(b, i, 16, None) for i in range(256)]
-
-
-def q5_k(b):
-    return [k_value(b, i, 48, 16) for i in range(256)]
-
-
-def q6_k(b):
-    out = []
-    for i in range(256):
-        half, rest = divmod(i, 128)
-        quarter, lane = divmod(rest, 32)
-        low = int(b[64 * half + 32 * (quarter % 2) + lane])
-        high = int(b[128 + 32 * half + lane]) >> (2 * quarter) & 3
-        q = ((low >> 4 if quarter >= 2 else low & 15) | high << 4) - 32
-        scale = int(
-            b[192 + 8 * half + 2 * quarter + lane // 16 : 193 + 8 * half + 2 * quarter + lane // 16].view(np.int8)[0]
-        )
-        out.append(f16(b, 208) * scale * q)
-    return out
-
-
-ORACLES = {
-    Q.Q4_0: (q4_0, (0,)), Q.Q4_1: (q4_1, (0, 2)), Q.Q5_0: (q5_0, (0,)), Q.Q5_1: (q5_1, (0, 2)), Q.Q8_0: (q8_0, (0,)),
-    Q.Q4_K: (q4_k, (0, 2)), Q.Q5_K: (q5_k, (0, 2)), Q.Q6_K: (q6_k, (208,)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ORACLES, ids=lambda k: k.name)
@@ -115,6 +36,28 @@ def test_block_type(tmp_path, rng, kind):
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(rows, got[2:5])
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS, ids=lambda k: k.name)
+def test_codes_of_four_bits(tmp_path, rng, kind):
+    oracle, scales_at = ORACLES[kind]
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (6, 2, block_bytes), np.uint8)
+    for at in scales_at:
+        raw[..., at : at + 2] = rng.uniform(-1, 1, (6, 2, 1)).astype(np.float16).view(np.uint8)
+    tensors = llama_tensors(rng)
+    del tensors["blk.0.ffn_up.weight"]
+    path = write_gguf(tmp_path / "m.gguf", tensors, raw={"blk.0.ffn_up.weight": (raw.reshape(6, -1), kind)})
+    with open_checkpoint(path) as ckpt:
+        codes, step, low = ckpt.read_groups(UP, 2, 5)
+        assert ckpt.group(UP) == 32
+        assert ckpt.group("model.layers.0.mlp.down_proj.weight") is None
+        with pytest.raises(ValueError, match=r"down_proj\.weight': Expected a tensor in four bits"):
+            ckpt.read_groups("model.layers.0.mlp.down_proj.weight", 0, 1)
+    assert (codes.dtype, codes.shape, step.shape, low.shape) == (np.uint8, (3, 2 * block), *2 * [(3, 2 * block // 32)])
+    np.testing.assert_array_equal(codes, [[c for b in row for c in FOUR_BITS[kind](b)] for row in raw[2:5]])
+    values = np.repeat(step, 32, 1) * codes + np.repeat(low, 32, 1)
+    np.testing.assert_allclose(values, [[v for b in row for v in oracle(b)] for row in raw[2:5]], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

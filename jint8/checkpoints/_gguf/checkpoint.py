@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jint8.checkpoints._checkpoint import Checkpoint, TensorInfo
+from jint8.checkpoints._checkpoint import Checkpoint, Groups, TensorInfo
 from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._gguf.architectures import ARCHITECTURES, Architecture
 from jint8.checkpoints._gguf.config import config_from_metadata
+from jint8.checkpoints._gguf.four_bits import BLOCK_BYTES, GROUP, groups_of
 from jint8.checkpoints._gguf.header import GGUFFile, RawTensor, read_header
 from jint8.checkpoints._gguf.names import CONFIG_TENSORS, hf_name, stem
 from jint8.checkpoints._optional import require
@@ -113,16 +114,30 @@ class GGUFCheckpoint(Checkpoint):
             )
         return kind.name, math.prod(raw.shape) // block * block_bytes
 
-    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        if self._stems[info.name] in self._architecture.transposed and len(info.shape) == 2:
-            # Hugging Face's rows are the file's columns, which lie in every row of the file: read all of them.
-            rows = info.shape[1]
-            stored = dataclasses.replace(info, shape=info.shape[::-1])
-            return self._stored_rows(stored, 0, rows).T[start:stop]
-        return self._stored_rows(info, start, stop)
+    def group(self, name: str) -> int | None:
+        return GROUP if self._info(name).dtype in BLOCK_BYTES else None
 
-    def _stored_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Rows in the file's orientation, in Hugging Face's order."""
+    def read_groups(self, name: str, start: int, stop: int) -> Groups:
+        if self.group(name) is None:
+            return super().read_groups(name, start, stop)
+        info = self._stored(self._info(name))
+        with np.errstate(all="ignore"):  # as in `_stored_rows`
+            return groups_of(self._raw_rows(info, start, stop), info.dtype)
+
+    def _stored(self, info: TensorInfo) -> TensorInfo:
+        """A tensor in the file's orientation, which is `[out, in]` also where Hugging Face's isn't."""
+        transposed = self._stems[info.name] in self._architecture.transposed and len(info.shape) == 2
+        return dataclasses.replace(info, shape=info.shape[::-1]) if transposed else info
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        stored = self._stored(info)
+        if stored is info:
+            return self._stored_rows(info, start, stop)
+        # Hugging Face's rows are the file's columns, which lie in every row of the file: read all of them.
+        return self._stored_rows(stored, 0, stored.shape[0]).T[start:stop]
+
+    def _raw_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """The bytes of rows in the file's orientation, in Hugging Face's order, `[n, bytes]`."""
         # Block-quantized types have whole blocks in each row, so that rows of bytes can be picked before dequantizing.
         order = self._row_order(info)
         picked = None if order is None else order[start:stop]
@@ -132,7 +147,11 @@ class GGUFCheckpoint(Checkpoint):
         begin = self._begin[info.name] + start * row_bytes
         raw = self._source(info).read(begin, (stop - start) * row_bytes, f"tensor {info.name!r}")
         raw = raw.reshape(stop - start, row_bytes)
-        raw = raw if picked is None else raw[picked - start]
+        return raw if picked is None else raw[picked - start]
+
+    def _stored_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """Rows in the file's orientation, in Hugging Face's order."""
+        raw = self._raw_rows(info, start, stop)
         shape = (len(raw), *info.shape[1:])
         if info.dtype in DTYPES:
             values = raw.reshape(-1).view(DTYPES[info.dtype]).reshape(shape)
