@@ -33,6 +33,7 @@ from jint8._trees.params import quantize_params as quantize_params
 from jint8._trees.params import with_config as with_config
 from jint8._trees.sharding import shardings as shardings
 from jint8.analysis._calibrate import calibrate as calibrate
+from jint8.analysis._check import check as check
 
 if TYPE_CHECKING:
     from jint8._inference.evaluate import evaluate as evaluate

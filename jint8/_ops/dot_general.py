@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, config_for, is_qtensor, storage_axes
 from jint8._ops.checks import check_activations, check_bias, check_result_type
+from jint8._ops.compare import Compared, float_rows, hold, note_of
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
 from jint8._ops.stand_ins import no_stand_ins
@@ -181,7 +182,7 @@ def _rows_first(
 
     rows = jnp.transpose(x, x_batch + x_free + x_contract)
     rows = rows.reshape(*batch_shape, math.prod(x.shape[a] for a in x_free), k)
-    if isinstance(w, Observed):
+    if isinstance(w, Observed) and not isinstance(w, Compared):
         rows = watch(w.counted, rows, _column_lists(w.tap, order, stored_batch, stored_free, batch_shape))
     channels = lambda leaf: jnp.transpose(leaf, order).reshape(*batch_shape, n)
     outlier_rows = outlier_index = None
@@ -215,12 +216,23 @@ def _rows_first(
 
     def product(x, weight, bias):
         return rows_product(
-            x, weight, bias, config=config, implementation=implementation, dtype=dtype, precision=precision
+            x,
+            weight,
+            bias,
+            config=config,
+            implementation=implementation,
+            dtype=dtype,
+            precision=precision,
+            note=note_of(w),
         )
 
     for _ in batch_shape:
         product = jax.vmap(product)
     y = product(rows, flat, bias)
+    if isinstance(w, Compared):
+        beside = jnp.transpose(w.beside, order).reshape(*batch_shape, *((n, k) if k_last else (k, n)))
+        tap = _column_lists(w.tap, order, stored_batch, stored_free, batch_shape)
+        y = hold(y, float_rows(rows, beside, k_last), bias, tap)
     return y.reshape(*batch_shape, *(x.shape[a] for a in x_free), *free_shape)
 
 

@@ -11,6 +11,7 @@ from jint8._core.config import Config
 from jint8._core.qtensor import QTensor, config_for, contracted_axes, is_qtensor
 from jint8._core.storage import stored_shape
 from jint8._ops.checks import check_activations, check_bias
+from jint8._ops.compare import Compared, float_rows, hold, note_of
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import Implementation, rows_product
 from jint8._ops.weight import ContractSharding, Weight, packing_of
@@ -108,7 +109,7 @@ def _matmul(
     if bias is not None:
         check_bias(bias, (n,))
     rows = x.reshape(math.prod(x.shape[:-1]), k)
-    if isinstance(w, Observed):
+    if isinstance(w, Observed) and not isinstance(w, Compared):
         rows = watch(w.counted, rows, w.tap.reshape(-1))
     flat = Weight(
         q=w.q,
@@ -131,5 +132,8 @@ def _matmul(
         implementation=implementation,
         dtype=x.dtype,
         sharding=sharding,
+        note=note_of(w),
     )
+    if isinstance(w, Compared):
+        y = hold(y, float_rows(rows, w.beside, axis == 1), bias, w.tap.reshape(-1))
     return y.reshape(*x.shape[:-1], n)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class Observed(QTensor):
         size on stacked axes, whose entries are weights of their own.
       counted: what counts as an outlier: the threshold of a `Config`, absolute or relative.
     """
+
+    by_column: ClassVar[bool] = True  # whether the tap is a list over columns
 
     tap: Any = None
     counted: Config = Config()

@@ -80,13 +80,19 @@ def rows_product(
     dtype: DTypeLike,
     precision: Any = None,
     sharding: ContractSharding | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> jax.Array:
-    """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, rounded once; differentiable in `x` and `bias`."""
+    """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, rounded once; differentiable in `x` and `bias`.
+
+    `note` is told which path computes it.
+    """
     check_config(config)
     check_precision(precision)
     if w.block:  # there are no outliers in its coordinates but the columns that were taken out before
         config = dataclasses.replace(config, rotate=0, threshold=0.0)
     path = choose_path(x.shape[0], w, config, implementation)
+    if note is not None:
+        note(path)
     if 0 in x.shape or 0 in w.q.shape:
         y = jnp.zeros((x.shape[0], w.n), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)

@@ -15,6 +15,7 @@ from jint8._core.qtensor import QTensor, config_for, dequantize, is_qtensor, sto
 from jint8._core.rotation import rotate
 from jint8._ops.activations import split_with_digits
 from jint8._ops.checks import check_activations, check_bias, check_precision
+from jint8._ops.compare import Compared, hold
 from jint8._ops.digits import OUTLIER_DIGITS, join_digits
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import IMPLEMENTATIONS, Implementation, on_explicit_axes
@@ -95,11 +96,20 @@ def ragged_dot(
         taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
         taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
         taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
-        lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
-        rhs = rhs.unobserved()
+        if not isinstance(rhs, Compared):
+            lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
     in_float = implementation == "dequantize" or config.table_row.activations is None
     product = on_explicit_axes(functools.partial(_product, _Static(config, in_float, precision)), lhs, rhs.q, at[2])
-    return product(lhs, rhs, group_sizes, bias).astype(lhs.dtype)
+    weight = rhs.unobserved() if isinstance(rhs, Observed) else rhs
+    y = product(lhs, weight, group_sizes, bias).astype(lhs.dtype)
+    if not isinstance(rhs, Compared):
+        return y
+    rhs.note("dequantize" if in_float else "xla_digits")
+    operands = lhs.astype(jnp.float32), jnp.transpose(rhs.beside, at).astype(jnp.float32)
+    reference = lax.ragged_dot(*operands, group_sizes, precision=lax.Precision.HIGHEST)
+    if bias is not None:
+        bias = jnp.asarray(bias).at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
+    return hold(y[:, None], reference[:, None], bias, taps)[:, 0]
 
 
 class _Static(NamedTuple):

@@ -5,7 +5,8 @@ the float weight. Only `reshaped` may move data, and not where the contracted ax
 
 All arrays of a weight have `q`'s rank. On an axis of channels each has `q`'s size, or 1 where all channels share it. On
 the contracted axes `smooth` has `q`'s sizes; taken together, `scale` and `zero` have one entry there, and the others a
-list over columns: calibrated outlier columns, or the tap of an `Observed` weight. Whatever changes which columns there
+list over columns: calibrated outlier columns, or the tap of an `Observed` weight. (A `Compared` weight's tap is a list
+of other things there, and `beside` is as `q` would be unpacked.) Whatever changes which columns there
 are, or their order, also changes what is in these lists: `_with_columns`.
 """
 
@@ -85,7 +86,7 @@ def _each_leaf(
 
     def runs_over(name: str, leaf: jax.Array) -> list[int]:
         axes = [s for s in range(w.ndim) if s not in uncut]
-        over_columns = name in ("q", "smooth", "group_scale", "group_min")
+        over_columns = name in ("q", "beside", "smooth", "group_scale", "group_min")
         return [s for s in axes if leaf.shape[s] == w.q.shape[s] and (over_columns or s not in contracted)]
 
     leaves: dict[str, Any] = {name: slice_axes(leaf, runs_over(name, leaf)) for name, leaf in _leaves(w).items()}
@@ -158,7 +159,7 @@ def reshaped(w: QTensor, shape: Sequence[int]) -> QTensor:
             new = [math.prod(held[a] for a in axes if w.shape[a] != 1) for axes in view.axes]
             return group(leaf).reshape([new[axis] for axis in new_order])
         leaf = group(leaf)
-        if name == "q":
+        if name in ("q", "beside"):
             return leaf.reshape([shape[axis] for axis in new_order])
         own = {axis for axis, size in zip(grouped, leaf.shape, strict=True) if size > 1}
         # Of axes that are merged, a leaf needs all that it has any of.
@@ -213,7 +214,8 @@ def _with_columns(before: QTensor, w: QTensor, contracted: Sequence[int], column
             "outlier_index": on_column_axis(new_numbers[w.outlier_index]),
         }
     if isinstance(w, Observed) and w.tap is not None:
-        changed["tap"] = take_columns(on_column_axis(w.tap), at, columns)
+        tap = on_column_axis(w.tap)
+        changed["tap"] = take_columns(tap, at, columns) if w.by_column else tap
     return dataclasses.replace(w, **changed)
 
 

@@ -6,6 +6,8 @@ Start with `_calibrate` (`jint8.calibrate`), which runs a model on weights that 
 Imports `linen` (where a model runs, and then only), `_tracing`, `_trees`, `_ops` and `_core`.
 """
 
+from jint8.analysis._checked import Check as Check
+from jint8.analysis._checked import Checked as Checked
 from jint8.analysis._inject import inject_outliers as inject_outliers
 from jint8.analysis._plots import plot_features as plot_features
 from jint8.analysis._plots import plot_magnitudes as plot_magnitudes

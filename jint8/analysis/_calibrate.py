@@ -136,11 +136,11 @@ def _complete(plan: Plan | None, apply_fn: Callable[..., Any], params: Any, args
     watched = [(path, leaf) for path, leaf in leaves if is_qtensor(leaf) or path in known]
     if (plan is not None or has_int8) and all(known.stack_axes(path, leaf.ndim) is not None for path, leaf in watched):
         return known
-    found = _plan_of_int8(apply_fn, params, args) if has_int8 else find_plan(apply_fn, params, *args)
+    found = plan_of_int8(apply_fn, params, args) if has_int8 else find_plan(apply_fn, params, *args)
     return found if plan is None else dataclasses.replace(plan, stacked={**found.stacked, **plan.stacked})
 
 
-def _plan_of_int8(apply_fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Plan:
+def plan_of_int8(apply_fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Plan:
     """The plan of a function of parameters some of which are int8, found with floats in their place."""
     from jint8.linen import apply  # imports flax
 

@@ -255,6 +255,15 @@ def check_float(source: str | os.PathLike[str], option: str, where: str = "") ->
 
     The message says to give the original checkpoint, and `where`.
     """
+    if (stored := stored_int8(source)) is not None:
+        raise ValueError(
+            f"{source}: Expected a checkpoint in floating point for {option}, got {stored}: give the one that it "
+            f"was made from {where}".rstrip()
+        )
+
+
+def stored_int8(source: str | os.PathLike[str]) -> str | None:
+    """What the int8 weights of a checkpoint are, for people; None where it is in floating point."""
     from jint8._convert.int8_weights import is_int8
     from jint8._convert.saved import saved_quantized
     from jint8.checkpoints import open_checkpoint
@@ -262,14 +271,8 @@ def check_float(source: str | os.PathLike[str], option: str, where: str = "") ->
 
     with open_checkpoint(source) as checkpoint:
         if isinstance(checkpoint, Jint8Checkpoint):
-            stored = "one that jint8 saved" if saved_quantized(checkpoint) else None
-        else:
-            stored = "int8" if is_int8(checkpoint) else None
-        if stored is not None:
-            raise ValueError(
-                f"{source}: Expected a checkpoint in floating point for {option}, got {stored}: give the one that it "
-                f"was made from {where}".rstrip()
-            )
+            return "one that jint8 saved" if saved_quantized(checkpoint) else None
+        return "int8" if is_int8(checkpoint) else None
 
 
 def complete(args: argparse.Namespace) -> None:

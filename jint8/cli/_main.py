@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jint8.cli import _bench, _common, _demo, _eval, _fit, _generate, _merge, _outliers, _quantize, _waiting
+from jint8.cli import _bench, _check, _common, _demo, _eval, _fit, _generate, _merge, _outliers, _quantize, _waiting
 
 COMMANDS = {
     "demo": _demo,
@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": _quantize,
     "merge": _merge,
     "eval": _eval,
+    "check": _check,
     "outliers": _outliers,
     "bench": _bench,
     "fit": _fit,

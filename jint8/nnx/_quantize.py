@@ -102,7 +102,7 @@ def quantize(
         )[path]
         return result if is_qtensor(result) else None
 
-    known = _traced_plan(model, inputs, call) if traced else None if plan is None else Plan.of(plan)
+    known = traced_plan(model, inputs, call) if traced else None if plan is None else Plan.of(plan)
     result = replace_layers(model, make, known, chosen)
     wanted = {path for path in known or () if not chosen.skips(path, default=OUTPUT_HEADS)}
     unknown = dict.fromkeys(sorted(wanted - result.seen), "it is in a tuple, where nothing can take its place")
@@ -120,15 +120,15 @@ def quantize(
     return result.model
 
 
-def _traced_plan(model: nnx.Module, inputs: Sequence[Any], call: Callable[..., Any] | None) -> Plan:
+def traced_plan(model: nnx.Module, inputs: Sequence[Any], call: Callable[..., Any] | None) -> Plan:
     """What the model multiplies by, found by tracing it; its state, such as caches and statistics, isn't a weight."""
-    run, state = _as_function(model, call)
+    run, state = as_function(model, call)
     kinds = nnx.Cache, nnx.BatchStat, nnx.RngState, nnx.Intermediate, Quantized
     no_weights = {join("", *keys) for keys, leaf in nnx.to_flat_state(state) if isinstance(leaf, kinds)}
     return find_plan(run, state, *inputs).without(lambda path: path in no_weights)
 
 
-def _as_function(model: nnx.Module, call: Callable[..., Any] | None) -> tuple[Callable[..., Any], Any]:
+def as_function(model: nnx.Module, call: Callable[..., Any] | None) -> tuple[Callable[..., Any], Any]:
     """The model as a function of its state and inputs, and that state."""
     graphdef, state = nnx.split(model)
 
@@ -145,7 +145,7 @@ def _check_runs(model: nnx.Module, inputs: Sequence[Any], call: Callable[..., An
     Such code (MaxText's is of this kind) filters by `nnx.Param`, moves the axis of the layers of what it gets, and
     scans. It is found out by tracing the model again.
     """
-    run, state = _as_function(model, call)
+    run, state = as_function(model, call)
     leaves, tree = jax.tree.flatten((state, inputs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
 

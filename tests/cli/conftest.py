@@ -31,7 +31,7 @@ def run(capsys, monkeypatch, tmp_path):
 
     def run(*argv):
         capsys.readouterr()
-        if argv[0] in ("demo", "generate", "eval", "outliers", "bench"):
+        if argv[0] in ("demo", "generate", "eval", "outliers", "bench", "check"):
             argv = (*argv, "--no-compile-cache")
         status = main([str(arg) for arg in argv])
         return status, *capsys.readouterr()
