@@ -21,10 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings, place
+from jint8._convert.initial_factors import float_weight, takes_initial_factors, with_initial
 from jint8._convert.merge import placed_alike, requantized, row_factors, scaled_rows
 from jint8._convert.quantize_rows import cast
 from jint8._core.qtensor import is_qtensor
 from jint8._trees.paths import leaf_paths
+from jint8.checkpoints import Checkpoint
 from jint8.checkpoints._json import read_json
 from jint8.checkpoints._safetensors import read_arrays
 from jint8.models import Decoder, Encoder
@@ -51,12 +53,17 @@ OTHER_ARITHMETIC = (  # options of PEFT that make more of an adapter than `B A` 
 # Values of `init_lora_weights`, up to PEFT 0.21.2, which initializes also when it loads an adapter, before it reads the
 # factors. With these it changes the factors alone.
 KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal", "mica")
-# With these it takes something out of the weights below, so that the factors aren't a difference from them.
-CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# With these it takes something out of the weights below that can't be known from them: it draws random numbers, or goes
+# by data. ("pissa" and "olora" can be: `initial_factors`.)
+CHANGES_WEIGHTS = ("corda", "loftq", "lora_ga")
 
 
 def with_adapter(
-    params: dict[str, Any], model: Decoder | Encoder, path: Path, mesh: Mesh | None = None
+    params: dict[str, Any],
+    model: Decoder | Encoder,
+    path: Path,
+    mesh: Mesh | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """`params` with the factors of the adapter at `path`.
 
@@ -65,6 +72,7 @@ def with_adapter(
       model: the decoder or encoder.
       path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
       mesh: the devices that `params` are sharded over; None is one device.
+      checkpoint: that `params` were read from, for adapters that take something out of its weights.
 
     Returns:
       A tree with `lora_a` and `lora_b` beside the weights that the adapter is for; with DoRA these are scaled, and with
@@ -84,6 +92,7 @@ def with_adapter(
     config, file = read_json(path / CONFIG), path / WEIGHTS
     _check_config(config, path / CONFIG)
     factors = dict(read_arrays(file))
+    init = config.get("init_lora_weights", True)
     shapes = {name: leaf.shape for name, leaf in leaf_paths(params, is_leaf=is_qtensor) if name.endswith("/weight")}
     result = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_qtensor)  # new dictionaries around the same arrays
     if any(name.endswith(FACTORS) for name, _ in leaf_paths(params, is_leaf=is_qtensor)):
@@ -107,11 +116,20 @@ def with_adapter(
         for module, n, (down, up) in zip(modules, rows, pairs, strict=True):
             where = f"{file}: tensor {PREFIX + module!r}"
             down, up = _checked_factors(where, down, up, n, k)
-            a.append(down)
+            scaling = _scaling(config, module, len(down))
             with np.errstate(over="ignore"):
-                b.append(up * np.float32(_scaling(config, module, len(down))))
-            if not np.isfinite(b[-1]).all():
+                up = up * np.float32(scaling)
+            if not np.isfinite(up).all():
                 raise ValueError(f"{where}: Expected factors within float32 when they are scaled, got larger ones.")
+            if len(down) and takes_initial_factors(init):
+                _check_rank(config, module, len(down), path / CONFIG)
+                w = float_weight(checkpoint, f"{module}.weight", source.transposed, init, path / CONFIG)
+                try:
+                    down, up = with_initial(init, (down, up), w, scaling)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+            a.append(down)
+            b.append(up)
         dora, norms = bool(config.get("use_dora")), []
         for module, n, down, norm in zip(modules, rows, a, magnitudes, strict=True):
             where, needed = f"{file}: tensor {PREFIX + module!r}", dora and len(down) > 0
@@ -220,14 +238,15 @@ def _is_number(value: Any) -> bool:
 def _check_init(init: Any, file: Path) -> None:
     """Raises ValueError for an `init_lora_weights` with which the factors aren't a difference from the weights."""
     name = init.lower() if isinstance(init, str) else init
-    if isinstance(name, bool) or name is None or name in KEEPS_WEIGHTS:
+    if isinstance(name, bool) or name is None or name in KEEPS_WEIGHTS or takes_initial_factors(init):
         return
-    expected = ", ".join(["true", "false", *map(repr, KEEPS_WEIGHTS)])
+    expected = ", ".join(["true", "false", *map(repr, (*KEEPS_WEIGHTS, "pissa", "olora"))])
     message = f"{file}: Expected init_lora_weights to be {expected}, got {init!r}"
     if isinstance(name, str) and (name in CHANGES_WEIGHTS or name.startswith("pissa_niter_")):
         message += (
-            ", with which PEFT changes the model's own weights. Convert the adapter to plain LoRA: "
-            "save_pretrained of PEFT with path_initial_model_for_weight_conversion, or merge it into the model"
+            ", with which PEFT changes the model's own weights by what they alone don't say. Convert the adapter to "
+            "plain LoRA: save_pretrained of PEFT with path_initial_model_for_weight_conversion, or merge it into the "
+            "model"
         )
     raise ValueError(f"{message}.")
 
@@ -265,9 +284,23 @@ def _checked_magnitude(where: str, magnitude: np.ndarray | None, n: int, needed:
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`; the first match in `alpha_pattern` replaces alpha."""
-    alpha = config["lora_alpha"]
-    for pattern, other in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = other
-            break
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank) if rank else 0.0
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """What the first of PEFT's patterns that matches a module says."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return otherwise
+
+
+def _check_rank(config: Mapping[str, Any], module: str, rank: int, file: Path) -> None:
+    """Raises ValueError where the configuration has another rank than the factors: PEFT would take out another part."""
+    try:
+        expected = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    except (AttributeError, TypeError, re.error) as error:
+        raise ValueError(f"{file}: Expected rank_pattern to have a rank for each pattern: {error}.") from None
+    if expected != rank:
+        raise ValueError(f"{file}: Expected r of {module!r} to be that of its factors, {rank}, got {expected!r}.")

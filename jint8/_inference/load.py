@@ -243,7 +243,7 @@ def _load_fields(
                 del dynamic
             params = read(config=quant, outliers=outliers)
         if adapter is not None:
-            params = with_adapter(params, model, Path(adapter), mesh)
+            params = with_adapter(params, model, Path(adapter), mesh, checkpoint)
         return _fields(checkpoint, model, params, quant)
 
 
