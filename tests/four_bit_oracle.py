@@ -1,6 +1,7 @@
 """Weights in four bits in NumPy, one group at a time: what the tests compare with. Shares no code with the library."""
 
 import numpy as np
+import oracle
 
 UNITS = 8  # a channel's scale is this part of its largest weight
 TINY = np.finfo(np.float32).tiny
@@ -61,3 +62,36 @@ def pack(codes, group):
             packed.append(block[i] + 16 * high)
         start += 2 * group
     return np.array(packed, np.uint8)
+
+
+def int8_matmul(x, parts, group, grouping, *, threshold=0.0, mode="batch", digits=1):
+    """Activations `x[m, k]` in int8 times a weight of four bits: float64 `[m, n]`, and how far float32 may be from it.
+
+    `parts` are codes, scales, steps and minima, as `quantize` returns them. Activations are rounded as they are, or,
+    in groups of output channels, once for each group, multiplied by the group's steps; codes count from 8 there.
+    """
+    codes, scale, steps, lows = (np.asarray(a, np.float64) for a in parts)
+    (k, n), largest = codes.shape, 127 if digits == 1 else 32512
+    out = oracle.outlier_mask(x, threshold, mode)
+    x = np.asarray(x, np.float32)
+    y, bound = (np.zeros((len(x), n)) for _ in range(2))
+    for j in range(n):
+        if grouping == "oc":
+            step, low = (a[:, j].repeat(group)[:k] for a in (steps, lows))
+            factor = np.float32(1)
+        else:
+            step = steps[:, j // group]
+            low, factor = lows[:, j // group] + 8 * step, step.astype(np.float32)
+        values = x * factor  # in float32, as the library has them
+        kept = oracle._integers(np.where(out, 0, values), (1,), False, largest).dequantize()
+        outliers = np.where(out, values, 0).astype(np.float64)
+        if grouping == "oc":
+            weights, rest = step * codes[:, j] + low, 0.0
+            terms = abs(kept + outliers) @ (step * codes[:, j] + abs(low))
+        else:
+            weights, rest = codes[:, j] - 8, x.astype(np.float64) @ low
+            terms = abs(kept + outliers) @ codes[:, j] + abs(x) @ abs(low)
+        y[:, j] = scale[j] * ((kept + outliers) @ weights + rest)
+        error = oracle.OUTLIER_ERROR * np.max(abs(outliers), 1, initial=0) * (out @ abs(weights))
+        bound[:, j] = scale[j] * ((k + 16) * oracle.ROUNDING * terms + error)
+    return y, bound

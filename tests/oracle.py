@@ -21,7 +21,10 @@ SCHEMES = {
     "llm.int8": ("token", "channel", False, True),
     "llm.int8-zp": ("token", "channel", True, True),
 }
-FOUR_BITS = {"int4": (None, "group", False, True)}  # see four_bit_oracle.py
+FOUR_BITS = {  # see four_bit_oracle.py
+    "int4": (None, "group", False, True),
+    "int4-a8": ("token", "group", False, True),
+}
 TINY = np.finfo(np.float32).tiny
 ROUNDING = 2.0**-24  # of one float32 operation
 OUTLIER_ERROR = 2.0**-15  # of an outlier, relative to the largest in its row

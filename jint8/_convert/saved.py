@@ -25,7 +25,7 @@ from jint8._convert.compatible import check_runs
 from jint8._convert.read_params import Progress
 from jint8._convert.saved_values import check_arrays, check_values
 from jint8._core.config import Config
-from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, is_qtensor
+from jint8._core.qtensor import ARRAY_FIELDS, STATIC_FIELDS, QTensor, is_qtensor, on_four_bits
 from jint8._core.static_fields import config_from_json, config_to_json, static_from_json, static_to_json
 from jint8._trees.params import with_config
 from jint8._trees.paths import leaf_paths, nested
@@ -93,8 +93,8 @@ def saved_config(checkpoint: Jint8Checkpoint, config: Config | None) -> Config:
         check_runs(config, own, columns=columns)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
-    if own.four_bits:  # nothing in it says how to multiply
-        return own
+    if own.four_bits:
+        return on_four_bits(config, own)
     return dataclasses.replace(config, rotate=own.rotate)
 
 

@@ -55,6 +55,7 @@ SCHEMES = {
     "llm.int8": Scheme("token", "channel", decomposition=True),
     "llm.int8-zp": Scheme("token", "channel", affine=True, decomposition=True),
     "int4": Scheme(None, "group", decomposition=True),
+    "int4-a8": Scheme("token", "group", decomposition=True),
 }
 
 
@@ -65,7 +66,7 @@ class Config:
     Args:
       scheme: a name from Table 1 of the paper: `"llm.int8"` (vector-wise with mixed-precision decomposition),
         `"vector"` (without decomposition), `"none"` (no quantization), and the others in `jint8.SCHEMES`; or `"int4"`,
-        weights of four bits and float activations.
+        weights of four bits and float activations, or `"int4-a8"`, the same weights and int8 activations.
       threshold: a feature dimension with `abs(x) >= threshold` is an outlier. 0 turns decomposition off.
       outliers: who decides that a column is an outlier. `"batch"`: any token of the call (the paper). `"token"`:
         each token for itself, so that a token's result doesn't depend on its neighbours in the batch. `"static"`:
@@ -79,19 +80,19 @@ class Config:
         that weights and activations share the error) and rotated, after which neither has outliers. A `QTensor` has
         here what it was rotated by, the largest power of two up to this that divides the number of its features; 1
         smooths alone. Goes with calibrated outlier columns, which are taken out before, or with none.
-      group: of `"int4"`: how many weights share a step and a minimum; where it doesn't divide their number, the last
+      group: in four bits: how many weights share a step and a minimum; where it doesn't divide their number, the last
         group is shorter.
-      grouping: of `"int4"`: the weights of a group belong to one output channel (`"oc"`) or to one feature (`"ic"`);
+      grouping: in four bits: the weights of a group belong to one output channel (`"oc"`) or to one feature (`"ic"`);
         `"ada"` chooses for each weight what leaves the smaller error of its output, and a `QTensor` has what was
         chosen.
-      rounding: of `"int4"`: `"nearest"`.
+      rounding: in four bits: `"nearest"`.
 
     Raises:
       TypeError: `threshold` isn't a real number, `relative` isn't a bool, or `rotate` or `group` isn't an integer.
       ValueError: unknown `scheme`, `outliers`, `grouping` or `rounding`, a negative or non-finite `threshold`, `digits`
         other than 1 and 2, `rotate` that isn't 0 or a power of two up to 512, `rotate` with outliers that the
         activations of a call decide, `group` that isn't a power of two from 2 to 1024, `digits` with float activations
-        in four bits, or what is of `"int4"` alone beside another scheme.
+        in four bits, or what is of four bits alone beside another scheme.
 
     Examples:
       >>> import jint8
@@ -158,13 +159,15 @@ class Config:
         if self.rounding != "nearest":
             raise ValueError(f"Expected rounding to be 'nearest', got {self.rounding!r}.")
         if self.four_bits:
-            if self.digits != 1:
+            if self.digits != 1 and self.table_row.activations is None:
                 raise ValueError(f"Expected digits=1 with float activations (scheme='int4'), got {self.digits}.")
             return
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in FOUR_BIT_OPTIONS:
             if (value := getattr(self, name)) != defaults[name]:
-                raise ValueError(f"Expected {name} with scheme='int4', got {name}={value!r} with {self.scheme!r}.")
+                raise ValueError(
+                    f"Expected {name} with scheme='int4' or 'int4-a8', got {name}={value!r} with {self.scheme!r}."
+                )
 
     @classmethod
     def preset(cls, name: Preset) -> Config:

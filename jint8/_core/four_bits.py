@@ -23,6 +23,7 @@ from jax import lax
 from jint8._core.rounding import SMALLEST_NORMAL, absmax, divide_by
 
 LARGEST_CODE = 15
+MIDDLE_CODE = 8
 FEWEST_FEATURES = 3  # that are packed: fewer would make an axis of one byte, which looks like one that is contracted
 # The unit of `group_scale` and `group_min` is this part of the channel's largest weight: a group whose step is that of
 # the whole channel then has about 1, in the middle of what float16 holds.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jint8._core.axes import canonical_axes, columns_back, columns_last
-from jint8._core.config import Config
+from jint8._core.config import FOUR_BIT_OPTIONS, Config
 from jint8._core.four_bits import of_members, unpack
 from jint8._core.outlier_rows import put_rows
 from jint8._core.rotation import out_of_coordinates
@@ -175,7 +175,24 @@ def _for_four_bits(w: QTensor, config: Config) -> Config:
             f"Expected a config of the scheme {w.config.scheme!r}, as the weight was quantized, got {config.scheme!r}: "
             "quantize the float weight with that config instead."
         )
-    return w.config  # Nothing in it says how to multiply, which is in floating point in any case.
+    return on_four_bits(config, w.config)
+
+
+def on_four_bits(config: Config, own: Config) -> Config:
+    """`config` for weights of four bits as they are stored, which `own` quantized: how activations are multiplied.
+
+    Raises:
+      ValueError: activations are quantized, and `config` rotates where `own` doesn't, or the other way round.
+    """
+    if config.table_row.activations is None:
+        return dataclasses.replace(own, scheme="int4", digits=1)
+    if bool(config.rotate) != bool(own.rotate):
+        raise ValueError(
+            f"Expected a config with rotate={own.rotate}, as the weight was quantized, got rotate={config.rotate}: "
+            "quantize the float weight with that config instead."
+        )
+    stored = {name: getattr(own, name) for name in ("rotate", *FOUR_BIT_OPTIONS)}
+    return dataclasses.replace(config, **stored)
 
 
 def axis_order(w: QTensor) -> tuple[int, ...]:

@@ -44,7 +44,8 @@ def matmul(
         (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier
         columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
         which is for tests. `"dequantize"` is another result: activations stay in floating point, as they do beside a
-        weight of four bits. Of that, `"xla_blocks"` is the product of one row, block by block as it is packed.
+        weight of four bits by the scheme `"int4"`. Of four bits, `"xla_blocks"` is the product of one row, block by
+        block as it is packed, and `"xla_groups"`, by `"int4-a8"`, that of any number, with exact sums of each group.
 
     Returns:
       `[..., n]` in `x.dtype`. A row of `x` with NaN or infinity comes out non-finite.

@@ -27,7 +27,9 @@ from jint8._ops.xla.paths import choose_xla_path, xla_product
 from jint8._ops.xla.plain import column_product, float_product, without_columns
 
 # "dequantize" isn't another path to the same result: it keeps activations in floating point.
-Implementation = Literal["xla", "xla_row", "xla_digits", "xla_gather", "xla_blocks", "dequantize", "triton", "mosaic"]
+Implementation = Literal[
+    "xla", "xla_row", "xla_digits", "xla_gather", "xla_blocks", "xla_groups", "dequantize", "triton", "mosaic"
+]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 KERNELS_ON_GPU = "kernels_on_gpu"  # a path: the Pallas kernels in programs for CUDA, XLA in others
 
@@ -37,9 +39,9 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if w.packing is not None:
-        return _four_bit_path(m, w, implementation)
-    if implementation == "xla_blocks":
-        raise NotImplementedError("Expected a weight of four bits for 'xla_blocks', got one of int8.")
+        return _four_bit_path(m, w, config, implementation)
+    if implementation in ("xla_blocks", "xla_groups"):
+        raise NotImplementedError(f"Expected a weight of four bits for {implementation!r}, got one of int8.")
     if config.table_row.activations is None:
         return "dequantize"
     reason = gpu.unsupported(m, w, config)
@@ -55,18 +57,21 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
     return choose_xla_path(m, w, config)
 
 
-def _four_bit_path(m: int, w: Weight, implementation: str | None) -> str:
-    if implementation == "xla_blocks" and not fits_blocks(m, w):
+def _four_bit_path(m: int, w: Weight, config: Config, implementation: str | None) -> str:
+    in_int8 = config.table_row.activations is not None
+    if implementation == "xla_blocks" and not fits_blocks(m, w, config):
         raise NotImplementedError(
             f"Expected one row and a weight stored [n, k] in whole blocks, got {m} rows of {w.k} features in groups of "
             f"{w.packing.group if w.packing else None}."
         )
-    if implementation in ("xla_blocks", "dequantize"):
+    many_rows = "xla_groups" if in_int8 else "dequantize"
+    if implementation in ("xla_blocks", "dequantize", many_rows):
         return implementation
     if implementation in (None, "xla"):
-        return "xla_blocks" if on_one_cpu() and fits_blocks(m, w) else "dequantize"
+        return "xla_blocks" if on_one_cpu() and fits_blocks(m, w, config) else many_rows
     raise NotImplementedError(
-        f"Expected 'xla', 'xla_blocks' or 'dequantize' for a weight of four bits, got {implementation!r}."
+        f"Expected {', '.join(map(repr, sorted({'xla', 'xla_blocks', many_rows, 'dequantize'})))} for a weight of four "
+        f"bits and the scheme {config.scheme!r}, got {implementation!r}."
     )
 
 
@@ -126,9 +131,12 @@ class _Static(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(static: _Static, x, w: Weight, bias):
-    if static.path in ("dequantize", "xla_blocks"):
+    in_float = static.path == "xla_blocks" and static.config.table_row.activations is None
+    if in_float or static.path == "dequantize":
         return _compute(static, x, w, bias)
-    if w.outlier_index is None or not (w.block or static.config.uses_calibrated_columns):
+    # Of these weights the calibrated columns are nowhere else.
+    apart = w.block or w.packing is not None
+    if w.outlier_index is None or not (apart or static.config.uses_calibrated_columns):
         return _compute(static, w.coordinates(x), w.int8_alone(), bias)
     # The calibrated columns in 16 bits, and the other columns as if those were zeros.
     rest = w.coordinates(without_columns(x, w.outlier_index))

@@ -19,6 +19,7 @@ from jint8._ops.compare import Compared, hold
 from jint8._ops.digits import OUTLIER_DIGITS, join_digits
 from jint8._ops.observe import Observed, watch
 from jint8._ops.product import IMPLEMENTATIONS, Implementation, on_explicit_axes
+from jint8._ops.ragged_groups import ragged_groups
 from jint8._ops.weight import MAX_K
 
 
@@ -146,7 +147,8 @@ def _ragged(static: _Static, x, w: QTensor, group_sizes):
         return jnp.transpose(leaf, at)[expert, 0]
 
     y = jnp.float32(0)
-    uses_columns = config.uses_calibrated_columns or w.smooth is not None
+    # Of weights that were rotated, or are in four bits, the calibrated columns are nowhere else.
+    uses_columns = config.uses_calibrated_columns or w.smooth is not None or w.features is not None
     if w.outlier_rows is not None and w.outlier_index is not None and uses_columns:
         index = jnp.transpose(w.outlier_index, at)[..., 0]  # [experts or 1, c]
         index = jnp.broadcast_to(index, (w.shape[0], index.shape[1]))[expert]
@@ -160,6 +162,10 @@ def _ragged(static: _Static, x, w: QTensor, group_sizes):
         factors = jnp.transpose(w.smooth, at)[..., 0]  # [experts or 1, k]
         factors = jnp.broadcast_to(factors, (w.shape[0], factors.shape[1]))[expert]
         x = rotate(x.astype(jnp.float32) * factors, w.config.rotate)
+
+    if w.features is not None:
+        y = y + ragged_groups(x, w, expert, group_sizes, config, precision)
+        return jnp.where(in_group, y * per_row(w.scale), 0)
 
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (at[1],)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[at[0]]

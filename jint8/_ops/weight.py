@@ -105,6 +105,12 @@ class Weight:
         """How many output channels there are."""
         return self.q.shape[1 - self.k_axis]
 
+    def codes(self) -> jax.Array:
+        """The uint8 codes of a weight of four bits, one to a byte, in the float weight's shape."""
+        assert self.packing is not None
+        group, features, _ = self.packing
+        return _in_runs(unpack, self.q, self.k_axis, self.k // features, features, group)
+
     def in_units(self) -> jax.Array:
         """The weight's float32 values in units of its scale: `q - zero`, or `group_scale * code + group_min`."""
         if self.packing is None:
@@ -114,7 +120,7 @@ class Weight:
         assert self.group_min is not None
         group, features, channels = self.packing
         axis, run = (self.k_axis, features) if channels is None else (1 - self.k_axis, channels)
-        codes = _in_runs(unpack, self.q, self.k_axis, self.k // features, features, group).astype(jnp.float32)
+        codes = self.codes().astype(jnp.float32)
         count = codes.shape[axis] // run
         step, low = (_in_runs(of_members, a, axis, count, run, group) for a in (self.group_scale, self.group_min))
         return codes * step.astype(jnp.float32) + low.astype(jnp.float32)

@@ -5,6 +5,7 @@ import functools
 import cases
 import jax
 import jax.numpy as jnp
+import oracle
 import pytest
 from flax import linen as nn
 from marks import slow_but
@@ -311,7 +312,7 @@ def test_both_orders(name, keep_order):
     assert cases.relative_error(jint8.apply(module.apply)(int8, x), module.apply(floats, x)) < 0.02
 
 
-@pytest.mark.parametrize("scheme", [name for name in jint8.SCHEMES if name not in ("none", "int4")])
+@pytest.mark.parametrize("scheme", [name for name in oracle.SCHEMES if name != "none"])
 def test_schemes(scheme):
     module, x, _ = LAYERS["attention"]
     floats, int8, _ = cases.quantize_linen(module, x, config=jint8.Config(scheme=scheme))

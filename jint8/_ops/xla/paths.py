@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 from jint8._core.config import Config
 from jint8._core.platform import on_one_cpu
 from jint8._ops.weight import ContractSharding, Weight
+from jint8._ops.xla.blocks import int8_block_product
 from jint8._ops.xla.decomposed import FEW_ROWS, int8_product
+from jint8._ops.xla.groups import group_product
 from jint8._ops.xla.one_row import fits_row, row_by_row
 from jint8._ops.xla.plain import float_product
 
@@ -45,11 +47,15 @@ def xla_product(
     """`x[m, k]` times a quantized weight, plus `bias[n]`, in float32 -> `dtype[m, n]`."""
     # x is used several times: without a barrier XLA fuses what produces it into each use, and computes it again there.
     x = lax.optimization_barrier(x)
-    if path in ("dequantize", "xla_blocks"):
-        if w.packing is not None:
-            # A loop around this would unpack the weight once, before it, to many times its memory.
-            x, q = lax.optimization_barrier((x, w.q))
-            w = dataclasses.replace(w, q=q)
+    if w.packing is not None:
+        # A loop around this would unpack the weight once, before it, to many times its memory.
+        x, q = lax.optimization_barrier((x, w.q))
+        w = dataclasses.replace(w, q=q)
+    if path == "xla_groups":
+        y = group_product(x, w, config)
+    elif path == "xla_blocks" and config.table_row.activations is not None:
+        y = int8_block_product(x, w, config)
+    elif path in ("dequantize", "xla_blocks"):
         y = float_product(x.astype(jnp.float32), w, precision, by_blocks=path == "xla_blocks")
     elif path == "xla_row":
         y = row_by_row(config)(x, w)
