@@ -41,17 +41,19 @@ METHOD = "bitsandbytes"
 def options(asked: dict[str, Any]) -> Options:
     """The `Options` in a `quantization_config`: a threshold, and what to skip. Weights may be in floating point still.
 
+    In four bits, which are dequantized as they are read, it says nothing of how to quantize.
+
     Raises:
-      ValueError: 4 bits.
+      ValueError: neither 8 nor 4 bits.
       TypeError, ValueError: a threshold that `Config` refuses.
     """
-    if not asked.get("load_in_8bit"):
-        got = "4 bits" if asked.get("load_in_4bit") else "none"
-        raise ValueError(f"Expected a quantization_config of bitsandbytes in 8 bits, got bitsandbytes in {got}.")
+    if not asked.get("load_in_8bit") and not asked.get("load_in_4bit"):
+        raise ValueError("Expected a quantization_config of bitsandbytes in 8 or 4 bits, got bitsandbytes in none.")
     threshold, skip = asked.get("llm_int8_threshold"), asked.get("llm_int8_skip_modules") or ()
     if not isinstance(skip, (list, tuple)) or not all(isinstance(name, str) for name in skip):
         raise ValueError(f"Expected llm_int8_skip_modules to be a list of names, got {shown(skip)}.")
-    config = None if threshold is None else Config(threshold=threshold)
+    in_8_bits = bool(asked.get("load_in_8bit"))
+    config = Config(threshold=threshold) if in_8_bits and threshold is not None else None
     return Options(METHOD, config, tuple(name.replace(".", "/") for name in skip))
 
 

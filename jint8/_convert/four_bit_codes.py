@@ -1,7 +1,8 @@
-"""Weights that a checkpoint has in codes of four bits: kept as they are, bit for bit, where the config can.
+"""Weights that a checkpoint has in four bits.
 
 GGUF's Q4_0, Q4_1 and Q4_K have codes from 0 to 15 in groups along the features, as `QTensor` has them with
-`grouping="oc"`. Other groups, or another order of features than the file's (a rotation mixes them), need other codes.
+`grouping="oc"`: they are kept as they are, bit for bit, where the config can. Other groups, or features that a rotation
+mixes, need other codes. Those of bitsandbytes (NF4, FP4) have no equal steps; they are dequantized and rounded again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from jint8.checkpoints import Checkpoint
 _EXACT = ("Q4_0", "Q4_1")
 
 
+def is_packed(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a weight of bitsandbytes in four bits: `[n, k]` also where the family's are `[k, n]`."""
+    return checkpoint.tensors[name].dtype in ("NF4", "FP4")
+
+
 def keeps_codes(config: Config) -> bool:
     """Whether weights are quantized by a config that codes of a file can belong to."""
     return config.four_bits and not config.rotate and config.grouping != "ic" and config.rounding == "nearest"
@@ -38,10 +44,16 @@ def kept_group(checkpoint: Checkpoint, names: Sequence[str], config: Config) -> 
 
 
 def say_rounded(checkpoint: Checkpoint, targets: Mapping[str, Any], config: Config) -> None:
-    """Warns of weights in four bits that are dequantized and rounded to four bits again."""
+    """Warns of weights in four bits that are rounded again: bitsandbytes' always, others to four bits."""
+    names = [name for target in targets.values() if target.contract_axes is not None for name in target.source.tensors]
+    if count := sum(is_packed(checkpoint, name) for name in names):
+        warnings.warn(
+            f"{checkpoint.path}: {count} weights that bitsandbytes has in four bits are dequantized and rounded a "
+            f"second time (scheme={config.scheme!r}); quantize=False doesn't round them.",
+            stacklevel=first_frame_outside(),
+        )
     if not config.four_bits or keeps_codes(config):
         return
-    names = [name for target in targets.values() if target.contract_axes is not None for name in target.source.tensors]
     count = sum(checkpoint.group(name) is not None for name in names)
     if count:
         why = f"rotate={config.rotate}" if config.rotate else f"grouping={config.grouping!r}"

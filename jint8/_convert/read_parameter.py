@@ -20,7 +20,7 @@ from jint8._convert import int8_weights as int8_weights
 from jint8._convert.assemble import Assembly, place
 from jint8._convert.quantize_rows import cast, check_finite, quantized_rows
 from jint8._convert.rotate_rows import MeanSquares, Rotation
-from jint8._convert.targets import Target
+from jint8._convert.targets import Target, is_transposed
 from jint8._core.config import Config
 from jint8._core.four_bits import group_count, packed_size
 from jint8._core.outlier_rows import check_outliers
@@ -239,8 +239,8 @@ class ParameterReader:
         return value
 
     def _transposed(self, name: str) -> bool:
-        """Whether a tensor is stored as `[k, n]`; int8 never is."""
-        return self.target.source.transposed and not int8_weights.is_int8_weight(self.checkpoint, name)
+        """Whether a tensor is stored as `[k, n]`."""
+        return is_transposed(self.checkpoint, self.target.source, name)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jint8._convert import bitsandbytes, compressed_tensors, int8_weights, quark, torchao
+from jint8._convert import bitsandbytes, compressed_tensors, four_bit_codes, int8_weights, quark, torchao
 from jint8._convert.options import Options, shown
 from jint8._core.config import Config
 from jint8._trees.paths import Selection, matches
@@ -38,6 +38,8 @@ def resolve_settings(
     try:
         asked = _options(checkpoint.config)
         is_int8 = int8_weights.is_int8(checkpoint)
+        if asked.method == bitsandbytes.METHOD:
+            _check_four_bits(checkpoint)
         if is_int8 or asked.method not in (None, bitsandbytes.METHOD):
             _check_int8(checkpoint, asked, is_int8)
             if not quantize or selection != Selection():
@@ -85,6 +87,16 @@ def _options(config: Mapping[str, Any]) -> Options:
     if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"Expected a quantization_config of {', '.join(_METHODS)}, got {shown(method)}.")
     return _METHODS[method](asked)
+
+
+def _check_four_bits(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where bitsandbytes' tensors and configuration don't agree on what is in four bits."""
+    asked = bool(_asked(checkpoint.config).get("load_in_4bit"))
+    packed = any(four_bit_codes.is_packed(checkpoint, name) for name in checkpoint.tensors)
+    if asked and not packed:
+        raise ValueError("Expected weights in nf4 or fp4, as the quantization_config of bitsandbytes says, got none.")
+    if packed and not asked:
+        raise ValueError("Expected a quantization_config of bitsandbytes in 4 bits, as weights are, got 8 bits.")
 
 
 def _check_int8(checkpoint: Checkpoint, asked: Options, is_int8: bool) -> None:

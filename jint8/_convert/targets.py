@@ -235,6 +235,13 @@ def _check_names(checkpoint: Checkpoint, found: dict[str, Source], config: Model
         raise ValueError(f"{file}: tensor {name!r}: Expected only tensors of a {config.family} model, got this.")
 
 
+def is_transposed(checkpoint: Checkpoint, source: Source, name: str) -> bool:
+    """Whether a tensor is stored as `[k, n]`: int8 and bitsandbytes' four bits never are, whatever the family's are."""
+    if not source.transposed or four_bit_codes.is_packed(checkpoint, name):
+        return False
+    return not int8_weights.is_int8_weight(checkpoint, name)
+
+
 def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]) -> None:
     """Raises ValueError for tensors which, stacked above each other, don't have the rows and the width of `shape`.
 
@@ -244,8 +251,7 @@ def _check_shapes(checkpoint: Checkpoint, source: Source, shape: tuple[int, ...]
     rows, width = math.prod(shape[: max(1, len(shape) - 1)]), shape[-1:] if len(shape) > 1 else ()
     got = []
     for info in infos:
-        # int8 is stored as [n, k] also where the family's float weights are [k, n]
-        transposed = source.transposed and not int8_weights.is_int8_weight(checkpoint, info.name)
+        transposed = is_transposed(checkpoint, source, info.name)
         stored = info.shape[::-1] if transposed else info.shape
         if stored[1:] != width or not stored:
             expected = ["n", *map(str, width)][:: -1 if transposed else 1]

@@ -61,7 +61,8 @@ def load(
     Args:
       path: a GGUF file, a Hugging Face directory with `config.json` and safetensors files, or a directory that
         `jint8.save` wrote. Weights that it, bitsandbytes (`load_in_8bit`), llm-compressor, Quark or torchao saved in
-        int8 come back as they are: `quantize`, `skip` and `include` don't apply.
+        int8 come back as they are: `quantize`, `skip` and `include` don't apply. By the scheme `"int4"`, so do the
+        codes of GGUF's Q4_0, Q4_1 and Q4_K. NF4 and FP4 of bitsandbytes are dequantized, and rounded again.
       config: how to quantize, and how to multiply. None is what the model was saved with, or what the
         `quantization_config` in `config.json` says (`Config(scheme="vector")` for int8 of llm-compressor, Quark and
         torchao, an `llm_int8_threshold` for bitsandbytes); or `Config()`.

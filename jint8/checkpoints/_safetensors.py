@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 
+from jint8.checkpoints._bitsandbytes import dequantized, find_packed
 from jint8.checkpoints._checkpoint import Checkpoint, Format, TensorInfo
 from jint8.checkpoints._dtypes import DTYPES
 from jint8.checkpoints._json import parse_json, read_json
@@ -46,13 +47,29 @@ class SafetensorsCheckpoint(Checkpoint):
             _check_index(path, weight_map, tensors)
         tensors = _by_usual_names(tensors)
         self._begin = {name: self._begin[stored] for name, stored in zip(tensors, self._begin, strict=True)}
-        super().__init__(path, config=config, tensors=tensors, files=sources)
+        self._stored, by_path = tensors, {source.path: source for source in sources}
+        shown, self._packed = find_packed(tensors, lambda name: self._values(by_path[tensors[name].file], name))
+        super().__init__(path, config=config, tensors=shown, files=sources)
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        source = self._source(info)
+        if info.name not in self._packed:
+            return self._values(source, info.name, slice(start, stop))
+        packed, width = self._packed[info.name], info.shape[1]
+        first, last = start * width, stop * width
+        begin, end = first // 2, (last + 1) // 2
+        raw = source.read(self._begin[info.name] + begin, end - begin, f"tensor {info.name!r}")
+        beside = lambda name: self._values(self._source(self._stored[name]), name)
+        return dequantized(packed, raw, first, last - first, beside).reshape(stop - start, width)
+
+    def _values(self, source: SourceFile, name: str, rows: slice | None = None) -> np.ndarray:
+        """Rows of a tensor as it is stored; None is all of them. A scalar counts as one row."""
+        info = self._stored[name]
         dtype, row_shape = DTYPES[info.dtype], info.shape[1:]
+        start, stop = (0, info.shape[0] if info.shape else 1) if rows is None else (rows.start, rows.stop)
         row_bytes = math.prod(row_shape) * dtype.itemsize
-        begin = self._begin[info.name] + start * row_bytes
-        raw = self._source(info).read(begin, (stop - start) * row_bytes, f"tensor {info.name!r}")
+        begin = self._begin[name] + start * row_bytes
+        raw = source.read(begin, (stop - start) * row_bytes, f"tensor {name!r}")
         return raw.view(dtype).reshape(stop - start, *row_shape)
 
     def tokenizer(self) -> Tokenizer | None:

@@ -171,7 +171,8 @@ FAULTS = {
     "order": (change("weight_format", lambda x: np.array(2, np.uint8)), DOWN + "Expected .*weight_format 0 .*, got 2"),
     "shape": (change("weight", lambda x: x[:, 1:]), DOWN + r"Expected shape \(n, 48\), got \(32, 47\)"),
     "unknown": (change("absmax", lambda x: np.zeros(3, np.float32)), "Expected only tensors of a llama model"),
-    "4 bits": (ask(load_in_8bit=False, load_in_4bit=True), "got bitsandbytes in 4 bits"),
+    "4 bits": (ask(load_in_8bit=False, load_in_4bit=True), "Expected weights in nf4 or fp4, .*, got none"),
+    "neither": (ask(load_in_8bit=False), "in 8 or 4 bits, got bitsandbytes in none"),
     "another_method": (ask(quant_method="gptq"), "Expected a quantization_config of bitsandbytes, .*, got .gptq"),
 }
 
