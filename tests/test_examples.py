@@ -23,8 +23,15 @@ def test_lora_loss_falls():
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
+def test_qlora_loss_falls(capsys):
+    losses = run("qlora")
+    assert losses[-1] < 0.3 * losses[0]
+    assert "0.16" in capsys.readouterr().out  # of the float bytes
+
+
 def test_every_example_is_run():
-    tested = {"wrap_linen", "wrap_nnx", "scanned", "own_layer", "lora"}
+    tested = {"wrap_linen", "wrap_nnx", "scanned", "own_layer", "lora", "qlora"}
     tested |= {"launch", "many_processes"}  # by tests/inference/test_processes.py
     tested |= {"mamba"}  # by tests/test_mamba_example.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
