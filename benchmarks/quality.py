@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -39,10 +40,13 @@ from harness import RESULTS, write
 
 import jint8
 from jint8._inference.evaluate import evaluate
-from jint8._inference.load import FOUR_BIT_COLUMNS
+from jint8._inference.layer_by_layer import quantize_layer_by_layer
+from jint8._inference.load_four_bits import FOUR_BIT_COLUMNS, own_tokens
 from jint8._trees.memory import projection_bytes
-from jint8._trees.params import with_config
+from jint8._trees.params import projections, with_config
+from jint8._trees.paths import Selection
 from jint8.analysis import inject_outliers, outlier_statistics
+from jint8.analysis._criteria import Criteria
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
 from jint8.models._fused import row_order
@@ -113,7 +117,10 @@ def _rows() -> dict[str, Row]:
     for group in (32, 128):
         four = dataclasses.replace(config.preset("w4"), group=group)
         rows[f"w4, group {group}"] = Row(four, {"budget": FOUR_BIT_COLUMNS})
-    rows["w4"] = Row(config.preset("w4"), {"budget": FOUR_BIT_COLUMNS})
+    for name in ("w4", "w4-best"):
+        rows[name] = Row(config.preset(name), {"budget": FOUR_BIT_COLUMNS})
+    rows["int4, gptq"] = Row(config(scheme="int4", rounding="gptq"), {})
+    rows["int4, gptq, 16 columns"] = Row(config(scheme="int4", rounding="gptq", outliers="static"), {"budget": 16})
     rows["two digits"] = Row(config(scheme="vector", digits=2))
     return rows
 
@@ -152,21 +159,46 @@ class Bench:
     def measure(self, variant: str, row: Row) -> dict[str, Any]:
         floats = planted(self.model.params, variant, self.model.config)
         outliers = None
-        if row.criteria is not None:
+        start = time.perf_counter()
+        if row.config.four_bits:
+            params = self._four_bits(floats, row)
+        elif row.criteria is not None:
             other = row.config.for_calibration()
             int8 = dataclasses.replace(self.model, params=jint8.quantize_params(floats, config=other), quant=other)
             outliers = int8.calibrate(**row.criteria)
-        params = jint8.quantize_params(floats, config=row.config, outliers=outliers)
+        if not row.config.four_bits:
+            params = jint8.quantize_params(floats, config=row.config, outliers=outliers)
+        quantizing = time.perf_counter() - start
         params = params if row.run is None else with_config(params, row.run)
         model = dataclasses.replace(self.model, params=params)
         start = time.perf_counter()
         result = {**self._compare(model), "projection_bytes": projection_bytes(params)}
         result["bits"] = 8 * result["projection_bytes"] / projection_size(params)
         result["seconds"] = time.perf_counter() - start
+        result["quantizing_seconds"] = quantizing
         if outliers is not None and row.config.uses_calibrated_columns:
             columns = sum(len(found) for found in outliers.values())
             result["calibrated_columns"] = columns / sum(self._inputs().values())
         return result
+
+    def _four_bits(self, floats: Any, row: Row) -> Any:
+        """The parameters in four bits, as `jint8.load` calibrates them: layer by layer."""
+        selected = projections(floats, None, Selection())
+
+        def read(part: str, known: Any) -> Any:
+            tree = {name: of for name, of in floats.items() if (name if name.startswith("layers_") else "") == part}
+            return tree if known is None else jint8.quantize_params(tree, config=row.config, outliers=known)
+
+        calls = self.own_tokens if row.config.rounding == "gptq" else self.model.batches()
+        dimensions = dict.fromkeys(selected, 2)
+        return quantize_layer_by_layer(self.model.model, read, dimensions, calls, Criteria(**(row.criteria or {})))
+
+    @functools.cached_property
+    def own_tokens(self) -> list[np.ndarray]:
+        """What GPTQ is calibrated on, by the plain model: all variants are the same function."""
+        other = jint8.Config(outliers="token")
+        params = jint8.quantize_params(self.model.params, config=other)
+        return own_tokens(dataclasses.replace(self.model, params=params, quant=other))
 
     def measure_peer(self, variant: str, name: str, python: str) -> dict[str, Any]:
         """Of another library, in its own Python. Raises Missing where that lacks it."""

@@ -27,8 +27,14 @@ def _obstacle(config: Config, own: Config, columns: bool) -> tuple[str, str] | N
     wanted, got = config.table_row, own.table_row
     if (wanted.weights, wanted.affine) != (got.weights, got.affine):
         return f"a scheme that runs on weights quantized by {own.scheme!r}", repr(config.scheme)
-    if own.four_bits and wanted.activations is None:  # what else a config has makes no difference then
-        return None
+    if own.four_bits:
+        if config.rounding != own.rounding:
+            return (
+                f"a config with rounding={own.rounding!r}, as the model was saved with",
+                f"rounding={config.rounding!r}",
+            )
+        if wanted.activations is None:  # what else a config has makes no difference then
+            return None
     if bool(config.rotate) != bool(own.rotate):
         return f"a config with rotate={own.rotate}, as the model was saved with", f"rotate={config.rotate}"
     if config.uses_calibrated_columns and not columns:

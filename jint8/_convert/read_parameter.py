@@ -56,13 +56,19 @@ class ParameterReader:
     count: Callable[[int], None]
 
     def read(
-        self, *, outliers: ArrayLike | None = None, rms: ArrayLike | None = None, sharding: Any = None
+        self,
+        *,
+        outliers: ArrayLike | None = None,
+        rms: ArrayLike | None = None,
+        moments: ArrayLike | None = None,
+        sharding: Any = None,
     ) -> jax.Array | QTensor:
         """The parameter.
 
         Args:
           outliers: calibrated outlier columns, whose values a `QTensor` keeps in 16 bits as well.
           rms: of the activations' features, where the config rotates.
+          moments: of the activations, in four bits.
           sharding: a `NamedSharding`; for a `QTensor` a `QTensor` of them. None is one device.
 
         Raises:
@@ -76,7 +82,7 @@ class ParameterReader:
             return arrays["float"].array()
         group = self.target.group
         if self.config.four_bits and group is None:
-            return self._four_bits(outliers, rms)
+            return self._four_bits(outliers=outliers, rms=rms, moments=moments)
         of_q, of_scale = (None, None) if sharding is None else (sharding.q, sharding.scale)
         arrays = {"scale": Assembly((*shape[:-1], 1), np.float32, of_scale)}
         if group is None:
@@ -108,11 +114,11 @@ class ParameterReader:
         more |= {field: assembly.array() for field, assembly in arrays.items()}
         return QTensor(**more, dtype=self.dtype, config=config, features=None if group is None else shape[-1])
 
-    def _four_bits(self, outliers: ArrayLike | None, rms: ArrayLike | None) -> QTensor:
+    def _four_bits(self, **known: ArrayLike | None) -> QTensor:
         """The parameter in four bits: all of it is in floating point first, as groups may run over its rows."""
         whole = {"float": Assembly(self.target.float_leaf.shape, np.float32)}
         self._fill(whole, functools.partial(self._float_blocks, dtype=np.float32))
-        w = self._checked(_quantized, whole["float"].array(), config=self.config, outliers=outliers, rms=rms)
+        w = self._checked(_quantized, whole["float"].array(), config=self.config, **known)
         return dataclasses.replace(w, dtype=jnp.dtype(self.dtype))
 
     def _checked(self, check: Callable[..., Any], value: ArrayLike, **options: Any) -> Any:

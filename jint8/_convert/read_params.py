@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jint8._convert.assemble import decoder_shardings
 from jint8._convert.read_parameter import ParameterReader
-from jint8._convert.targets import abstract_leaves, find_targets, say_what_differs
+from jint8._convert.targets import Target, abstract_leaves, find_targets, say_what_differs
 from jint8._core.calibration import calibrated_paths, check_calibrated, of_weight
 from jint8._core.config import Config
 from jint8._core.qtensor import QTensor
@@ -58,14 +58,24 @@ def read_params(
       ValueError: tensors that aren't those of `model`, values or outliers that can't be used, or a weight that the mesh
         can't shard evenly; the message names file and tensor, or the path.
     """
-    check_calibrated(outliers)
-    if config.four_bits and mesh is not None:
-        raise ValueError(
-            f"{checkpoint.path}: Expected a scheme of int8 with a mesh, got {config.scheme!r}: load without a mesh, "
-            "save, and load what was saved with it."
-        )
     targets = find_targets(checkpoint, model, config=config, selection=selection)
     say_what_differs(checkpoint, targets, config)
+    return read_targets(checkpoint, model, targets, config=config, outliers=outliers, mesh=mesh, progress=progress)
+
+
+def read_targets(
+    checkpoint: Checkpoint,
+    model: Decoder | Encoder,
+    targets: Mapping[str, Target],
+    *,
+    config: Config,
+    outliers: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The tree of some parameters of a model: as `read_params`, of the targets that `find_targets` found or a part."""
+    check_calibrated(outliers)
+    check_mesh(checkpoint, config, mesh)
     if unknown := sorted(calibrated_paths(outliers) - set(targets)):
         raise ValueError(f"Expected the outliers' paths to be parameters, got {', '.join(unknown)}.")
     shardings = {} if mesh is None else decoder_shardings(abstract_leaves(targets, config, mesh), mesh)
@@ -93,3 +103,12 @@ def read_params(
         except BaseException:  # also Ctrl-C: leaving the block would first read all that is in the queue
             workers.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def check_mesh(checkpoint: Checkpoint, config: Config, mesh: Mesh | None) -> None:
+    """Raises ValueError where weights of four bits would be made on several devices."""
+    if config.four_bits and mesh is not None:
+        raise ValueError(
+            f"{checkpoint.path}: Expected a scheme of int8 with a mesh, got {config.scheme!r}: load without a mesh, "
+            "save, and load what was saved with it."
+        )

@@ -56,8 +56,10 @@ class Target(NamedTuple):
         if self.contract_axes is None:
             return self.float_leaf
         config = self.config(config)
-        if config.four_bits and config.grouping == "ada":  # what it chooses has about as many bytes
-            config = dataclasses.replace(config, grouping="oc")
+        if config.four_bits:
+            # What AdaDim chooses has about as many bytes; how codes are rounded makes no difference.
+            grouping = "oc" if config.grouping == "ada" else config.grouping
+            config = dataclasses.replace(config, grouping=grouping, rounding="nearest")
         return jax.eval_shape(
             functools.partial(quantize, contract_axes=self.contract_axes, config=config), self.float_leaf
         )

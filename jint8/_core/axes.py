@@ -40,3 +40,23 @@ def columns_back(flat: jax.Array, sizes: Sequence[int], contract_axes: Sequence[
     own = [a for a in range(flat.ndim - 1 + len(axes)) if a not in axes]
     moved = flat.reshape(*flat.shape[:-1], *sizes)
     return jnp.transpose(moved, [[*own, *axes].index(a) for a in range(moved.ndim)])
+
+
+def as_matrices(array: jax.Array, contract_axes: Sequence[int], stack_axes: Sequence[int]) -> jax.Array:
+    """Stacked weights as matrices `[stacked, n, k]`, of the other axes flattened and the contracted ones flattened."""
+    order, others = _matrix_axes(array.ndim, contract_axes, stack_axes)
+    sizes = [math.prod(array.shape[a] for a in axes) for axes in (stack_axes, others, contract_axes)]
+    return jnp.transpose(array, order).reshape(sizes)
+
+
+def from_matrices(
+    matrices: jax.Array, shape: Sequence[int], contract_axes: Sequence[int], stack_axes: Sequence[int]
+) -> jax.Array:
+    """The inverse of `as_matrices`: an array of this shape."""
+    order, _ = _matrix_axes(len(shape), contract_axes, stack_axes)
+    return jnp.transpose(matrices.reshape([shape[a] for a in order]), np.argsort(order).tolist())
+
+
+def _matrix_axes(ndim: int, contract_axes: Sequence[int], stack_axes: Sequence[int]) -> tuple[list[int], list[int]]:
+    others = [a for a in range(ndim) if a not in contract_axes and a not in stack_axes]
+    return [*sorted(stack_axes), *others, *sorted(contract_axes)], others

@@ -18,28 +18,33 @@ class Calibration(dict[str, Any]):
     Attributes:
       rms: from path to float32 `[k]`, or `[*stack, k]` for stacked weights: the root mean square of each feature of the
         activations over tokens, by which `Config(rotate=)` smooths.
+      moments: from path to float32 `[k, k]`, or `[*stack, k, k]`: their second moments, `E[x x.T]`, by which
+        `Config(rounding="gptq")` rounds; empty unless they were asked for.
     """
 
-    def __init__(self, columns: Mapping[str, Any], rms: Mapping[str, Any]):
+    def __init__(self, columns: Mapping[str, Any], rms: Mapping[str, Any], moments: Mapping[str, Any] | None = None):
         super().__init__(columns)
-        self.rms = dict(rms)
+        self.rms, self.moments = dict(rms), dict(moments or {})
 
     def __reduce__(self):
-        return Calibration, (dict(self), self.rms)
+        return Calibration, (dict(self), self.rms, self.moments)
 
     def copy(self) -> Calibration:
         """Another one with the same arrays."""
-        return Calibration(self, self.rms)
+        return Calibration(self, self.rms, self.moments)
 
     def __or__(self, other: Any) -> Any:
-        return Calibration({**self, **other}, self.rms | getattr(other, "rms", {}))
+        rms, moments = (getattr(other, name, {}) for name in ("rms", "moments"))
+        return Calibration({**self, **other}, self.rms | rms, self.moments | moments)
 
     def __ror__(self, other: Any) -> Any:
-        return Calibration({**other, **self}, self.rms)
+        return Calibration({**other, **self}, self.rms, self.moments)
 
 
 jax.tree_util.register_pytree_node(
-    Calibration, lambda known: ((dict(known), known.rms), None), lambda _, children: Calibration(*children)
+    Calibration,
+    lambda known: ((dict(known), known.rms, known.moments), None),
+    lambda _, children: Calibration(*children),
 )
 
 
@@ -54,7 +59,7 @@ def check_calibrated(outliers: Any) -> None:
 
 def calibrated_paths(outliers: Mapping[str, Any] | None) -> set[str]:
     """The paths of the weights of which anything is known."""
-    return {*(outliers or ()), *getattr(outliers, "rms", ())}
+    return {*(outliers or ()), *getattr(outliers, "rms", ()), *getattr(outliers, "moments", ())}
 
 
 def only(outliers: Mapping[str, Any] | None, path: str) -> Mapping[str, Any] | None:
@@ -62,9 +67,11 @@ def only(outliers: Mapping[str, Any] | None, path: str) -> Mapping[str, Any] | N
     if path not in calibrated_paths(outliers):
         return None
     assert outliers is not None
-    rms = getattr(outliers, "rms", None)
-    columns = {path: outliers[path]} if path in outliers else {}
-    return columns if rms is None else Calibration(columns, {path: rms[path]} if path in rms else {})
+    columns, *known = (
+        {path: of[path]} if path in of else {}
+        for of in (outliers, getattr(outliers, "rms", {}), getattr(outliers, "moments", {}))
+    )
+    return Calibration(columns, *known) if isinstance(outliers, Calibration) else columns
 
 
 def of_weight(outliers: Mapping[str, Any] | None, path: str, config: Config) -> dict[str, Any]:
@@ -75,7 +82,8 @@ def of_weight(outliers: Mapping[str, Any] | None, path: str, config: Config) -> 
     """
     columns = None if outliers is None else outliers.get(path)
     if isinstance(outliers, Calibration) and config.four_bits:
-        return {"outliers": columns if config.uses_calibrated_columns else None, "rms": outliers.rms.get(path)}
+        columns = columns if config.uses_calibrated_columns else None
+        return {"outliers": columns, "rms": outliers.rms.get(path), "moments": outliers.moments.get(path)}
     if not isinstance(outliers, Calibration) or not config.rotate:
         return {"outliers": columns}
     return {"outliers": columns if config.table_row.decomposition else None, "rms": outliers.rms.get(path)}

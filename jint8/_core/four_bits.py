@@ -28,6 +28,8 @@ FEWEST_FEATURES = 3  # that are packed: fewer would make an axis of one byte, wh
 # The unit of `group_scale` and `group_min` is this part of the channel's largest weight: a group whose step is that of
 # the whole channel then has about 1, in the middle of what float16 holds.
 UNITS_OF_LARGEST = 8.0
+# Parts of a group's range that are tried where the importance of errors is known: what is outside is clipped.
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 def packed_size(size: int) -> int:
@@ -101,12 +103,14 @@ def by_group(values: jax.Array, axis: int, group: int) -> jax.Array:
 
 
 def quantize_groups(
-    values: jax.Array, channel_axes: tuple[int, ...], axis: int, group: int, least: jax.Array | None = None
+    values: jax.Array,
+    channel_axes: tuple[int, ...],
+    axis: int,
+    group: int,
+    least: jax.Array | None = None,
+    importance: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Codes in groups along `axis`: uint8 codes, `scale`, `group_scale` and `group_min`.
-
-    The range of a group is from `min(w, 0)` to `max(w, 0)`, so that a float16 minimum is off by no more than a small
-    part of a step.
 
     Args:
       values: float weights.
@@ -114,7 +118,19 @@ def quantize_groups(
       axis: along which groups run.
       group: how many entries there are to a group.
       least: None, or what a channel's scale is at least, of size 1 on `channel_axes`.
+      importance: as in `ranges`.
     """
+    in_units, scale = in_channel_units(values, channel_axes, axis, least)
+    step, low = ranges(in_units, axis, group, importance)
+    size = values.shape[axis]
+    codes = codes_of(in_units, *(of_members(a, axis, size, group) for a in (step, low)))
+    return codes, scale, step, low
+
+
+def in_channel_units(
+    values: jax.Array, channel_axes: tuple[int, ...], axis: int, least: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """float32 `values` in units of their channels' scales, and these scales; arguments as in `quantize_groups`."""
     values = values.astype(jnp.float32)
     scale = divide_by(absmax(values, channel_axes), UNITS_OF_LARGEST)
     scale = scale if least is None else jnp.maximum(scale, least)
@@ -122,13 +138,53 @@ def quantize_groups(
         shared = jnp.max(scale, axis=axis, keepdims=True, initial=0.0)
         scale = jnp.where(scale < SMALLEST_NORMAL, scale, shared)
     tiny = scale < SMALLEST_NORMAL
-    in_units = jnp.where(tiny, 0.0, values / jnp.where(tiny, 1.0, scale))
+    return jnp.where(tiny, 0.0, values / jnp.where(tiny, 1.0, scale)), scale
+
+
+def ranges(
+    in_units: jax.Array, axis: int, group: int, importance: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Step and minimum of each group along `axis`, float16, in units of the scales.
+
+    The range of a group is from `min(w, 0)` to `max(w, 0)`, so that a float16 minimum is off by no more than a small
+    part of a step.
+
+    Args:
+      in_units: weights.
+      axis: along which groups run.
+      group: how many entries there are to a group.
+      importance: None, or how much the square of each weight's error counts, of a shape that broadcasts to `in_units`.
+        Then a group's range is the one among `SHRINKS` times the whole that leaves the smallest error.
+    """
     groups = by_group(in_units, axis, group)
     high = jnp.max(groups, axis=axis + 1, initial=0.0)
-    low = jnp.min(groups, axis=axis + 1, initial=0.0).astype(jnp.float16)
-    step = divide_by(high - low.astype(jnp.float32), LARGEST_CODE).astype(jnp.float16)
-    size = values.shape[axis]
-    step_of, low_of = (of_members(a, axis, size, group).astype(jnp.float32) for a in (step, low))
-    steps = jnp.round((in_units - low_of) / jnp.where(step_of > 0, step_of, 1.0))
-    codes = jnp.where(step_of > 0, jnp.clip(steps, 0, LARGEST_CODE), 0).astype(jnp.uint8)
-    return codes, scale, step, low
+    low = jnp.min(groups, axis=axis + 1, initial=0.0)
+    if importance is None:
+        return _step_and_minimum(high, low)
+    counts = by_group(jnp.broadcast_to(importance, in_units.shape), axis, group)
+
+    def shrunk(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        step, least = _step_and_minimum(high * factor, low * factor)
+        of_all, least_of_all = (jnp.expand_dims(a, axis + 1).astype(jnp.float32) for a in (step, least))
+        off = codes_of(groups, of_all, least_of_all) * of_all + least_of_all - groups
+        return jnp.sum(counts * jnp.square(off), axis=axis + 1), step, least
+
+    def better(best, factor):
+        other = shrunk(factor)
+        return tuple(jnp.where(other[0] < best[0], b, a) for a, b in zip(best, other, strict=True)), None
+
+    whole, *others = SHRINKS
+    best, _ = lax.scan(better, shrunk(jnp.float32(whole)), jnp.array(others, jnp.float32))
+    return best[1], best[2]
+
+
+def _step_and_minimum(high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low = low.astype(jnp.float16)
+    return divide_by(high - low.astype(jnp.float32), LARGEST_CODE).astype(jnp.float16), low
+
+
+def codes_of(in_units: jax.Array, step: jax.Array, low: jax.Array) -> jax.Array:
+    """uint8 codes of weights, each of which has a step and a minimum."""
+    step, low = step.astype(jnp.float32), low.astype(jnp.float32)
+    steps = jnp.round((in_units - low) / jnp.where(step > 0, step, 1.0))
+    return jnp.where(step > 0, jnp.clip(steps, 0, LARGEST_CODE), 0).astype(jnp.uint8)

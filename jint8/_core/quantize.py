@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jint8._core.axes import canonical_axes, column_axis
 from jint8._core.config import Config, check_config
 from jint8._core.four_bits import pack
+from jint8._core.gptq_weight import gptq
 from jint8._core.grouping import grouped, with_grouping
+from jint8._core.moments import check_moments
 from jint8._core.outlier_rows import MOST_STEPS, check_outliers, keep_rows
 from jint8._core.qtensor import ARRAY_FIELDS, QTensor
 from jint8._core.rotation import check_rms, into_coordinates_in_place, rotation_block
@@ -32,7 +34,7 @@ def _named(function):
 
 @functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
 @_named
-def _quantize(w, columns, rms, *, contract_axes, stack_axes, config):
+def _quantize(w, columns, rms, moments, *, contract_axes, stack_axes, config):
     """The arrays of a `QTensor`, in the order of `ARRAY_FIELDS`."""
     scheme = config.table_row
     per_channel = scheme.weights == "channel"
@@ -40,10 +42,7 @@ def _quantize(w, columns, rms, *, contract_axes, stack_axes, config):
     values, smooth, least = w, None, None
     axes = {"contract_axes": contract_axes, "stack_axes": stack_axes}
     if config.four_bits:
-        groups = grouped(w, columns, rms, config=config, **axes)
-        q = pack(groups.codes, column_axis(w.shape, contract_axes), config.group)
-        rows, index = keep_rows(w, groups.scale, columns, **axes)
-        return q, groups.scale, None, rows, index, groups.smooth, groups.step, groups.low
+        return _packed(grouped(w, columns, rms, moments, config=config, **axes), w, columns, config=config, **axes)
     if config.rotate:
         inside = into_coordinates_in_place(w, rms, columns, **axes, block=config.rotate)
         values, smooth = inside.values, inside.smooth
@@ -59,6 +58,14 @@ def _quantize(w, columns, rms, *, contract_axes, stack_axes, config):
     return q, scale, rest[0] if rest else None, rows, index, smooth, None, None
 
 
+@functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
+def _packed(groups, w, columns, *, contract_axes, stack_axes, config):
+    """The arrays of a `QTensor` of four bits, in the order of `ARRAY_FIELDS`; calibrated columns are those of `w`."""
+    q = pack(groups.codes, column_axis(w.shape, contract_axes), config.group)
+    rows, index = keep_rows(w, groups.scale, columns, contract_axes=contract_axes, stack_axes=stack_axes)
+    return q, groups.scale, None, rows, index, groups.smooth, groups.step, groups.low
+
+
 def quantize(
     w: jax.Array,
     *,
@@ -67,6 +74,7 @@ def quantize(
     stack_axes: Sequence[int] = (),
     outliers: Any = None,
     rms: Any = None,
+    moments: Any = None,
 ) -> QTensor:
     """Quantizes a weight to int8, by default with one scale per output channel ("vector-wise"), or to four bits.
 
@@ -88,17 +96,23 @@ def quantize(
         are kept in 16 bits as well, and the result's config has `outliers="static"`.
       rms: with `config.rotate` or in four bits, the root mean square of each feature of the activations over tokens:
         floats `[k]`, or `[*stack, k]`. None smooths, and chooses between groupings, by the weight alone.
+      moments: in four bits, the second moments of the activations over tokens, `E[x x.T]`: floats `[k, k]`, or
+        `[*stack, k, k]`. `rounding="gptq"` rounds by them. Where they are given, groupings and the ranges
+        of groups are chosen by them, too, and `rms` is the root of their diagonal unless it is given as well.
 
     Returns:
       A `QTensor` of `w`'s shape and dtype (float64 is float32 unless JAX has it enabled), stored in `w`'s order. An
       all-zero channel gets scale 0. Its `config.rotate` is what it was rotated by.
 
     Raises:
-      TypeError: `w` isn't a float array, `config` isn't a `Config`, `outliers` aren't integers or `rms` aren't floats.
+      TypeError: `w` isn't a float array, `config` isn't a `Config`, `outliers` aren't integers, or `rms` or `moments`
+        aren't floats.
       ValueError: axes that `w` hasn't, the scheme `"none"`, or NaN or infinity in `w` (not seen under `jit`, where
         the channel's scale is NaN instead); `outliers` of another shape, out of range, named twice (neither is seen
         under `jit`), or with a scheme that has no decomposition; `rms` without `rotate`, of another shape, or with
-        values that aren't finite; in four bits fewer than three features, or `grouping="ada"` under `jit`.
+        values that aren't finite; in four bits fewer than three features, or `grouping="ada"` under `jit`; `moments` of
+        another scheme, of another shape, or with values that aren't finite; `rounding="gptq"` without them, or under
+        `jit`.
 
     Examples:
       >>> import jax.numpy as jnp, jint8
@@ -121,18 +135,40 @@ def quantize(
         raise ValueError(f"Expected contracted and stacked axes to differ, got {sorted(both)} in both.")
     if outliers is not None:
         config, outliers = check_outliers(outliers, w.shape, contract_axes, stack_axes, config)
+    if moments is not None or config.rounding == "gptq":
+        moments = _checked_moments(moments, w, contract_axes, stack_axes, config)
+        stack = [w.shape[a] for a in stack_axes]
+        rms = jnp.sqrt(jnp.einsum("skk->sk", moments)).reshape(*stack, -1) if rms is None else rms
     if rms is not None:
         if not config.rotate and not config.four_bits:
             raise ValueError("Expected rms of activations with rotate, got it with rotate=0, which smooths nothing.")
         rms = check_rms(rms, w.shape, contract_axes, stack_axes)
     # Of a weight that is sharded, each device's features are rotated among themselves.
     config = dataclasses.replace(config, rotate=rotation_block(w, contract_axes, config.rotate))
-    if config.four_bits:
-        config = with_grouping(w, outliers, rms, contract_axes, stack_axes, config)
-    leaves = _quantize(w, outliers, rms, contract_axes=contract_axes, stack_axes=stack_axes, config=config)
+    axes = {"contract_axes": contract_axes, "stack_axes": stack_axes}
+    if config.rounding == "gptq" and 0 not in w.shape:
+        found = gptq(w, outliers, rms, moments, config=config, **axes)
+        config = found.config
+        leaves = _packed(found.grouped, found.weight, outliers, config=config, **axes)
+    else:
+        if config.four_bits:
+            config = with_grouping(w, outliers, rms, moments, contract_axes, stack_axes, config)
+        leaves = _quantize(w, outliers, rms, moments, config=config, **axes)
     scale = leaves[1]
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
         raise ValueError("Expected finite weights, got NaN or infinity.")
     arrays = dict(zip(ARRAY_FIELDS, leaves, strict=True))
     features = w.shape[column_axis(w.shape, contract_axes)] if config.four_bits else None
     return QTensor(**arrays, dtype=jax.dtypes.canonicalize_dtype(w.dtype), config=config, features=features)
+
+
+def _checked_moments(moments: Any, w: Any, contract_axes: Any, stack_axes: Any, config: Config) -> jax.Array:
+    """`moments` as `[stacked, k, k]`. Raises as `quantize`."""
+    if moments is None:
+        raise ValueError(
+            "Expected second moments of the activations for rounding='gptq', got none: jint8.calibrate(moments=True) "
+            "finds them."
+        )
+    if not config.four_bits:
+        raise ValueError(f"Expected moments with scheme='int4', got them with {config.scheme!r}.")
+    return check_moments(moments, w.shape, contract_axes, stack_axes)

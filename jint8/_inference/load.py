@@ -25,6 +25,7 @@ from jint8._convert.tied import with_own_head
 from jint8._core.calibration import Calibration
 from jint8._core.config import Config, check_config
 from jint8._inference.language_model import LanguageModel
+from jint8._inference.load_four_bits import load_four_bits
 from jint8._inference.text_encoder import TextEncoder
 from jint8._trees.paths import Patterns, Selection
 from jint8.checkpoints import Checkpoint, open_checkpoint
@@ -32,10 +33,6 @@ from jint8.checkpoints._jint8 import Jint8Checkpoint
 from jint8.checkpoints._sums import verify_files
 from jint8.models import Decoder, Encoder, encoder_config, model_config
 from jint8.models.families import text_config
-
-# Calibrated columns of each weight in four bits: docs/quality.md has what they gain. Large columns of activations are
-# not the reason there, so their number does not depend on how large those are.
-FOUR_BIT_COLUMNS = 8
 
 
 def load(
@@ -82,7 +79,8 @@ def load(
         `outliers="static"`, unless it rotates without decomposition and only smooths by their `rms`. None, with a
         config that needs either: they are found on a text, which reads the checkpoint twice.
       calibrate: that text. None is a short one that comes with the package, or random tokens where there is no
-        tokenizer. False looks at no activations: a config that rotates then smooths by the weights alone.
+        tokenizer; for `rounding="gptq"`, which needs more, about 16,000 tokens that the model writes itself. False
+        looks at no activations: a config that rotates then smooths by the weights alone.
       verify: compare all files with the SHA-256 sums that `jint8.save` wrote, before they are read. Checksums of the
         weights of a model that it saved, which cost next to nothing, are compared in any case.
       progress: called with (bytes read so far, bytes in all) of the checkpoint.
@@ -186,13 +184,13 @@ def _load_fields(
     mesh: Mesh | None = None,
     outliers: Mapping[str, Any] | None = None,
     calibrate: str | Literal[False] | None = None,
-    find_outliers: Callable[[dict[str, Any], str | None, int | None], Calibration] | None = None,
+    find_outliers: Callable[[dict[str, Any], str | None], Calibration] | None = None,
 ) -> dict[str, Any]:
     """The fields of a `LanguageModel` or a `TextEncoder`, read from a checkpoint.
 
     Arguments are those of `load`, and two by which both kinds of model differ: `build` makes the Flax module, and
-    `find_outliers` finds the columns for static outliers, with the fields of a model, a text and how many columns each
-    layer has (None goes by their size); it is None for a kind of model that can't.
+    `find_outliers` finds the columns for static outliers, with the fields of a model and a text; it is None for a kind
+    of model that can't.
     """
     if config is not None:
         check_config(config)
@@ -222,34 +220,37 @@ def _load_fields(
                     f"{path}: Expected calibrate with static outliers that are to be found, or with rotate, got it "
                     "without."
                 )
+            text = None if calibrate is False else calibrate
+            calibrates = find_outliers is not None and calibrate is not False
+            finds = calibrates and outliers is None and needs_calibration(checkpoint, model, quant, selection)
             if outliers is not None:
                 if not quantize:
                     raise ValueError(f"{path}: Expected outliers for weights in int8, got them with quantize=False.")
                 if not quant.four_bits and (quant.table_row.decomposition or not quant.rotate):
                     quant = dataclasses.replace(quant, outliers="static")
-            elif quant.uses_calibrated_columns and (find_outliers is None or calibrate is False):
+            elif not calibrates and (quant.uses_calibrated_columns or quant.rounding == "gptq"):
                 got = "calibrate=False" if find_outliers else "an encoder"
-                raise ValueError(f"{path}: Expected outliers by batch or by token without calibration, got {got}.")
-            elif (
-                find_outliers is not None
-                and calibrate is not False
-                and needs_calibration(checkpoint, model, quant, selection)
-            ):
+                wanted = "outliers by batch or by token" if quant.uses_calibrated_columns else "rounding='nearest'"
+                raise ValueError(f"{path}: Expected {wanted} without calibration, got {got}.")
+            elif finds and find_outliers is not None and not quant.four_bits:
                 # Calibrated on a model that finds outliers token by token. Its parameters are dropped before those of
                 # the result are read: both together may not fit.
                 other = quant.for_calibration()
                 dynamic = read(config=other)
-                budget = FOUR_BIT_COLUMNS if quant.four_bits else None
-                outliers = find_outliers(_fields(checkpoint, model, dynamic, other), calibrate, budget)
+                outliers = find_outliers(_fields(checkpoint, model, dynamic, other), text)
                 del dynamic
-            params = read(config=quant, outliers=outliers)
+            if finds and quant.four_bits and isinstance(model, Decoder):
+                options: Any = {"selection": selection, "text": text, "mesh": mesh, "progress": progress}
+                params = load_four_bits(checkpoint, model, config=quant, **options)
+            else:
+                params = read(config=quant, outliers=outliers)
         if adapter is not None:
             params = with_adapter(params, model, Path(adapter), mesh, checkpoint)
         return _fields(checkpoint, model, params, quant)
 
 
-def _find_outliers(fields: dict[str, Any], text: str | None, budget: int | None) -> Calibration:
-    return LanguageModel(**fields).calibrate(text, budget=budget)
+def _find_outliers(fields: dict[str, Any], text: str | None) -> Calibration:
+    return LanguageModel(**fields).calibrate(text)
 
 
 def _fields(checkpoint: Checkpoint, model: Decoder | Encoder, params: dict[str, Any], quant: Config) -> dict[str, Any]:

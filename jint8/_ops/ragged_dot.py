@@ -17,7 +17,7 @@ from jint8._ops.activations import split_with_digits
 from jint8._ops.checks import check_activations, check_bias, check_precision
 from jint8._ops.compare import Compared, hold
 from jint8._ops.digits import OUTLIER_DIGITS, join_digits
-from jint8._ops.observe import Observed, watch
+from jint8._ops.observe import Observed, watch_groups
 from jint8._ops.product import IMPLEMENTATIONS, Implementation, on_explicit_axes
 from jint8._ops.ragged_groups import ragged_groups
 from jint8._ops.weight import MAX_K
@@ -96,9 +96,10 @@ def ragged_dot(
     if isinstance(rhs, Observed):
         taps = jnp.transpose(rhs.tap, at).reshape(-1, rhs.tap.size // rhs.tap.shape[at[0]])
         taps = jnp.broadcast_to(taps, (experts, taps.shape[1]))
-        taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
-        if not isinstance(rhs, Compared):
-            lhs = watch(rhs.counted, lhs[:, None], taps)[:, 0]
+        if isinstance(rhs, Compared):
+            taps = taps.at[_experts(group_sizes, lhs.shape[0])].get(mode="fill", fill_value=0)
+        else:
+            lhs = watch_groups(rhs.counted, lhs, taps, _experts(group_sizes, lhs.shape[0]))
     in_float = implementation == "dequantize" or config.table_row.activations is None
     product = on_explicit_axes(functools.partial(_product, _Static(config, in_float, precision)), lhs, rhs.q, at[2])
     weight = rhs.unobserved() if isinstance(rhs, Observed) else rhs

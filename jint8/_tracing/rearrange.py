@@ -215,7 +215,7 @@ def _with_columns(before: QTensor, w: QTensor, contracted: Sequence[int], column
         }
     if isinstance(w, Observed) and w.tap is not None:
         tap = on_column_axis(w.tap)
-        changed["tap"] = take_columns(tap, at, columns) if w.by_column else tap
+        changed["tap"] = take_columns(tap, at, columns, count) if w.by_column else tap
     return dataclasses.replace(w, **changed)
 
 

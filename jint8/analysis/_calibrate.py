@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ def calibrate(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    moments: bool = False,
 ) -> Calibration:
     """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.quantize_params`.
 
@@ -64,10 +65,13 @@ def calibrate(
         `jint8.plan`, on the first batch.
       skip: patterns or a predicate of leaves that aren't looked at, besides the output head.
       include: patterns or a predicate that win over `skip`.
+      moments: also find second moments, by which weights of four bits are rounded (`Config(rounding="gptq")`). They
+        have k**2 values for each projection: where that is too much for all at once, calibrate and quantize some of
+        them at a time (`skip`).
 
     Returns:
       From path to int32 `[c]`, sorted; with `budget`, `[*stack, c]` for stacked weights. c may be 0. The attribute
-      `rms` has float32 `[k]` by path, or `[*stack, k]`.
+      `rms` has float32 `[k]` by path, or `[*stack, k]`; `moments`, where asked for, `[k, k]` or `[*stack, k, k]`.
 
     Raises:
       TypeError: `apply_fn` isn't callable.
@@ -95,8 +99,16 @@ def calibrate(
         position_share=position_share,
         budget=budget,
     )
-    seen = statistics(apply_fn, params, batches, counted=criteria.counted, plan=plan, chosen=Selection(skip, include))
-    return choose(seen, criteria)
+    chosen = Selection(skip, include)
+    found = _find(apply_fn, params, batches, counted=criteria.counted, plan=plan, chosen=chosen, moments=moments)
+    return choose(found.seen, criteria, found.moments)
+
+
+class Found(NamedTuple):
+    """What is found of the activations of weights, by their paths."""
+
+    seen: dict[str, Seen]
+    moments: dict[str, np.ndarray]  # sums of the products of two features `[*stack, k, k]`; empty if not counted
 
 
 def statistics(
@@ -109,6 +121,19 @@ def statistics(
     chosen: Selection = _NOTHING_CHOSEN,
 ) -> dict[str, Seen]:
     """What the activations of each projection look like, by path; see `calibrate`, and `Seen` for the statistics."""
+    return _find(apply_fn, params, batches, counted=counted, plan=plan, chosen=chosen, moments=False).seen
+
+
+def _find(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    counted: Config,
+    plan: Mapping[str, Sequence[int]] | None,
+    chosen: Selection,
+    moments: bool,
+) -> Found:
     if not callable(apply_fn):
         raise TypeError(f"Expected apply_fn to be callable, got {type(apply_fn).__name__}.")
     from jint8.linen import apply  # imports flax
@@ -122,7 +147,8 @@ def statistics(
     if not any(is_qtensor(leaf) for _, leaf in leaf_paths(params, is_leaf=is_qtensor)):
         found = projections(params, plan, chosen)
         axes = {path: (contracted, stacked or ()) for path, (contracted, stacked) in found.items()}
-    return collect(apply(apply_fn), params, itertools.chain([first], batches), axes=axes, counted=counted)
+    batches = itertools.chain([first], batches)
+    return collect(apply(apply_fn), params, batches, axes=axes, counted=counted, moments=moments)
 
 
 def _complete(plan: Plan | None, apply_fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Plan:
@@ -183,21 +209,33 @@ def collect(
     *,
     axes: Mapping[str, tuple[Axes, Axes]],
     counted: Config,
-) -> dict[str, Seen]:
-    """Statistics of the weights in `params` that `axes` names.
+    moments: bool = False,
+) -> Found:
+    """Statistics of the weights in `params` that `axes` names: `collector` for one tree."""
+    return collector(run, axes=axes, counted=counted, moments=moments)(params, batches)
 
-    `axes` has for each its contracted axes, which a `QTensor` knows itself, and its stacked ones, of which each entry
-    gets statistics of its own.
+
+def collector(
+    run: Callable[..., Any],
+    *,
+    axes: Mapping[str, tuple[Axes, Axes]],
+    counted: Config = Config(),
+    moments: bool = False,
+) -> Callable[[Any, Iterable[Any]], Found]:
+    """A function of parameters and batches that finds statistics of the weights that `axes` names.
+
+    Trees with the same shapes share its compiled program.
+
+    Args:
+      run: the function of parameters and a batch's arguments.
+      axes: for each weight its contracted axes, which a `QTensor` knows itself, and its stacked ones, of which each
+        entry gets statistics of its own.
+      counted: what counts as an outlier.
+      moments: whether second moments are counted.
     """
 
     def watch(path: str, leaf: Any) -> Observed:
         return observe(leaf, [a % leaf.ndim for a in axes[path][0]], counted)
-
-    leaves = leaf_paths(params, is_leaf=is_qtensor)
-    watched = {path: watch(path, leaf) for path, leaf in leaves if path in axes}
-    if not watched:
-        raise ValueError("Expected parameters with projections, got none.")
-    taps = {path: empty_tap(w, axes[path][1]) for path, w in watched.items()}
 
     @jax.jit
     def step(params, taps, args):
@@ -212,18 +250,27 @@ def collect(
 
         return jax.grad(result)(taps)
 
-    total: dict[str, Seen] = {}
-    for batch in batches:
-        for path, tap in step(params, taps, arguments(batch)).items():
-            seen = read_tap(watched[path], tap, axes[path][1])
-            before = total.get(path)
-            total[path] = seen if before is None else _add(before, seen)
-    if missing := sorted(path for path, seen in total.items() if not seen.positions.any()):
-        raise ValueError(
-            "Expected a result that depends on every projection by differentiable operations, got none of "
-            f"{', '.join(missing)}: leave those out with skip=."
-        )
-    return total
+    def found(params: Any, batches: Iterable[Any]) -> Found:
+        leaves = leaf_paths(params, is_leaf=is_qtensor)
+        watched = {path: watch(path, leaf) for path, leaf in leaves if path in axes}
+        if not watched:
+            raise ValueError("Expected parameters with projections, got none.")
+        taps = {path: empty_tap(w, axes[path][1], moments) for path, w in watched.items()}
+        total, products = dict[str, Seen](), dict[str, np.ndarray]()
+        for batch in batches:
+            for path, tap in step(params, taps, arguments(batch)).items():
+                seen, more = read_tap(watched[path], tap, axes[path][1])
+                total[path] = _add(total[path], seen) if path in total else seen
+                if more is not None:
+                    products[path] = products[path] + more if path in products else more
+        if missing := sorted(path for path, seen in total.items() if not seen.positions.any()):
+            raise ValueError(
+                "Expected a result that depends on every projection by differentiable operations, got none of "
+                f"{', '.join(missing)}: leave those out with skip=."
+            )
+        return Found(total, products)
+
+    return found
 
 
 def _add(a: Seen, b: Seen) -> Seen:

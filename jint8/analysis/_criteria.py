@@ -69,10 +69,19 @@ def shares(outliers: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.
     return position_share, affected.mean(axis=0)
 
 
-def choose(seen: Mapping[str, Seen], criteria: Criteria = Criteria()) -> Calibration:
-    """Outlier dimensions by path, int32 `[c]` (with a budget `[*stack, c]`), and root mean squares of all."""
+def choose(
+    seen: Mapping[str, Seen], criteria: Criteria = Criteria(), moments: Mapping[str, np.ndarray] | None = None
+) -> Calibration:
+    """What calibration finds by path, out of statistics, and of sums of the products of two features if there are any.
+
+    Outlier dimensions, int32 `[c]` (with a budget `[*stack, c]`), root mean squares of all, and their second moments.
+    """
     rms = {path: np.sqrt(s.square_sum / np.maximum(s.positions, 1)).astype(np.float32) for path, s in seen.items()}
-    return Calibration(_columns(seen, criteria), rms)
+    second = {
+        path: (sums / np.maximum(seen[path].positions[..., :1, None], 1)).astype(np.float32)
+        for path, sums in (moments or {}).items()
+    }
+    return Calibration(_columns(seen, criteria), rms, second)
 
 
 def _columns(seen: Mapping[str, Seen], criteria: Criteria) -> dict[str, np.ndarray]:

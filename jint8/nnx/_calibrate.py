@@ -13,7 +13,7 @@ from jint8._core.qtensor import QTensor
 from jint8._ops.observe import Seen, observe
 from jint8._trees.paths import Patterns, Selection
 from jint8._trees.plan import Axes, Plan
-from jint8.analysis._calibrate import collect, int8_axes
+from jint8.analysis._calibrate import Found, collect, int8_axes
 from jint8.analysis._criteria import Criteria, choose
 from jint8.nnx._replace import replace_layers
 
@@ -30,6 +30,7 @@ def calibrate(
     plan: Mapping[str, Sequence[int]] | None = None,
     skip: Patterns = (),
     include: Patterns = (),
+    moments: bool = False,
     call: Callable[..., Any] | None = None,
 ) -> Calibration:
     """Finds the outlier feature dimensions of each projection, for `outliers=` in `jint8.nnx.quantize`.
@@ -47,6 +48,7 @@ def calibrate(
       plan: as in `jint8.nnx.quantize`; stacked weights that are int8 already need one.
       skip: likewise.
       include: likewise.
+      moments: also find second moments, as `jint8.calibrate` does.
       call: how to run the model, `call(model, *arguments)`; None calls it.
 
     Returns:
@@ -74,10 +76,9 @@ def calibrate(
         position_share=position_share,
         budget=budget,
     )
-    seen = statistics(
-        model, batches, threshold=threshold, relative=relative, plan=plan, skip=skip, include=include, call=call
-    )
-    return choose(seen, criteria)
+    options: dict[str, Any] = {"plan": plan, "skip": skip, "include": include, "call": call}
+    found = _find(model, batches, threshold=threshold, relative=relative, moments=moments, **options)
+    return choose(found.seen, criteria, found.moments)
 
 
 def statistics(
@@ -114,7 +115,22 @@ def statistics(
       >>> seen.outliers.tolist()
       [0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
     """
+    options: dict[str, Any] = {"plan": plan, "skip": skip, "include": include, "call": call}
+    return _find(model, batches, threshold=threshold, relative=relative, moments=False, **options).seen
 
+
+def _find(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    threshold: float,
+    relative: bool,
+    moments: bool,
+    plan: Mapping[str, Sequence[int]] | None,
+    skip: Patterns,
+    include: Patterns,
+    call: Callable[..., Any] | None,
+) -> Found:
     counted = Criteria(threshold=threshold, relative=relative).counted
     stacks: dict[str, Axes] = {}
 
@@ -131,4 +147,5 @@ def statistics(
         return merged(*arguments) if call is None else call(merged, *arguments)
 
     known = Plan({}, stacks if plan is None else {**plan.stacked, **stacks})
-    return collect(run, state, batches, axes=int8_axes(state, known, chosen), counted=counted)
+    axes = int8_axes(state, known, chosen)
+    return collect(run, state, batches, axes=axes, counted=counted, moments=moments)

@@ -188,8 +188,8 @@ WHICH_WEIGHTS = ["plan", "skip", "include"]
 @pytest.mark.parametrize(
     ("function", "options"),
     [
-        (jint8.calibrate, [*WHAT_COUNTS, *WHICH_DIMENSIONS, *WHICH_WEIGHTS]),
-        (jint8.nnx.calibrate, [*WHAT_COUNTS, *WHICH_DIMENSIONS, *WHICH_WEIGHTS, "call"]),
+        (jint8.calibrate, [*WHAT_COUNTS, *WHICH_DIMENSIONS, *WHICH_WEIGHTS, "moments"]),
+        (jint8.nnx.calibrate, [*WHAT_COUNTS, *WHICH_DIMENSIONS, *WHICH_WEIGHTS, "moments", "call"]),
         (jint8.analysis.outlier_statistics, [*WHAT_COUNTS, *WHICH_WEIGHTS]),
         (jint8.nnx.statistics, [*WHAT_COUNTS, *WHICH_WEIGHTS, "call"]),
     ],

@@ -16,6 +16,7 @@ RUNS = {  # by the preset that a model was saved with
     "best": ["rotated", "best"],
     "fast": ["fast"],
     "w4": ["w4"],
+    "w4-best": ["w4-best"],
 }
 OTHERS = [(own, other) for own in RUNS for other in RUNS[own] if other != own]
 REFUSED = [(own, other) for own in RUNS for other in RUNS if other not in RUNS[own]]
@@ -30,7 +31,8 @@ def made_by(preset, llama):
     """A model quantized by a preset; smoothed by its weights alone, since calibration differs by preset."""
     config = jint8.Config.preset(preset)
     by_weights_alone = config.rotate > 0 and not config.uses_calibrated_columns
-    return jint8.load(llama, dtype="float32", config=config, calibrate=False if by_weights_alone else None)
+    text = "How quickly daft jumping zebras vex. " * 8 if config.rounding == "gptq" else None
+    return jint8.load(llama, dtype="float32", config=config, calibrate=False if by_weights_alone else text)
 
 
 @pytest.fixture(scope="module")

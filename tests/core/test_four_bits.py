@@ -172,7 +172,7 @@ def test_under_jit_and_vmap(grouping):
         ({"group": 48}, ValueError, "group to be a power of two from 2 to 1024, got 48"),
         ({"group": 64.0}, TypeError, "group to be an integer, got 64.0"),
         ({"grouping": "row"}, ValueError, "grouping to be one of oc, ic, ada, got 'row'"),
-        ({"rounding": "up"}, ValueError, "rounding to be 'nearest', got 'up'"),
+        ({"rounding": "up"}, ValueError, "rounding to be one of nearest, gptq, got 'up'"),
         ({"digits": 2}, ValueError, "digits=1 with float activations"),
         ({"rotate": 16, "outliers": "up"}, ValueError, "outliers to be one of"),
         ({"scheme": "llm.int8", "group": 32}, ValueError, "group with scheme='int4', got group=32 with 'llm.int8'"),

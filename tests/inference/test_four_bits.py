@@ -1,5 +1,6 @@
 """Models in four bits from a checkpoint to text: loaded, saved, generated with."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from tiny_model import make_llama_directory
 
 import jint8
+from jint8._inference import load_four_bits
 from jint8.cli import main
 
 CONFIGS = {
@@ -143,3 +145,59 @@ def test_a_mesh_is_refused_when_quantizing(source):
     mesh = jax.make_mesh((1,), ("model",))
     with pytest.raises(ValueError, match="scheme of int8 with a mesh, got 'int4'"):
         jint8.load(source, config=CONFIGS["oc"], mesh=mesh)
+
+
+BY_LAYER = {
+    "gptq": jint8.Config(scheme="int4", group=16, rotate=64, outliers="static", rounding="gptq"),
+    "nearest": jint8.Config(scheme="int4", group=16, outliers="static"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", BY_LAYER.values(), ids=BY_LAYER)
+def test_each_layer_by_what_the_layers_before_it_have_made_of_the_text(config, source, floats):
+    """The second layer's weights are what they are by the moments behind the first layer's, dequantized."""
+    model = jint8.load(source, config=config, calibrate=TEXT, dtype="float32")
+    before = floats.params | {"layers_0": jint8.dequantize_params(model.params["layers_0"])}
+    for name, params in (("layers_0", floats.params), ("layers_1", before)):
+        other = dataclasses.replace(floats, params=params)
+        found = jint8.calibrate(other.run, {"params": params}, other.batches(TEXT), budget=8, moments=True)
+        path = f"{name}/attention/qkv/weight"
+        known = {"outliers": found[path], "rms": found.rms[path], "moments": found.moments[path]}
+        float_weight = params[name]["attention"]["qkv"]["weight"]
+        want = jint8.quantize(float_weight, contract_axes=1, config=config, **known)
+        got = model.params[name]["attention"]["qkv"]["weight"]
+        assert got.config == want.config
+        np.testing.assert_array_equal(got.outlier_index, want.outlier_index)
+        apart = np.abs(got.dequantize() - want.dequantize()) > 1e-3 * np.abs(float_weight).max()
+        assert apart.mean() < 0.02  # ties, which float32 may decide otherwise
+
+
+def test_gptq_is_calibrated_on_what_the_model_writes(source, monkeypatch):
+    monkeypatch.setattr(load_four_bits, "OWN_SEQUENCES", 3)
+    monkeypatch.setattr(load_four_bits, "CALIBRATION_LENGTH", 64)
+    config = jint8.Config(scheme="int4", group=16, grouping="oc", rounding="gptq")
+    counted = []
+    model = jint8.load(source, config=config, dtype="float32", progress=lambda *of: counted.append(of))
+    again = jint8.load(source, config=config, dtype="float32")
+    for got, want in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert counted[-1][0] == counted[-1][1]
+    calls = load_four_bits.own_tokens(model)
+    assert [call.shape for call in calls] == [(1, 64)] * 3
+    assert len({call.tobytes() for call in calls}) == 3
+    with pytest.raises(ValueError, match=r"rounding='nearest' without calibration, got calibrate=False"):
+        jint8.load(source, config=config, calibrate=False)
+    with pytest.raises(ValueError, match=r"Expected second moments of the activations for rounding='gptq'"):
+        jint8.load(source, config=config, outliers=model.calibrate(TEXT))
+
+
+def test_gptq_from_the_command_line(source, tmp_path, capsys):
+    (tmp_path / "text").write_text(TEXT * 4)
+    arguments = ["quantize", str(source), str(tmp_path / "saved"), "--preset", "w4-best", "--json", "--quiet"]
+    assert main([*arguments, "--calibrate", "none"]) == 2
+    assert "without calibration" in capsys.readouterr().err
+    assert main([*arguments, "--calibrate", str(tmp_path / "text")]) == 0
+    saved = jint8.load(tmp_path / "saved")
+    assert saved.quant == jint8.Config.preset("w4-best")
+    assert all(w.outlier_index is not None for w in weights(saved))
