@@ -59,8 +59,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="the text on which static outliers are found, or by which a preset that rotates smooths (default: a short "
-        "one of ours); none: smooth by the weights alone",
+        help="the text on which static outliers are found, by which a preset that rotates smooths, or w4-best rounds "
+        "(default: a short one of ours; for w4-best, one that the model writes); none: smooth by the weights alone",
     )
     group.add_argument("--threshold", type=float, metavar="T", help="of outliers; 0 means no decomposition (6)")
     add_dtype_argument(group)
