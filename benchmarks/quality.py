@@ -43,7 +43,7 @@ from jint8._inference.evaluate import evaluate
 from jint8._inference.layer_by_layer import quantize_layer_by_layer
 from jint8._inference.load_four_bits import FOUR_BIT_COLUMNS, own_tokens
 from jint8._trees.memory import projection_bytes
-from jint8._trees.params import projections, with_config
+from jint8._trees.params import projections, quantized, with_config
 from jint8._trees.paths import Selection
 from jint8.analysis import inject_outliers, outlier_statistics
 from jint8.analysis._criteria import Criteria
@@ -187,7 +187,7 @@ class Bench:
 
         def read(part: str, known: Any) -> Any:
             tree = {name: of for name, of in floats.items() if (name if name.startswith("layers_") else "") == part}
-            return tree if known is None else jint8.quantize_params(tree, config=row.config, outliers=known)
+            return tree if known is None else quantized(tree, config=row.config, outliers=known)
 
         calls = self.own_tokens if row.config.rounding == "gptq" else self.model.batches()
         dimensions = dict.fromkeys(selected, 2)

@@ -87,8 +87,8 @@ class Config:
       grouping: in four bits: the weights of a group belong to one output channel (`"oc"`) or to one feature (`"ic"`);
         `"ada"` chooses for each weight what leaves the smaller error of its output, and a `QTensor` has what was
         chosen.
-      rounding: in four bits: to the `"nearest"` code; or one feature after another, of which each makes up for the error
-        of those before it (`"gptq"`), by the second moments of activations (see `jint8.calibrate`).
+      rounding: in four bits: to the `"nearest"` code; or one feature after another, of which each makes up for the
+        error of those before it (`"gptq"`), by the second moments of activations (see `jint8.calibrate`).
 
     Raises:
       TypeError: `threshold` isn't a real number, `relative` isn't a bool, or `rotate` or `group` isn't an integer.
