@@ -126,7 +126,7 @@ def test_what_is_refused():
         jint8.quantize(w, moments=moments)
     with pytest.raises(ValueError, match="rounding='nearest' under jit, got 'gptq'"):
         jax.jit(lambda w: jint8.quantize(w, config=four_bits(), moments=moments))(w)
-    with pytest.raises(ValueError, match="rounding with scheme='int4', got rounding='gptq'"):
+    with pytest.raises(ValueError, match="rounding with scheme='int4' or 'int4-a8', got rounding='gptq'"):
         jint8.Config(rounding="gptq")
 
 
