@@ -1,11 +1,15 @@
 """`jint8.matmul` against float32 `x @ w` on this machine, at real shapes, with six outlier columns.
 
     python benchmarks/bench_matmul.py
+    python benchmarks/bench_matmul.py --four-bits
 
-Writes results/matmul_cpu.json. Speed is the ratio to float32 in the same run.
+Writes results/matmul_cpu.json, or matmul_four_bits_cpu.json: weights in four bits, in groups of 64, beside int8. Speed
+is the ratio to float32 in the same run.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +43,37 @@ def measure(m: int, k: int, n: int) -> dict[str, float]:
     return {name: 1e3 * s for name, s in alternate(runs, 9 if m * k * n > 1e9 else 50).items()}
 
 
+def measure_four_bits(m: int, k: int, n: int) -> dict[str, float]:
+    """The same with weights in four bits: groups of either axis, activations in floating point and in int8."""
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n, k), (m, k)))
+    wf, no_decomposition = jnp.asarray(w.T.copy()), jint8.Config(threshold=0)
+    product, float_product = jax.jit(jint8.matmul), jax.jit(jnp.matmul)
+    w8 = jint8.quantize(w, contract_axes=(1,), config=no_decomposition)
+    runs = {"float32": lambda: float_product(x, wf), "int8, threshold 0": lambda: product(x, w8)}
+    for scheme in ("int4", "int4-a8"):
+        for grouping in ("oc", "ic"):
+            config = jint8.Config(scheme=scheme, grouping=grouping, threshold=0)
+            q = jint8.quantize(w, contract_axes=(1,), config=config)
+            runs[f"{scheme}, {grouping}"] = lambda q=q: product(x, q)
+    return {name: 1e3 * s for name, s in alternate(runs, 9 if m * k * n > 1e9 else 50).items()}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--four-bits", action="store_true")
+    four_bits = parser.parse_args().four_bits
     rows = []
     for shape, (k, n) in SHAPES.items():
         for m in ROWS:
-            ms = measure(m, k, n)
+            ms = (measure_four_bits if four_bits else measure)(m, k, n)
             speed = {name: ms["float32"] / t for name, t in ms.items()}
             rows.append({"shape": shape, "rows": m, "k": k, "n": n, "ms": ms, "times_float32": speed})
             print(f"{shape:20} {m:4} rows  " + "  ".join(f"{name} {s:5.2f}x" for name, s in speed.items()))
-    print(write("matmul_cpu", {"outlier_columns": OUTLIER_COLUMNS, "rows": rows}))
+    if four_bits:
+        print(write("matmul_four_bits_cpu", {"group": jint8.Config().group, "rows": rows}))
+    else:
+        print(write("matmul_cpu", {"outlier_columns": OUTLIER_COLUMNS, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from jint8._core.qtensor import contract_last
 from jint8._ops import gpu
 from jint8._ops.product import choose_path
 from jint8._ops.weight import Packing, Weight
+from jint8._ops.xla import plain
 
 SHAPES = {
     "whole_blocks": (64, 48),
@@ -63,6 +64,22 @@ def test_smoothed_and_rotated(grouping):
         for m in (1, 5):
             x = normal(m, 80, seed=1)
             assert_close(jint8.matmul(x, w), x, floats(w), 1e-3 if m == 1 else 2.0**-18)
+
+
+@pytest.mark.skipif(not on_one_cpu(), reason="needs one CPU")
+@every_grouping
+@pytest.mark.parametrize("n", [72, 96], ids=["channels_left", "whole"])
+def test_some_channels_at_a_time(n, grouping, monkeypatch):
+    """32 channels are dequantized at a time, here; in this size no other test does."""
+    monkeypatch.setattr(plain, "MOST_EXPANDED", 40 * 80)
+    w, x = quantized((80, n), grouping, columns=COLUMNS), normal(5, 80, seed=1)
+    assert "scan" in str(jax.make_jaxpr(jint8.matmul)(x, w))
+    assert_close(jax.jit(jint8.matmul)(x, w), x, floats(w), 2.0**-20)
+    gradient = jax.grad(lambda x: jnp.sum(jint8.matmul(x, w) ** 2))(x)
+    expected = 2 * (np.asarray(x, np.float64) @ floats(w)) @ floats(w).T
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-3 * abs(expected).max())
+    each = jax.vmap(lambda x: jint8.matmul(x[None], w, implementation="dequantize")[0])(x)
+    assert_close(each, x, floats(w), 2.0**-20)
 
 
 @every_grouping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jint8._core.platform import on_one_cpu
 from jint8._ops.weight import Weight
 from jint8._ops.xla.blocks import block_product
+
+MOST_EXPANDED = 1 << 21  # float32 values of a weight at a time, on a CPU
 
 
 def float_product(x: jax.Array, w: Weight, precision: Any = None, *, by_blocks: bool = False) -> jax.Array:
@@ -20,9 +24,48 @@ def float_product(x: jax.Array, w: Weight, precision: Any = None, *, by_blocks: 
     if by_blocks:
         y = (block_product(rest.astype(jnp.float32), w) * w.scale).astype(x.dtype)
     else:
-        weights = (w.in_units() * w.per_channel(w.scale)).astype(rest.dtype)
-        y = dot(rest, weights, k_last=w.k_last, dtype=rest.dtype, precision=precision).astype(x.dtype)
+        y = _some_channels_at_a_time(rest, w, precision).astype(x.dtype)
     return y if w.outlier_index is None else y + column_product(x, w, precision).astype(x.dtype)
+
+
+def _dequantized_product(x: jax.Array, w: Weight, precision: Any) -> jax.Array:
+    weights = (w.in_units() * w.per_channel(w.scale)).astype(x.dtype)
+    return dot(x, weights, k_last=w.k_last, dtype=x.dtype, precision=precision)
+
+
+def _some_channels_at_a_time(x: jax.Array, w: Weight, precision: Any) -> jax.Array:
+    """The product with the dequantized weight. In four bits, on a CPU, with as much of it at a time as stays in cache.
+
+    A whole weight in float32 goes to memory that is new at each call, for up to 16 rows longer than the product itself.
+    """
+    size, packing = _channels_at_once(w), w.packing
+    if size is None or packing is None:
+        return _dequantized_product(x, w, precision)
+    assert w.group_scale is not None
+    assert w.group_min is not None
+    count, of_groups = w.n // size, size if packing.channels is None else size // packing.group
+
+    def product(parts: tuple[jax.Array, ...], channels: int) -> jax.Array:
+        q, scale, step, low = parts
+        held = packing._replace(channels=None if packing.channels is None else channels)
+        some = dataclasses.replace(w, q=q, scale=scale, group_scale=step, group_min=low, packing=held)
+        return _dequantized_product(x, some, precision)
+
+    arrays = ((w.q, size), (w.scale, size), (w.group_scale, of_groups), (w.group_min, of_groups))
+    blocks = tuple(a[: count * rows].reshape(count, rows, *a.shape[1:]) for a, rows in arrays)
+    y = jnp.moveaxis(lax.map(lambda parts: product(parts, size), blocks), 0, 1).reshape(len(x), count * size)
+    if not (left := w.n - count * size):
+        return y
+    return jnp.concatenate([y, product(tuple(a[count * rows :] for a, rows in arrays), left)], axis=1)
+
+
+def _channels_at_once(w: Weight) -> int | None:
+    """How many output channels are dequantized at a time, whole groups of them; None: all."""
+    if w.packing is None or not w.k_last or w.packing.channels not in (None, w.n) or not on_one_cpu():
+        return None
+    group = w.packing.group
+    size = MOST_EXPANDED // max(w.k, 1) // group * group
+    return size if 0 < size <= w.n // 2 else None
 
 
 def without_columns(x: jax.Array, index: jax.Array) -> jax.Array:
