@@ -41,8 +41,9 @@ def matmul(
       config: None means the one stored in `w`. Of a weight that was rotated, one that rotates, too.
       implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, XLA elsewhere. `"xla"` picks
         among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
-        (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier
-        columns). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
+        (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier columns).
+        `"native"` is the compiled library's, on CPUs (`JINT8_NATIVE=1` in the environment: of all products that it can
+        compute). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
         which is for tests. `"dequantize"` is another result: activations stay in floating point, as they do beside a
         weight of four bits by the scheme `"int4"`. Of four bits, `"xla_blocks"` is the product of one row, block by
         block as it is packed, and `"xla_groups"`, by `"int4-a8"`, that of any number, with exact sums of each group.
@@ -53,8 +54,8 @@ def matmul(
     Raises:
       TypeError: `x` or `bias` isn't of a supported float dtype, or `w` isn't a `QTensor`.
       ValueError: shapes that don't fit, or an unknown implementation.
-      NotImplementedError: `"triton"`, `"mosaic"`, `"xla_row"` or `"xla_blocks"` for a scheme or a size that they don't
-        compute, or any of int8 for a weight of four bits.
+      NotImplementedError: `"native"`, `"triton"`, `"mosaic"`, `"xla_row"` or `"xla_blocks"` for a scheme or a size that
+        they don't compute, or any of int8 for a weight of four bits.
 
     Examples:
       >>> import jax.numpy as jnp, jint8

@@ -19,7 +19,9 @@ from jax.typing import DTypeLike
 from jint8._core.config import Config, check_config
 from jint8._core.platform import gpu_available, on_one_cpu
 from jint8._ops import gpu
+from jint8._ops.by_platform import Call, platform_product
 from jint8._ops.checks import check_precision
+from jint8._ops.cpu import native
 from jint8._ops.weight import ContractSharding, Weight
 from jint8._ops.xla.blocks import fits_blocks
 from jint8._ops.xla.one_row import fits_row
@@ -28,14 +30,16 @@ from jint8._ops.xla.plain import column_product, float_product, without_columns
 
 # "dequantize" isn't another path to the same result: it keeps activations in floating point.
 Implementation = Literal[
-    "xla", "xla_row", "xla_digits", "xla_gather", "xla_blocks", "xla_groups", "dequantize", "triton", "mosaic"
+    "xla", "xla_row", "xla_digits", "xla_gather", "xla_blocks", "xla_groups", "dequantize", "native", "triton", "mosaic"
 ]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
-KERNELS_ON_GPU = "kernels_on_gpu"  # a path: the Pallas kernels in programs for CUDA, XLA in others
+# Paths that nobody asks for by name, with XLA in programs for other platforms.
+KERNELS_ON_GPU = "kernels_on_gpu"
+LIBRARY_ON_CPU = "library_on_cpu"
 
 
 def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -> str:
-    """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or `KERNELS_ON_GPU`."""
+    """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or one of the two above."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if w.packing is not None:
@@ -47,14 +51,24 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
     reason = gpu.unsupported(m, w, config)
     if implementation in gpu.BACKENDS and reason:
         raise NotImplementedError(f"Expected what the GPU kernels can compute, got {reason}.")
+    lacks = native.unsupported(w, config)
+    if implementation == "native" and lacks:
+        raise NotImplementedError(f"Expected what the compiled library can compute, got {lacks}.")
     if implementation == "xla_row" and not fits_row(m, w, config):
         raise NotImplementedError(f"Expected one row and a weight stored [n, k], got {m} rows of {w.k} features.")
     if implementation not in (None, "xla"):
         return implementation
-    # The kernels read [n, k]. Transposing other weights at each call would cost more than the kernels gain.
-    if implementation is None and not reason and w.k_last and gpu_available():
+    if implementation is None and _kernels_run(m, w, config):
         return KERNELS_ON_GPU
+    if implementation is None and not lacks and native.by_default():
+        return LIBRARY_ON_CPU
     return choose_xla_path(m, w, config)
+
+
+def _kernels_run(m: int, w: Weight, config: Config) -> bool:
+    """Whether the Pallas kernels compute the product in programs for CUDA, where nobody asks for them by name."""
+    # They read [n, k]. Transposing other weights at each call would cost more than the kernels gain.
+    return w.k_last and gpu_available() and gpu.unsupported(m, w, config) is None
 
 
 def _four_bit_path(m: int, w: Weight, config: Config, implementation: str | None) -> str:
@@ -146,9 +160,12 @@ def _product(static: _Static, x, w: Weight, bias):
 
 def _compute(static: _Static, x, w: Weight, bias):
     config, path, dtype, precision, sharding = static
-    if path == KERNELS_ON_GPU or path in gpu.BACKENDS:
-        backend = None if path == KERNELS_ON_GPU else path
-        return gpu.kernel_product(gpu.Call(config, dtype, backend), x, w, bias)
+    if path in (KERNELS_ON_GPU, LIBRARY_ON_CPU):
+        library = native.by_default() and native.unsupported(w, config) is None
+        return platform_product(Call(config, dtype, kernels=path == KERNELS_ON_GPU, library=library), x, w, bias)
+    if path == "native" or path in gpu.BACKENDS:
+        call = Call(config, dtype, kernels=path != "native", library=path == "native", backend=path)
+        return platform_product(call, x, w, bias)
     return xla_product(x, w, bias, config, path=path, dtype=dtype, precision=precision, sharding=sharding)
 
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-from jint8._ops.product import KERNELS_ON_GPU
+from jint8._ops.product import KERNELS_ON_GPU, LIBRARY_ON_CPU
 from jint8._trees.paths import path_group
 
 SHOWN = 10  # products of a printed table, or groups of weights in floating point, unless more are asked for
 _IN_FLOAT = ("dequantize", "xla_blocks")  # paths that keep activations in floating point
-_NAMES = {"triton": "Triton", "mosaic": "Mosaic", KERNELS_ON_GPU: "Pallas kernels"}
+_NAMES = {"triton": "Triton", "mosaic": "Mosaic", KERNELS_ON_GPU: "Pallas kernels", LIBRARY_ON_CPU: "native"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

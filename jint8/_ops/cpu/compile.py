@@ -1,0 +1,81 @@
+"""Compiles the C++ of `src/` to a shared library. Imports nothing of jint8: the build hook runs this file by itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "src"
+LIBRARY = "libjint8_cpu.so"
+# No -ffast-math: NaN, infinity and exact divisions are part of the results.
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+# What each instruction set is compiled with; one that the compiler doesn't know is left out.
+INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "AVX2": AVX2,
+        "AVXVNNI": (*AVX2, "-mavxvnni"),
+        "AVX512VNNI": (*AVX2, *AVX512, "-mprefer-vector-width=512"),
+    },
+    "aarch64": {"NEON": ("-march=armv8.2-a+dotprod",)},
+}
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: `$CXX`, or the first of `g++`, `clang++` and `c++` that is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def build(compiler: str, include: str, out: Path, *, machine: str | None = None, flags: Sequence[str] = ()) -> None:
+    """Compiles the library to `out`.
+
+    Args:
+      compiler: a C++ compiler that takes GCC's options.
+      include: where the headers of XLA's FFI are, `jax.ffi.include_dir()`.
+      out: the library.
+      machine: for which processors, as `platform.machine()` says; None: for this machine's.
+      flags: further options, such as those of sanitizers.
+
+    Raises:
+      subprocess.CalledProcessError: the compiler failed; its messages are in `stderr`.
+    """
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine or platform.machine(), machine or platform.machine())
+    with tempfile.TemporaryDirectory() as directory:
+
+        def start(name: str, source: str, options: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
+            target = os.path.join(directory, f"{name}.o")
+            arguments = [compiler, *FLAGS, *options, *flags, "-c", str(SOURCE / source), "-o", target]
+            return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True), target
+
+        def finish(process: subprocess.Popen[str], target: str) -> str:
+            _, errors = process.communicate()
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
+            return target
+
+        started = [
+            start("handler", "handler.cc", [f"-I{include}"]),
+            start("generic", "kernels.cc", ["-DJINT8_GENERIC"]),
+        ]
+        sets = {
+            name: start(name, "kernels.cc", [f"-DJINT8_{name}", *options])
+            for name, options in INSTRUCTION_SETS.get(machine, {}).items()
+        }
+        objects, found = [], []
+        for name, one in sets.items():
+            try:
+                objects.append(finish(*one))
+            except subprocess.CalledProcessError:
+                continue  # an older compiler
+            found.append(f"-DJINT8_HAS_{name}")
+        started.append(start("product", "product.cc", found))
+        objects += [finish(*one) for one in started]
+        link = [compiler, "-shared", *flags, *objects, "-o", str(out), "-pthread"]
+        subprocess.run(link, check=True, capture_output=True, text=True)

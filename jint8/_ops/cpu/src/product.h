@@ -1,0 +1,42 @@
+// One LLM.int8() product of plain arrays: what the handler in handler.cc calls, and what tests call without JAX.
+#ifndef JINT8_PRODUCT_H_
+#define JINT8_PRODUCT_H_
+
+#include <cstdint>
+#include <functional>
+
+#include "floats.h"
+#include "kernels.h"
+
+namespace jint8 {
+
+struct Options {
+  float threshold;  // from which magnitude on a value is an outlier; 0: none is
+  bool by_column;   // an outlier makes its whole column one
+  bool affine;      // activations have a zero point
+};
+
+// y[m, n] = x[m, k] times q[n, k], in units of scale[n] less zero[n], plus bias[n]. `zero` and `bias` may be nullptr.
+struct Arrays {
+  int64_t m, n, k;
+  const void* x;
+  Float x_type;
+  const int8_t* q;
+  const float* scale;
+  const float* zero;
+  const float* bias;
+  void* y;
+  Float y_type;
+};
+
+// Calls a function with 0 to `count` - 1, each once, on several threads or on one, and returns when all have ended.
+using ForEach = std::function<void(int64_t count, const std::function<void(int64_t)>&)>;
+
+void product(const Arrays& arrays, const Options& options, const Kernels& kernels, const ForEach& for_each);
+
+// The best kernels of this processor; `name` asks for others ("generic", "avx2", ...), nullptr where it hasn't those.
+const Kernels* choose_kernels(const char* name);
+
+}  // namespace jint8
+
+#endif  // JINT8_PRODUCT_H_
