@@ -6,10 +6,11 @@ and with two layers; the numbers of more layers are extrapolated from both. Weig
 shapes and shardings. Temporaries are those of XLA's CPU backend, with float32 activations; those of experts hold copies
 of all their weights, which its grouped products make.
 
-JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype, cache (int8, or null for
-the dtype); per_device {int8 {projections, scales, embeddings, others, weights, cache, prefill, decode, needed}, float
-{weights}}, in bytes; fits, float_fits (its weights and the cache alone), collectives [{kind, count, bytes, per}],
-longest_context (null where nothing fits), longest_by (memory or positions).
+JSON: model, source (of a known size), layers, devices, memory, reserve, context, batch, dtype, scheme, cache (int8, or
+null for the dtype); per_device {int8 {projections, scales, embeddings, others, weights, cache, prefill, decode,
+needed}, float {weights}}, in bytes, with int8 for a scheme of four bits, too; fits, float_fits (its weights and the
+cache alone), collectives [{kind, count, bytes, per}], longest_context (null where nothing fits), longest_by (memory or
+positions).
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def fit(
     from jint8._inference.capacity import capacity, in_slots, longest_context, model_mesh
     from jint8.models import model_config
 
-    decoder = model_config(config)
+    decoder, quant = model_config(config), _common.quant_config(args) or Config()
     dtype = _common.float_dtype(args.dtype)
     positions = decoder.max_positions if decoder.learned_positions is not None else None
     if positions is not None and args.context > positions:
@@ -144,7 +145,7 @@ def fit(
             context=context,
             batch=args.batch_size,
             dtype=dtype,
-            quant=_common.quant_config(args) or Config(),
+            quant=quant,
             cache=args.cache,
         )
 
@@ -160,6 +161,7 @@ def fit(
         "context": args.context,
         "batch": args.batch_size,
         "dtype": dtype.name,
+        "scheme": quant.scheme,
         "cache": args.cache,
         "per_device": {
             "int8": {
@@ -189,6 +191,9 @@ def fit(
 
 def print_table(result: dict[str, Any]) -> None:
     """The same for people."""
+    from jint8 import SCHEMES
+
+    bits = "4 bits" if SCHEMES[result["scheme"]].weights == "group" else "int8"
 
     def row(name: str, number: str, note: str = "") -> None:
         print(f"{name:24} {number:>8}  {note}".rstrip())
@@ -201,7 +206,7 @@ def print_table(result: dict[str, Any]) -> None:
     )
     rows = {
         "weights": int8["weights"],
-        "  projections, int8": int8["projections"],
+        f"  projections, {bits}": int8["projections"],
         "  their scales": int8["scales"],
         "  embeddings and head": int8["embeddings"],
         "  norms, biases, ...": int8["others"],

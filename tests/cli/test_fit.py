@@ -154,3 +154,10 @@ def test_the_old_name_says_the_new_one(run, monkeypatch):
 
 def test_errors_of_the_old_name(run_error):
     assert run_error("plan", "opt-175b", "--mesh", "eight").endswith("got 'eight'")
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("llm.int8", "int8"), ("int4", "4 bits"), ("int4-a8", "4 bits")])
+def test_the_table_says_how_many_bits(found, scheme, bits, capsys):
+    assert found["fit"]["scheme"] == "llm.int8"
+    _fit.print_table(found["fit"] | {"scheme": scheme})
+    assert f"projections, {bits} " in capsys.readouterr().out

@@ -159,6 +159,21 @@ def test_experts_by_ragged_dot(grouping):
     np.testing.assert_allclose(jint8.ragged_dot(x, w, sizes), exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int4-a8"])
+def test_layers_are_unpacked_one_at_a_time(scheme):
+    """A program of several products doesn't hold the unpacked weights of all."""
+    config, size, layers = jint8.Config(scheme=scheme, grouping="oc", threshold=0.0), 512, 8
+    w = jax.eval_shape(lambda: contract_last(jint8.quantize(jnp.zeros((size, size)), config=config), (0,)))
+
+    def all_layers(x, weights):
+        for one in weights:
+            x = jnp.tanh(jint8.matmul(x, one))
+        return x
+
+    program = jax.jit(all_layers).lower(jax.ShapeDtypeStruct((8, size), jnp.float32), [w] * layers).compile()
+    assert program.memory_analysis().temp_size_in_bytes < layers / 2 * size * size * 4
+
+
 def test_what_is_refused():
     w, x = quantized((64, 48), "oc"), jnp.ones((2, 64))
     for name in ("xla_row", "xla_digits", "xla_gather", "triton", "mosaic"):

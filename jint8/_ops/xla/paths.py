@@ -50,7 +50,9 @@ def xla_product(
     if w.packing is not None:
         # A loop around this would unpack the weight once, before it, to many times its memory.
         x, q = lax.optimization_barrier((x, w.q))
-        w = dataclasses.replace(w, q=q)
+        # Blocks, and code that isn't XLA's, read the bytes as they are.
+        unpacks = path in ("dequantize", "xla_groups")
+        w = dataclasses.replace(w, q=q ^ _zero_of(x).astype(q.dtype) if unpacks else q)
     if path == "xla_groups":
         y = group_product(x, w, config)
     elif path == "xla_blocks" and config.table_row.activations is not None:
@@ -62,3 +64,13 @@ def xla_product(
     else:
         y = int8_product(x, w, config, path=path, sharding=sharding)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+
+
+def _zero_of(x: jax.Array) -> jax.Array:
+    """int32 0 that depends on `x[m, k]`, which XLA can't know.
+
+    On the CPU XLA drops barriers early. What depends on weights alone it then computes for all layers at the start of a
+    program, or before a loop, and holds all of it: the unpacked weights of a whole model.
+    """
+    magnitude = jnp.abs(x[0, 0].astype(jnp.float32))
+    return jnp.minimum(lax.bitcast_convert_type(magnitude, jnp.int32), 0)
