@@ -6,9 +6,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from hypothesis import settings
+
+# Of properties, a few examples, the same ones each time; `--hypothesis-profile=nightly` has many, other ones.
+settings.register_profile("few", max_examples=10, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=10_000, deadline=None)
+settings.load_profile("few")
 
 # Tests of numbers, which run what users run.
 OPTIMIZED = ("test_matmul.py", "test_activations.py", "test_quantize.py", "test_batch_independence.py", "test_cache.py")
+OPTIMIZED += ("test_properties.py",)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -251,7 +251,7 @@ class ParameterReader:
 
 @functools.cache
 def _rounding(is_affine: bool) -> Callable[..., tuple[jax.Array, ...]]:
-    return jax.jit(affine if is_affine else symmetric, static_argnums=1)
+    return jax.jit(functools.partial(affine if is_affine else symmetric, exact=True), static_argnums=1)
 
 
 def _quantized(w: jax.Array, shape: Any, contract_axes: Any, stack_axes: Any, **options: Any) -> QTensor:

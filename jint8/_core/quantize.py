@@ -50,7 +50,7 @@ def _quantize(w, columns, rms, moments, *, contract_axes, stack_axes, config):
             # Calibrated columns are kept in units of the scale, of which float16 holds 65,504. They aren't among the
             # values that decide it here, which may be much smaller.
             least = absmax(inside.taken, axis) / MOST_STEPS
-    q, scale, *rest = (affine if scheme.affine else symmetric)(values, axis, least)
+    q, scale, *rest = (affine if scheme.affine else symmetric)(values, axis, least, exact=True)
     shape = tuple(1 if a in contract_axes else size for a, size in enumerate(w.shape))
     # A scale of the whole tensor is repeated for each channel, so that in every scheme size 1 marks contracted axes.
     scale, *rest = (jnp.broadcast_to(leaf, shape) for leaf in (scale, *rest))

@@ -51,10 +51,11 @@ def bits_to_float(bits: jax.Array) -> jax.Array:
 def divide_by(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
     """`x / divisor`, correctly rounded.
 
-    XLA turns division by a constant into multiplication by its reciprocal, which may be off by a unit in the last
-    place. So the divisor isn't a constant here: it is selected by a comparison that only NaN and -infinity fail.
+    XLA turns division by a constant, or by one number for many values, into multiplication by its reciprocal, which may
+    be off by a unit in the last place. So the divisor is neither here: it is selected for each value, by a comparison
+    that only NaN and -infinity fail.
     """
-    return x / jnp.where(x > -jnp.inf, jnp.float32(divisor), jnp.float32(1.0))
+    return x / jnp.where(x > -jnp.inf, jnp.asarray(divisor, jnp.float32), jnp.float32(1.0))
 
 
 def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 127.0) -> jax.Array:
@@ -63,17 +64,28 @@ def round_to_int8(x: jax.Array, scale: jax.Array, largest: jax.Array | float = 1
     return jnp.where(scale < SMALLEST_NORMAL, 0.0, jnp.clip(steps, -largest, largest))
 
 
-def symmetric(x: jax.Array, axis, least: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Symmetric absmax quantization: int8 values and the float32 scale, of size 1 on `axis` and at least `least`."""
+def symmetric(
+    x: jax.Array, axis, least: jax.Array | None = None, *, exact: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Symmetric absmax quantization: int8 values and the float32 scale, of size 1 on `axis` and at least `least`.
+
+    `exact` rounds the quotients themselves, as for weights; else they may be those with the reciprocal of the scale,
+    which is faster, and of which one in many thousands falls on the other side of a half.
+    """
     scale = divide_by(absmax(x, axis), 127.0)
     scale = scale if least is None else jnp.maximum(scale, least)
+    if exact:
+        steps = jnp.clip(jnp.round(divide_by(x.astype(jnp.float32), scale)), -127.0, 127.0)
+        return jnp.where(scale < SMALLEST_NORMAL, 0.0, steps).astype(jnp.int8), scale
     return round_to_int8(x, scale).astype(jnp.int8), scale
 
 
-def affine(x: jax.Array, axis, least: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def affine(
+    x: jax.Array, axis, least: jax.Array | None = None, *, exact: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Zero-point quantization of the range from `min(x, 0)` to `max(x, 0)`: int8 values, scale, zero point.
 
-    The scale is at least `least`.
+    The scale is at least `least`; `exact` as in `symmetric`.
     """
     x = x.astype(jnp.float32)
     finite = jnp.isfinite(absmax(x, axis))
@@ -84,5 +96,6 @@ def affine(x: jax.Array, axis, least: jax.Array | None = None) -> tuple[jax.Arra
     scale = scale if least is None else jnp.maximum(scale, least)
     tiny = scale < SMALLEST_NORMAL
     zero = jnp.where(tiny, 0.0, jnp.round(-128.0 - low / jnp.where(tiny, 1.0, scale)))
-    q = jnp.where(tiny, 0.0, jnp.clip(jnp.round(x / scale) + zero, -128.0, 127.0))
+    quotient = divide_by(x, scale) if exact else x / scale
+    q = jnp.where(tiny, 0.0, jnp.clip(jnp.round(quotient) + zero, -128.0, 127.0))
     return q.astype(jnp.int8), scale, zero
