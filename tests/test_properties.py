@@ -1,6 +1,6 @@
 """Properties of quantizing and of products, over shapes, dtypes, values, schemes, implementations and transformations.
 
-A few examples in the default suite; 10,000 of each by
+A few examples in the default suite (products are slow); 10,000 of each by
 
     pytest -m "" -n0 tests/test_properties.py --hypothesis-profile=nightly
 
@@ -117,6 +117,7 @@ def quantized(w, config, k_last):
     return jint8.quantize(w.T, contract_axes=(1,), config=config).T
 
 
+@pytest.mark.slow  # Most examples compile a program.
 @given(st.data(), shapes, configs, dtypes, st.booleans(), st.booleans(), st.sampled_from(IMPLEMENTATIONS))
 def test_product(data, shape, config, dtype, k_last, has_bias, implementation):
     m, k, n = shape
@@ -140,6 +141,7 @@ def test_product(data, shape, config, dtype, k_last, has_bias, implementation):
     oracle.assert_close(np.asarray(got), wanted, bound + 2 * TINY, list(bad) if n else [])
 
 
+@pytest.mark.slow  # Most examples compile a program.
 @given(st.data(), st.sampled_from([(0, 0), (0, 3), (5, 0), (7, 32)]), configs, dtypes)
 def test_ragged_product(data, shape, config, dtype):
     """Each group's rows are those of a product with its expert alone, where outliers are the rows' own."""
@@ -166,6 +168,7 @@ def test_ragged_product(data, shape, config, dtype):
 # Transformations
 
 
+@pytest.mark.slow  # Most examples compile a program.
 @given(st.data(), st.sampled_from([(1, 4), (3, 32), (0, 4), (3, 0)]), configs)
 def test_transformations_composed(data, shape, config):
     """jit, vmap and scan over stacked weights, in each other and in remat, are the products one by one."""
@@ -195,6 +198,7 @@ def test_transformations_composed(data, shape, config):
         np.testing.assert_allclose(got[i], wanted, rtol=0, atol=1e-5 * abs(wanted).max(initial=1e-30), err_msg=name)
 
 
+@pytest.mark.slow  # Most examples compile a program.
 @given(st.data(), st.sampled_from([(1, 5, 3), (3, 32, 6), (3, 0, 2), (0, 4, 3)]), configs)
 def test_gradients_are_those_of_the_dequantized_weight(data, shape, config):
     m, k, n = shape

@@ -42,6 +42,15 @@ def test_ties_round_to_even():
     np.testing.assert_array_equal(jint8.quantize(w, contract_axes=1).q[0], [127, 0, 2, 2, 0, -2])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda d: np.dtype(d).name)
+def test_half_the_largest_weight_is_divided_not_multiplied_by_a_reciprocal(dtype):
+    """Its quotient is next to 63.5, where the reciprocal's rounding decides between two integers."""
+    for largest in np.linspace(1, 2, 30):
+        w = np.stack([np.full(8, largest), np.full(8, -largest / 2)]).astype(dtype)
+        expected = oracle.quantize(w.astype(np.float32), scheme="llm.int8")
+        np.testing.assert_array_equal(jint8.quantize(w).q, expected.q)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: np.dtype(d).name)
 def test_dtype_is_remembered(dtype):
     w = jint8.quantize(np.ones((3, 2), dtype))
