@@ -1,11 +1,14 @@
 """The Python examples of README.md and docs/ run, in a folder in which `path/to/checkpoint` is a small model."""
 
+import importlib.util
 import re
 import warnings
 from pathlib import Path
 
 import pytest
 from tiny_model import make_llama_directory
+
+import jint8
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,3 +38,18 @@ def test_example(block, page, folder, monkeypatch, capsys):
     for _ in range(2 if page == "README.md" else 1):
         exec(compile(block, "example", "exec"), {"__name__": "example"})
         assert page != "README.md" or capsys.readouterr().out
+
+
+def test_reference_has_each_public_name():
+    """What `dir(jint8)` offers, and the public parts, whose docstrings the page shows."""
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.reference()
+    names = {name for name in dir(jint8) if not name.startswith("_")}
+    modules = {name.removeprefix("jint8.") for name in hooks.MODULES} - {"jint8"}
+    headings = set(re.findall(r"^#+ (jint8\S*)$", page, re.MULTILINE))
+    missing = {name for name in names - {"cli"} if f"jint8.{name}" not in headings}
+    assert missing == set()
+    assert modules <= names
+    assert "Exact for any number of outliers" in page
