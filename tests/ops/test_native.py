@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.export
@@ -13,6 +14,7 @@ from matmul_cases import CASES, EXACT, NOT_FINITE, SHAPES, VALUES
 
 import jint8
 from jint8._ops.cpu import native
+from jint8._ops.cpu.compile import build_program, find_compiler
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason="jint8 was installed without a C++ compiler")
 matmul = jax.jit(jint8.matmul, static_argnames=("config", "implementation"))
@@ -159,6 +161,7 @@ def test_what_it_cannot_compute_is_refused(config, contract_axes, message):
 IN_A_PROCESS = """
 import jax.numpy as jnp, numpy as np, jint8
 from jint8._ops.cpu import native
+from jint8._ops.cpu.compile import build_program, find_compiler
 print(native.kernels())
 rng = np.random.default_rng(0)
 w = jint8.quantize(rng.standard_normal((37, 130)).astype(np.float32), contract_axes=(1,))
@@ -193,3 +196,18 @@ def test_each_of_its_kernels(monkeypatch, name):
         pytest.skip(f"this processor can't run {name}")
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{name}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_with_sanitizers(tmp_path, sanitizers):
+    """Reads behind an array, undefined arithmetic, races of threads."""
+    compiler = find_compiler()
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path / "check"
+    flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"]
+    build_program(compiler, Path(__file__).with_name("native_check.cc"), program, flags=flags)
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("generic\n")

@@ -33,25 +33,40 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def build(compiler: str, include: str, out: Path, *, machine: str | None = None, flags: Sequence[str] = ()) -> None:
-    """Compiles the library to `out`.
+def build(compiler: str, include: str, out: Path) -> None:
+    """Compiles the library to `out`, for this machine's kind of processors.
 
     Args:
       compiler: a C++ compiler that takes GCC's options.
       include: where the headers of XLA's FFI are, `jax.ffi.include_dir()`.
       out: the library.
-      machine: for which processors, as `platform.machine()` says; None: for this machine's.
-      flags: further options, such as those of sanitizers.
 
     Raises:
       subprocess.CalledProcessError: the compiler failed; its messages are in `stderr`.
     """
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine or platform.machine(), machine or platform.machine())
+    _build(compiler, SOURCE / "handler.cc", [f"-I{include}"], out, ["-shared"])
+
+
+def build_program(compiler: str, main: Path, out: Path, *, flags: Sequence[str] = ()) -> None:
+    """Compiles `main`, which calls products without XLA, to a program `out`; `flags` such as those of sanitizers."""
+    _build(compiler, main, [f"-I{SOURCE}", *flags], out, flags, flags)
+
+
+def _build(
+    compiler: str,
+    entry: Path,
+    entry_options: Sequence[str],
+    out: Path,
+    link_options: Sequence[str],
+    flags: Sequence[str] = (),
+) -> None:
+    """Compiles `entry` and everything but the handler, at the same time, and links all of it."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     with tempfile.TemporaryDirectory() as directory:
 
-        def start(name: str, source: str, options: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
+        def start(name: str, source: Path, options: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
             target = os.path.join(directory, f"{name}.o")
-            arguments = [compiler, *FLAGS, *options, *flags, "-c", str(SOURCE / source), "-o", target]
+            arguments = [compiler, *FLAGS, *flags, *options, "-c", str(source), "-o", target]
             return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True), target
 
         def finish(process: subprocess.Popen[str], target: str) -> str:
@@ -60,12 +75,9 @@ def build(compiler: str, include: str, out: Path, *, machine: str | None = None,
                 raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
             return target
 
-        started = [
-            start("handler", "handler.cc", [f"-I{include}"]),
-            start("generic", "kernels.cc", ["-DJINT8_GENERIC"]),
-        ]
+        started = [start("entry", entry, entry_options), start("generic", SOURCE / "kernels.cc", ["-DJINT8_GENERIC"])]
         sets = {
-            name: start(name, "kernels.cc", [f"-DJINT8_{name}", *options])
+            name: start(name, SOURCE / "kernels.cc", [f"-DJINT8_{name}", *options])
             for name, options in INSTRUCTION_SETS.get(machine, {}).items()
         }
         objects, found = [], []
@@ -75,7 +87,7 @@ def build(compiler: str, include: str, out: Path, *, machine: str | None = None,
             except subprocess.CalledProcessError:
                 continue  # an older compiler
             found.append(f"-DJINT8_HAS_{name}")
-        started.append(start("product", "product.cc", found))
+        started.append(start("product", SOURCE / "product.cc", found))
         objects += [finish(*one) for one in started]
-        link = [compiler, "-shared", *flags, *objects, "-o", str(out), "-pthread"]
+        link = [compiler, *link_options, *objects, "-o", str(out), "-pthread"]
         subprocess.run(link, check=True, capture_output=True, text=True)
