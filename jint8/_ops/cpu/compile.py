@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "src"
-LIBRARY = "libjint8_cpu.so"
+LIBRARY = Path("lib") / "libjint8_cpu.so"  # beside this file; in the package itself it would look like a module
 # No -ffast-math: NaN, infinity and exact divisions are part of the results.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 AVX2 = ("-mavx2", "-mfma")
@@ -44,6 +44,7 @@ def build(compiler: str, include: str, out: Path) -> None:
     Raises:
       subprocess.CalledProcessError: the compiler failed; its messages are in `stderr`.
     """
+    out.parent.mkdir(exist_ok=True)
     _build(compiler, SOURCE / "handler.cc", [f"-I{include}"], out, ["-shared"])
 
 
