@@ -48,7 +48,7 @@ struct Work {
   std::condition_variable all_ended;
 };
 
-ForEach on_threads(const ffi::ThreadPool& pool, int64_t products) {
+ForEach on_threads(ffi::ThreadPool& pool, int64_t products) {
   return [&pool, products](int64_t count, const std::function<void(int64_t)>& function) {
     const int64_t threads = products < kWorthThreads ? 1 : std::min<int64_t>(pool.num_threads(), count);
     if (threads <= 1) {
@@ -57,7 +57,7 @@ ForEach on_threads(const ffi::ThreadPool& pool, int64_t products) {
     }
     const auto work = std::make_shared<Work>(count);
     work->function = &function;
-    for (int64_t i = 1; i < threads; ++i) const_cast<ffi::ThreadPool&>(pool).Schedule([work] { work->run(); });
+    for (int64_t i = 1; i < threads; ++i) pool.Schedule([work] { work->run(); });
     work->run();
     work->wait();
   };

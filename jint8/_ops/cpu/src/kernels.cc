@@ -32,6 +32,15 @@ inline uint32_t magnitude_bits(float x) {
 //   add        Vector plus the products of kStep activations and weights
 //   reduce     four vectors to their four sums
 
+#if defined(JINT8_AVX2) || defined(JINT8_AVXVNNI) || defined(JINT8_AVX512VNNI)
+// out[i] = the sum of the i-th vector.
+inline void sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d, int32_t* out) {
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+  const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+}
+#endif
+
 #if defined(JINT8_AVX512VNNI)
 
 struct Isa {
@@ -48,10 +57,7 @@ struct Isa {
     return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   }
   static void reduce(const Vector* v, int32_t* out) {
-    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(halves(v[0]), halves(v[1])),
-                                            _mm256_hadd_epi32(halves(v[2]), halves(v[3])));
-    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+    sums_of_four(halves(v[0]), halves(v[1]), halves(v[2]), halves(v[3]), out);
   }
 };
 
@@ -69,11 +75,7 @@ struct Isa {
     return _mm256_dpbusd_avx_epi32(sum, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), w);
   }
   static Vector add_ones(Vector sum, Weights w) { return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), w); }
-  static void reduce(const Vector* v, int32_t* out) {
-    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
-  }
+  static void reduce(const Vector* v, int32_t* out) { sums_of_four(v[0], v[1], v[2], v[3], out); }
 };
 
 #elif defined(JINT8_AVX2)
@@ -99,11 +101,7 @@ struct Isa {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_loadu_si256(p + 1), w.high));
   }
   static Vector add_ones(Vector sum, Weights) { return sum; }  // of no use where kBias is 0
-  static void reduce(const Vector* v, int32_t* out) {
-    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
-  }
+  static void reduce(const Vector* v, int32_t* out) { sums_of_four(v[0], v[1], v[2], v[3], out); }
 };
 
 #elif defined(JINT8_NEON)
