@@ -1,7 +1,10 @@
-"""The Python examples of README.md and docs/ run, in a folder in which `path/to/checkpoint` is a small model."""
+"""The Python examples of README.md and docs/ run, in a folder in which `path/to/checkpoint` and
+`path/to/model.gguf` are small models.
+"""
 
 import importlib.util
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -25,6 +28,7 @@ def folder(tmp_path_factory):
     checkpoint = path / "path" / "to" / "checkpoint"
     checkpoint.mkdir(parents=True)
     make_llama_directory(checkpoint, seed=0)
+    shutil.copy(ROOT / "tests" / "fixtures" / "gguf" / "blocks_k.gguf", checkpoint.parent / "model.gguf")
     return path
 
 

@@ -79,7 +79,7 @@ def load(
         `outliers="static"`, unless it rotates without decomposition and only smooths by their `rms`. None, with a
         config that needs either: they are found on a text, which reads the checkpoint twice.
       calibrate: that text. None is a short one that comes with the package, or random tokens where there is no
-        tokenizer; for `rounding="gptq"`, which needs more, about 16,000 tokens that the model writes itself. False
+        tokenizer; for `rounding="gptq"`, which needs more, 8,192 tokens that the model writes itself. False
         looks at no activations: a config that rotates then smooths by the weights alone.
       verify: compare all files with the SHA-256 sums that `jint8.save` wrote, before they are read. Checksums of the
         weights of a model that it saved, which cost next to nothing, are compared in any case.
