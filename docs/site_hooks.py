@@ -1,12 +1,15 @@
-"""What mkdocs calls to build the site: the API reference from docstrings, and the files that pages link."""
+"""What mkdocs calls to build the site: pages from docstrings and from commands' help, and files that pages link."""
 
+import argparse
 import importlib
 import inspect
+import os
 import re
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("jint8", "jint8.linen", "jint8.nnx", "jint8.analysis", "jint8.checkpoints", "jint8.models")
+MODULES = ("jint8", "jint8.linen", "jint8.nnx", "jint8.analysis", "jint8.checkpoints", "jint8.models", "jint8.cli")
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 
 
@@ -50,6 +53,18 @@ def _fenced(text: str) -> str:
     return f"````text\n{text}\n````\n"
 
 
+def command_line() -> str:
+    """What cli.md has below its own text, in Markdown: the help of each command."""
+    from jint8.cli._main import COMMANDS, build_parser
+
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    parts = [""]
+    with mock.patch.dict(os.environ, COLUMNS="110"):  # argparse's width, else that of the terminal
+        for name in COMMANDS:
+            parts.append(f"## jint8 {name}\n\n{_fenced(subparsers.choices[name].format_help().rstrip())}")
+    return "\n".join(parts)
+
+
 def _published(path: str) -> str:
     # mkdocs would render a Markdown file as a page, whose links lead to files that aren't on the site.
     return f"repository/{path}.txt" if path.endswith(".md") else f"repository/{path}"
@@ -66,6 +81,8 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, **_):
-    """Links those copies."""
+def on_page_markdown(markdown, page, **_):
+    """Links those copies, and adds the commands' help to their page."""
+    if page.file.src_uri == "cli.md":
+        markdown += command_line()
     return _OUTSIDE.sub(lambda match: f"]({_published(match[1])}", markdown)
