@@ -104,6 +104,20 @@ QUALITY = {
 }
 
 
+def test_table_of_the_presets_is_the_result():
+    tables = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["tables"]
+    plain, permuted = tables["plain"]["32x512 tokens"], tables["permuted"]["8x512 tokens"]
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "presets.md").read_text().splitlines()]
+    shown = {row[0].split("`")[1]: row[2:5] for row in rows if len(row) == 7 and "`" in row[0]}
+    measured = {"paper": plain["llm.int8"], **{name: plain[name] for name in ("static", "rotated", "best", "fast")}}
+    measured["w4"] = permuted["w4"]
+    assert set(shown) == {*measured, "w4-best"}
+    for name, row in measured.items():
+        kl, top1, memory = shown[name]
+        assert kl.startswith(f"{row['kl']:.{3 if name == 'w4' else 4}f}")
+        assert (top1, memory) == (f"{row['top1']:.3f}", f"{row['projection_bytes'] / 1e6:.1f} MB")
+
+
 def test_tables_of_the_readme_are_the_results():
     """Quality's numbers, and how many times as fast as float32 each engine is."""
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]

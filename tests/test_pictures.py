@@ -24,6 +24,19 @@ def test_committed_pictures_show_the_committed_numbers():
         assert len(svg) < 60_000
 
 
+def test_the_page_quotes_the_committed_numbers():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "outlier_pictures.json").read_text())
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    zero, one, *_ = measured["steps"]["with"]["shares"]
+    found = measured["errors"][measured["product"]]
+    error = {row["threshold"]: f"{row['error']:.1%}".replace("%", " %") for row in found["by_threshold"]}
+    floor = f"{found['weights_alone']:.1%}".replace("%", " %")
+    assert f"reaches {max(measured['largest']):.1f}, while" in page
+    assert f"magnitudes is {measured['median_of_token']:.3f}" in page
+    assert f"{100 * zero:.0f} % of the token's other values become 0 and {100 * one:.0f} % become 1 or -1" in page
+    assert f"from {error[0]} to {error[6]}; int8 weights alone have {floor}" in page
+
+
 def test_steps_are_those_of_the_whole_token():
     token = np.array([12.7, 0.04, -0.16, 0.34])
     found = steps(token, np.array([False, True, True, True]))
