@@ -38,12 +38,12 @@ class _Matrices(NamedTuple):
     values: jax.Array  # [stacked, k + c, n]
     steps: jax.Array | None  # of each of the k features' weights, `[stacked, k, n]`; None where groups are of a feature
     lows: jax.Array | None
-    moments: jax.Array  # [stacked, k + c, k + c]
     scale: jax.Array  # [stacked, n]
 
 
 @functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
 def _prepare(w, columns, rms, moments, *, contract_axes, stack_axes, config: Config):
+    """The matrices to round, their moments `[stacked, k + c, k + c]`, and what is known of the weight in four bits."""
     axes = {"contract_axes": contract_axes, "stack_axes": stack_axes}
     values, smooth, least = inside(w, columns, rms, **axes, config=config)
     within = within_coordinates(moments, smooth, columns, **axes, config=config)
@@ -67,48 +67,69 @@ def _prepare(w, columns, rms, moments, *, contract_axes, stack_axes, config: Con
         rows = jnp.concatenate([rows, kept], axis=2)
     assert within is not None
     step, low = found or (None, None)
-    matrices = _Matrices(jnp.swapaxes(rows, 1, 2), steps, lows, within, of_channels[..., 0])
-    return matrices, Grouped(None, scale, step, low, smooth, values)
+    matrices = _Matrices(jnp.swapaxes(rows, 1, 2), steps, lows, of_channels[..., 0])
+    return matrices, within, Grouped(None, scale, step, low, smooth, values)
+
+
+class _Rounded(NamedTuple):
+    """One of the stacked weights, its features in their own order."""
+
+    codes: jax.Array  # uint8[n, k]
+    of_groups: jax.Array | None  # float16[2, n / run * groups, k], where groups are of a feature
+    kept: jax.Array  # calibrated columns, corrected: [n, c]
+    error: jax.Array  # of the output, summed over channels
+
+
+# The steps around `round_in_order` are part of its program: outside of a jit, each would be compiled on its own.
+@functools.partial(jax.jit, static_argnames=("group", "run"))
+def _rounded(matrices: _Matrices, entry, order, factor, *, group: int, run: int) -> _Rounded:
+    """Rounds entry `entry` of the stacked weights, its features in this order and calibrated columns after them."""
+    values, scale = matrices.values[entry], matrices.scale[entry]
+    k = len(order)
+    every = jnp.concatenate([order, jnp.arange(k, len(values))])
+    rest = ((0, len(values) - k), (0, 0))
+    of_weights = (None if a is None else a[entry][order].astype(jnp.float32) for a in (matrices.steps, matrices.lows))
+    steps, lows = (None if a is None else jnp.pad(a, rest) for a in of_weights)
+    found = round_in_order(values[every], factor, jnp.arange(len(every)) < k, steps, lows, group=group, run=run)
+    back = jnp.argsort(order)
+    of_groups = found.of_groups
+    if of_groups is not None:
+        of_groups = of_groups[:, :k][:, back].reshape(2, k, -1).swapaxes(1, 2)
+    error = jnp.sum(found.errors * jnp.square(scale))
+    return _Rounded(found.codes[:k][back].T, of_groups, (found.corrected[k:] * scale).T, error)
 
 
 def _in_groups(w, columns, rms, moments, *, contract_axes, stack_axes, config: Config) -> Corrected:
     """A weight in the groups that `config` names."""
     axes = {"contract_axes": contract_axes, "stack_axes": stack_axes}
-    prepared, grouped = _prepare(w, columns, rms, moments, **axes, config=config)
+    matrices, within, grouped = _prepare(w, columns, rms, moments, **axes, config=config)
     along = axis_of_groups(w.shape, contract_axes, stack_axes, config.grouping)
     k = moments.shape[-1]
-    codes, of_groups, kept, error = [], [], [], 0.0
-    for entry in range(len(prepared.values)):
-        values, within, scale = (a[entry] for a in (prepared.values, prepared.moments, prepared.scale))
-        within = np.asarray(within)
+    entries = []
+    for entry, of_entry in enumerate(np.asarray(within)):
         # Large activations first; calibrated columns, which aren't rounded, last.
-        order = np.argsort(-np.diagonal(within)[:k], kind="stable")
-        every = np.concatenate([order, np.arange(k, len(within))])
-        rounded = jnp.arange(len(every)) < k
-        rest = ((0, len(every) - k), (0, 0))
-        steps, lows = (
-            None if a is None else jnp.pad(a[entry][order].astype(jnp.float32), rest)
-            for a in (prepared.steps, prepared.lows)
-        )
-        options = {"group": config.group, "run": w.shape[along]}
-        found = round_in_order(values[every], inverse_factor(within, every), rounded, steps, lows, **options)
-        back = np.argsort(order)
-        codes.append(found.codes[:k][back].T)
-        if found.of_groups is not None:
-            of_groups.append(found.of_groups[:, :k][:, back].reshape(2, k, -1).swapaxes(1, 2))
-        kept.append((found.corrected[k:] * scale).T)
-        error += float(jnp.sum(found.errors * jnp.square(scale)))
-    grouped = grouped._replace(codes=from_matrices(jnp.stack(codes), w.shape, **axes))
-    if of_groups:
-        shape = [group_count(size, config.group) if a == along else size for a, size in enumerate(w.shape)]
-        step, low = (from_matrices(jnp.stack([a[i] for a in of_groups]), shape, **axes) for i in (0, 1))
-        grouped = grouped._replace(step=step, low=low)
-    if columns is not None:
-        w = _with_columns(w, columns, jnp.stack(kept), **axes)
+        order = np.argsort(-np.diagonal(of_entry)[:k], kind="stable")
+        factor = inverse_factor(of_entry, np.concatenate([order, np.arange(k, len(of_entry))]))
+        entries.append(_rounded(matrices, entry, order, factor, group=config.group, run=w.shape[along]))
+    error = sum(float(entry.error) for entry in entries)
+    grouped, w = _joined(entries, grouped, w, columns, **axes, config=config)
     return Corrected(grouped, w, config, error)
 
 
-@functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes"))
+@functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
+def _joined(entries: list[_Rounded], grouped: Grouped, w, columns, *, contract_axes, stack_axes, config: Config):
+    """`grouped` with what was found for the stacked weights, and `w` with its calibrated columns as corrected."""
+    axes = {"contract_axes": contract_axes, "stack_axes": stack_axes}
+    codes, of_groups, kept, _ = jax.tree.map(lambda *leaves: jnp.stack(leaves), *entries)
+    grouped = grouped._replace(codes=from_matrices(codes, w.shape, **axes))
+    if of_groups is not None:
+        along = axis_of_groups(w.shape, contract_axes, stack_axes, config.grouping)
+        shape = [group_count(size, config.group) if a == along else size for a, size in enumerate(w.shape)]
+        step, low = (from_matrices(of_groups[:, i], shape, **axes) for i in (0, 1))
+        grouped = grouped._replace(step=step, low=low)
+    return grouped, w if columns is None else _with_columns(w, columns, kept, **axes)
+
+
 def _with_columns(w, columns, kept, *, contract_axes, stack_axes):
     """`w` with `kept[stacked, n, c]` in the columns `[*stack, c]`."""
     flat = as_matrices(w, contract_axes, stack_axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -229,13 +230,18 @@ def dequantize(w: QTensor, dtype=None) -> jax.Array:
     """
     if not isinstance(w, QTensor):
         raise TypeError(f"Expected w to be a QTensor, got {type(w).__name__}.")
+    return _dequantize(w, jax.dtypes.canonicalize_dtype(w.dtype if dtype is None else dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantize(w: QTensor, dtype) -> jax.Array:
     values, axes = in_units(w) * w.scale, contracted_axes(w)
     if w.smooth is not None:
         flat = out_of_coordinates(columns_last(values, axes), columns_last(w.smooth, axes), w.config.rotate)
         values = columns_back(flat, [values.shape[a] for a in axes], axes)
     if w.outlier_index is not None:
         values = put_rows(values, w.scale, w.outlier_rows, w.outlier_index, contract_axes=axes)
-    return jnp.transpose(values, storage_axes(w)).astype(w.dtype if dtype is None else dtype)
+    return jnp.transpose(values, storage_axes(w)).astype(dtype)
 
 
 def in_units(w: QTensor) -> jax.Array:
@@ -276,5 +282,10 @@ def contract_last(w: QTensor, contract_axes: Sequence[int], stack_axes: Sequence
     permutation = list(range(ndim))
     for stored, original in enumerate(order):
         permutation[own[stored]] = own[original]
-    moved = jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)
-    return dataclasses.replace(moved, order=order, stack=tuple(in_front))
+    return dataclasses.replace(_transposed(w, tuple(permutation)), order=order, stack=tuple(in_front))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _transposed(w: QTensor, permutation: tuple[int, ...]) -> QTensor:
+    """`w` with the axes of all its arrays permuted, in one program rather than in one for each."""
+    return jax.tree.map(lambda leaf: jnp.transpose(leaf, permutation), w)

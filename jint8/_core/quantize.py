@@ -35,7 +35,7 @@ def _named(function):
 @functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
 @_named
 def _quantize(w, columns, rms, moments, *, contract_axes, stack_axes, config):
-    """The arrays of a `QTensor`, in the order of `ARRAY_FIELDS`."""
+    """The arrays of a `QTensor`, in the order of `ARRAY_FIELDS`, and whether all scales are finite."""
     scheme = config.table_row
     per_channel = scheme.weights == "channel"
     axis = contract_axes if per_channel else tuple(a for a in range(w.ndim) if a not in stack_axes)
@@ -55,15 +55,20 @@ def _quantize(w, columns, rms, moments, *, contract_axes, stack_axes, config):
     # A scale of the whole tensor is repeated for each channel, so that in every scheme size 1 marks contracted axes.
     scale, *rest = (jnp.broadcast_to(leaf, shape) for leaf in (scale, *rest))
     rows, index = keep_rows(w, scale, columns, **axes)
-    return q, scale, rest[0] if rest else None, rows, index, smooth, None, None
+    return (q, scale, rest[0] if rest else None, rows, index, smooth, None, None), _all_finite(scale)
 
 
 @functools.partial(jax.jit, static_argnames=("contract_axes", "stack_axes", "config"))
 def _packed(groups, w, columns, *, contract_axes, stack_axes, config):
-    """The arrays of a `QTensor` of four bits, in the order of `ARRAY_FIELDS`; calibrated columns are those of `w`."""
+    """As `_quantize`, of a weight whose codes are known; calibrated columns are those of `w`."""
     q = pack(groups.codes, column_axis(w.shape, contract_axes), config.group)
     rows, index = keep_rows(w, groups.scale, columns, contract_axes=contract_axes, stack_axes=stack_axes)
-    return q, groups.scale, None, rows, index, groups.smooth, groups.step, groups.low
+    leaves = q, groups.scale, None, rows, index, groups.smooth, groups.step, groups.low
+    return leaves, _all_finite(groups.scale)
+
+
+def _all_finite(scale):
+    return jnp.all(jnp.isfinite(scale))
 
 
 def quantize(
@@ -149,13 +154,12 @@ def quantize(
     if config.rounding == "gptq" and 0 not in w.shape:
         found = gptq(w, outliers, rms, moments, config=config, **axes)
         config = found.config
-        leaves = _packed(found.grouped, found.weight, outliers, config=config, **axes)
+        leaves, finite = _packed(found.grouped, found.weight, outliers, config=config, **axes)
     else:
         if config.four_bits:
             config = with_grouping(w, outliers, rms, moments, contract_axes, stack_axes, config)
-        leaves = _quantize(w, outliers, rms, moments, config=config, **axes)
-    scale = leaves[1]
-    if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
+        leaves, finite = _quantize(w, outliers, rms, moments, config=config, **axes)
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError("Expected finite weights, got NaN or infinity.")
     arrays = dict(zip(ARRAY_FIELDS, leaves, strict=True))
     features = w.shape[column_axis(w.shape, contract_axes)] if config.four_bits else None
