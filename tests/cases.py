@@ -19,7 +19,14 @@ def relative_error(got, want):
 
 def plant(x, columns=(1, 5), factor=40.0):
     """`x` with outlier feature dimensions, as LLM activations have them."""
-    return x.at[..., list(columns)].multiply(factor)
+    x = np.array(x)
+    x[..., list(columns)] *= factor
+    return jnp.asarray(x)
+
+
+def normal(*shape, seed=0):
+    """Normal float32 values, by NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def quantize_linen(module, *args, config=jint8.Config(), seed=0, **kwargs):
@@ -41,7 +48,7 @@ def randomize_biases(tree):
     def leaf(path, value):
         if "bias" not in jax.tree_util.keystr(path):
             return value
-        return jax.random.normal(jax.random.key(value.size), value.shape, value.dtype)
+        return normal(*value.shape, seed=value.size).astype(value.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 

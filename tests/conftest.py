@@ -13,17 +13,38 @@ settings.register_profile("few", max_examples=10, deadline=None, derandomize=Tru
 settings.register_profile("nightly", max_examples=10_000, deadline=None)
 settings.load_profile("few")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `first_case`, all cases but the first are slow, or have the mark that `first_case` names."""
+    seen = set()
+    for item in items:
+        mark = item.get_closest_marker("first_case")
+        if mark is None or item.get_closest_marker("slow") or item.get_closest_marker("nightly"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if test in seen:
+            item.add_marker(mark.args[0] if mark.args else "slow")
+        seen.add(test)
+
+
 # Tests of numbers, which run what users run.
-OPTIMIZED = ("test_matmul.py", "test_activations.py", "test_quantize.py", "test_batch_independence.py", "test_cache.py")
-OPTIMIZED += ("test_properties.py",)
+OPTIMIZED = (
+    "core/test_quantize.py",
+    "models/test_cache.py",
+    "ops/test_activations.py",
+    "ops/test_batch_independence.py",
+    "ops/test_matmul.py",
+    "tests/test_properties.py",
+)
+
+# Programs of toy size run once: the time of most tests goes into optimizing them.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly(request):
-    """Programs of toy size run once: the time of most tests goes into optimizing them."""
-    if request.path.name in OPTIMIZED:
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
+def compile_as_users_do(request):
+    """Optimizes the programs of the files in `OPTIMIZED`."""
+    jax.config.update("jax_disable_most_optimizations", not request.path.as_posix().endswith(OPTIMIZED))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import cases
 import flax.linen as nn
 import flax.nnx as nnx
 import jax
@@ -36,7 +37,7 @@ class Own(nnx.Module):
     """A layer that no converter knows: its instances become those of a class that is made once."""
 
     def __init__(self):
-        self.weight = nnx.Param(jax.random.normal(jax.random.key(5), (16, 8)))
+        self.weight = nnx.Param(cases.normal(16, 8, seed=5))
 
     def __call__(self, x):
         return x @ self.weight[...]
@@ -44,8 +45,8 @@ class Own(nnx.Module):
 
 def jobs():
     """By name, functions without arguments: each gives the same whenever it runs."""
-    x = 4 * jax.random.normal(jax.random.key(0), (3, 16))
-    kernel = jax.random.normal(jax.random.key(1), (16, 12))
+    x = 4 * cases.normal(3, 16)
+    kernel = cases.normal(16, 12, seed=1)
     layer = Layer()
     params = layer.init(jax.random.key(2), x)
     model = jint8.load(DIRECTORY / "llama", dtype="float32")
@@ -125,6 +126,7 @@ def test_threads_that_are_switched_often():
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.slow
 def test_generations_at_once():
     """Of one model with two configs: in threads that compile both, and a step of one between those of the other."""
     model = jint8.load(DIRECTORY / "llama", dtype="float32")

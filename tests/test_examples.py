@@ -12,6 +12,7 @@ def run(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["wrap_linen", "wrap_nnx", "scanned", "own_layer"])
 def test_error_is_small(name, capsys):
     assert run(name) < 0.02

@@ -79,6 +79,7 @@ def test_tokens():
     assert len(tokens) == len(TEXT)
 
 
+@pytest.mark.slow
 def test_forward(small):
     model, params, tokens = small
     want = oracle(jax.tree.map(np.float64, params)["params"], tokens, **SMALL)

@@ -1,5 +1,6 @@
 """Calibration of linen and nnx models, and what is done with the result: applied, saved, loaded, differentiated."""
 
+import functools
 import pickle
 
 import cases
@@ -13,7 +14,7 @@ from flax import nnx
 
 import jint8
 
-X = cases.plant(jax.random.normal(jax.random.key(0), (2, 5, 16)), columns=(3, 11), factor=12.0)
+X = cases.plant(cases.normal(2, 5, 16), columns=(3, 11), factor=12.0)
 
 
 class Block(nn.Module):
@@ -31,45 +32,57 @@ class Scanned(nn.Module):
 
 
 MODEL = Scanned()
-VARIABLES = cases.jit(MODEL.init)(jax.random.key(1), X)
 CRITERIA = {"layer_share": 1, "position_share": 0.6}
-FOUND = jint8.calibrate(MODEL.apply, VARIABLES, [X, -X], **CRITERIA)
 
 
-def static(found=FOUND, variables=VARIABLES):
-    return jint8.quantize_params(variables, plan=jint8.plan(MODEL.apply, variables, X), outliers=found)
+@functools.cache
+def floats():
+    return cases.jit(MODEL.init)(jax.random.key(1), X)
 
 
+@functools.cache
+def calibrated():
+    return jint8.calibrate(MODEL.apply, floats(), [X, -X], **CRITERIA)
+
+
+def static(found=None):
+    found = calibrated() if found is None else found
+    return jint8.quantize_params(floats(), plan=jint8.plan(MODEL.apply, floats(), X), outliers=found)
+
+
+@pytest.mark.slow
 def test_scanned_linen():
-    assert 3 in FOUND["layers/up/kernel"]
-    assert {3, 11} <= set(FOUND["attention/query/kernel"].tolist())
-    float_y = MODEL.apply(VARIABLES, X)
-    dynamic = jint8.quantize_params(VARIABLES, plan=jint8.plan(MODEL.apply, VARIABLES, X))
+    assert 3 in calibrated()["layers/up/kernel"]
+    assert {3, 11} <= set(calibrated()["attention/query/kernel"].tolist())
+    float_y = MODEL.apply(floats(), X)
+    dynamic = jint8.quantize_params(floats(), plan=jint8.plan(MODEL.apply, floats(), X))
     apply = cases.jit(jint8.apply(MODEL.apply))
     errors = [cases.relative_error(apply(tree, X), float_y) for tree in (dynamic, static())]
     assert errors[1] < errors[0]
     again = jint8.calibrate(jint8.apply(MODEL.apply), static(), [X, -X], **CRITERIA)
-    assert again["layers/up/kernel"].tolist() == FOUND["layers/up/kernel"].tolist()
+    assert again["layers/up/kernel"].tolist() == calibrated()["layers/up/kernel"].tolist()
 
 
+@pytest.mark.slow
 def test_lists_of_different_layers():
-    found = jint8.calibrate(MODEL.apply, VARIABLES, [X], budget=2)
+    found = jint8.calibrate(MODEL.apply, floats(), [X], budget=2)
     assert found["layers/down/kernel"].shape == (3, 2)
     assert static(found)["params"]["layers"]["down"]["kernel"].outlier_index.shape == (3, 1, 2)
     y = cases.jit(jint8.apply(MODEL.apply))(static(found), X)
-    assert cases.relative_error(y, MODEL.apply(VARIABLES, X)) < 0.05
+    assert cases.relative_error(y, MODEL.apply(floats(), X)) < 0.05
 
 
 @pytest.mark.slow
 def test_gradients_and_vmap():
     apply = jint8.apply(MODEL.apply)
     loss = lambda x: jnp.sum(apply(static(), x) ** 2)
-    want = jax.grad(lambda x: jnp.sum(MODEL.apply(VARIABLES, x) ** 2))(X)
+    want = jax.grad(lambda x: jnp.sum(MODEL.apply(floats(), x) ** 2))(X)
     assert cases.relative_error(cases.jit(jax.grad(loss))(X), want) < 0.05
     rows = cases.jit(jax.vmap(lambda x: apply(static(), x)))(X[:, None])
     assert cases.relative_error(rows[:, 0], apply(static(), X)) < 1e-5
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "clone",
     [
@@ -78,7 +91,7 @@ def test_gradients_and_vmap():
             jax.tree.map(jnp.zeros_like, tree), flax.serialization.to_bytes(tree)
         ),
         lambda tree: flax.serialization.from_bytes(  # into a tree without columns
-            jint8.quantize_params(VARIABLES, plan=jint8.plan(MODEL.apply, VARIABLES, X)),
+            jint8.quantize_params(floats(), plan=jint8.plan(MODEL.apply, floats(), X)),
             flax.serialization.to_bytes(tree),
         ),
     ],
@@ -103,6 +116,7 @@ class Net(nnx.Module):
         return self.attention(x)
 
 
+@pytest.mark.slow
 def test_nnx():
     model = Net(nnx.Rngs(0))
     found = jint8.nnx.calibrate(model, [X, -X])

@@ -11,7 +11,7 @@ from flax import nnx
 import jint8
 
 INIT = nn.initializers.lecun_normal()
-X = cases.plant(jax.random.normal(jax.random.key(0), (4, 8)), columns=(3,), factor=20.0)
+X = cases.plant(cases.normal(4, 8), columns=(3,), factor=20.0)
 
 
 class Reshaped(nn.Module):
@@ -63,6 +63,7 @@ def kept(layer):
 LAYERS = [Reshaped, Transposed, Sliced, Split, Rows]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("axis", [None, 0, 1], ids=["alone", "scan", "scan_axis_1"])
 @pytest.mark.parametrize("layer", LAYERS)
@@ -113,6 +114,7 @@ def mixed(params, x, sizes):
     return ragged(params, x @ params["up"], sizes)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("stored_last", [False, True], ids=["as given", "contracted axes last"])
 @pytest.mark.parametrize("apply_fn", [ragged, einsum, mapped, scanned, mixed])
 def test_int8_experts_in_products_of_jint8_need_no_plan(apply_fn, stored_last):
@@ -145,7 +147,7 @@ def test_what_to_pass_where_int8_weights_cannot_be_planned():
 
 class Heads(nnx.Module):
     def __init__(self):
-        self.w = nnx.Param(jax.random.normal(jax.random.key(2), (8, 2, 4)))
+        self.w = nnx.Param(cases.normal(8, 2, 4, seed=2))
 
     def __call__(self, x):
         return x @ self.w[...].reshape(8, 8)
@@ -155,12 +157,13 @@ class Stacked(nnx.Module):
     """Two layers in one parameter, behind the axis of features."""
 
     def __init__(self):
-        self.w = nnx.Param(jax.random.normal(jax.random.key(2), (8, 2, 8)))
+        self.w = nnx.Param(cases.normal(8, 2, 8, seed=2))
 
     def __call__(self, x):
         return x @ self.w[:, 0] + x[:, ::-1] @ self.w[:, 1]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("make", "columns"), [(Heads, [3]), (Stacked, [[3], [4]])])
 def test_nnx(make, columns):
     model = make()

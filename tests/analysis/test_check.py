@@ -168,6 +168,7 @@ def test_linen_layers_and_bias():
     )  # not hidden by the bias
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("preset", ["static", "rotated", "w4"])
 def test_presets(preset):
     found = jint8.check(model, PARAMS, X, config=jint8.Config.preset(preset))
@@ -187,6 +188,7 @@ def test_which_implementation_ran():
     assert said == ["xla_row", "xla_digits", "xla_gather"]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["triton", "mosaic"])
 def test_kernels_by_name(name):
     w = jint8.quantize(normal(N, 32), contract_axes=(1,))

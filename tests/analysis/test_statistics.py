@@ -1,5 +1,7 @@
 """`jint8.analysis`: planted outliers keep the function and are found; statistics as table and plots."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,21 @@ class Net(nn.Module):
 
 X = jax.random.normal(jax.random.key(0), (3, 7, 16))
 MODEL = Net()
-PARAMS = MODEL.init(jax.random.key(1), X)
-PLANTED = analysis.inject_outliers(PARAMS, [2, 9], 32.0, norms={"mlp_norm": ["up"]})
-FOUND = analysis.outlier_statistics(MODEL.apply, PLANTED, [X, -X])
+
+
+@functools.cache
+def plain():
+    return MODEL.init(jax.random.key(1), X)
+
+
+@functools.cache
+def planted():
+    return analysis.inject_outliers(plain(), [2, 9], 32.0, norms={"mlp_norm": ["up"]})
+
+
+@functools.cache
+def counted():
+    return analysis.outlier_statistics(MODEL.apply, planted(), [X, -X])
 
 
 def layers(outliers, largest=7.0):
@@ -90,61 +104,62 @@ def test_a_crowd_is_a_band():
 
 def test_planted_outliers_keep_the_function():
     kernel = lambda tree: tree["params"]["layers_0"]["up"]["kernel"]
-    assert not np.array_equal(kernel(PLANTED), kernel(PARAMS))
-    np.testing.assert_allclose(MODEL.apply(PLANTED, X), MODEL.apply(PARAMS, X), rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(kernel(planted()), kernel(plain()))
+    np.testing.assert_allclose(MODEL.apply(planted(), X), MODEL.apply(plain(), X), rtol=1e-5, atol=1e-5)
 
 
 def test_they_are_found():
-    features = FOUND.features()
+    features = counted().features()
     assert {(f.projection, f.dimension) for f in features} == {("layers_*/up/kernel", 2), ("layers_*/up/kernel", 9)}
     assert all(f.layer_share == 1 and f.position_share > 0.5 and f.largest > 60 > f.mean > 6 for f in features)
-    up = FOUND.projections["layers_*/up/kernel"]
+    up = counted().projections["layers_*/up/kernel"]
     assert up.outliers.shape == (4, 16)
     assert up.outlier_columns.tolist() == [2] * 4
     assert (up.positions == 2 * 21).all()
-    assert not analysis.outlier_statistics(MODEL.apply, PARAMS, [X]).features()
+    assert not analysis.outlier_statistics(MODEL.apply, plain(), [X]).features()
 
 
 def test_relative_thresholds_know_the_scale():
-    run = lambda x, **options: analysis.outlier_statistics(MODEL.apply, PLANTED, [x], **options).features()
+    run = lambda x, **options: analysis.outlier_statistics(MODEL.apply, planted(), [x], **options).features()
     assert {f.dimension for f in run(X, threshold=4.0, relative=True) if "up" in f.projection} >= {2, 9}
 
 
 def test_table_and_dict():
-    text = str(FOUND)
+    text = str(counted())
     row = next(line for line in text.splitlines()[5:] if line.startswith("layers_*/up/kernel"))
     assert row.split()[1:8] == ["16", "4", "of", "4", "2", "2", "in"]
     assert "layers_*/up/kernel" in text
     assert "100%" in text
-    found = FOUND.to_dict()
+    found = counted().to_dict()
     assert found["threshold"] == 6
     assert {f["dimension"] for f in found["features"]} == {2, 9}
     assert found["projections"]["layers_*/up/kernel"]["outlier_columns"] == [2, 2, 2, 2]
-    assert FOUND.to_dict(position_share=1.0)["features"] == []
+    assert counted().to_dict(position_share=1.0)["features"] == []
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plots(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     figures = {
-        "features": analysis.plot_features(FOUND),
-        "magnitudes": analysis.plot_magnitudes(FOUND),
-        "models": analysis.plot_models({"planted": FOUND, "plain": FOUND}),
+        "features": analysis.plot_features(counted()),
+        "magnitudes": analysis.plot_magnitudes(counted()),
+        "models": analysis.plot_models({"planted": counted(), "plain": counted()}),
     }
     for name, figure in figures.items():
         file = tmp_path / f"{name}.{suffix}"
         figure.savefig(file)
         assert file.stat().st_size > 1000
-    layers = figures["features"].axes[list(FOUND.projections).index("layers_*/up/kernel")].collections[0].get_offsets()
+    number = list(counted().projections).index("layers_*/up/kernel")
+    layers = figures["features"].axes[number].collections[0].get_offsets()
     assert {tuple(p) for p in np.asarray(layers)} == {(d, layer) for d in (2, 9) for layer in range(4)}
     assert figures["models"].axes[0].lines[0].get_ydata().tolist() == [100, 100]
 
 
 def test_html_report(tmp_path):
     pytest.importorskip("matplotlib")
-    page = analysis.html_report(FOUND, title="<planted>")
+    page = analysis.html_report(counted(), title="<planted>")
     assert "<title>&lt;planted&gt;</title>" in page
-    up = FOUND.projections["layers_*/up/kernel"]
+    up = counted().projections["layers_*/up/kernel"]
     assert "<td>layers_*/up/kernel</td><td>16</td><td>4 of 4</td><td>2</td><td>2 in 0</td>" in page
     assert f"<td>{up.largest.max():.1f} in {up.largest.max(axis=1).argmax()}</td></tr>" in page
     rows = [line for line in page.splitlines() if line.startswith("<tr><td>layers_*/up/kernel</td><td>")]
@@ -152,30 +167,30 @@ def test_html_report(tmp_path):
     assert page.count("<svg") == page.count("</svg>") == 2
     for absent in ("<?xml", "src=", "<!DOCTYPE svg"):  # nothing to fetch
         assert absent not in page
-    assert analysis.html_report(FOUND, position_share=1.0).count("<tr><td>") == len(FOUND.projections)
+    assert analysis.html_report(counted(), position_share=1.0).count("<tr><td>") == len(counted().projections)
 
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'jint8\[plots\]'"):
-        analysis.plot_features(FOUND)
+        analysis.plot_features(counted())
 
 
 NORMS = {"mlp_norm": ["up"]}
 ERRORS = {
-    "no_norm": (lambda: analysis.inject_outliers(PARAMS, [1]), ValueError, "Expected 'attention_norm' to match"),
+    "no_norm": (lambda: analysis.inject_outliers(plain(), [1]), ValueError, "Expected 'attention_norm' to match"),
     "no_projection": (
-        lambda: analysis.inject_outliers(PARAMS, [1], norms={"mlp_norm": ["gate"]}),
+        lambda: analysis.inject_outliers(plain(), [1], norms={"mlp_norm": ["gate"]}),
         ValueError,
         "'gate'",
     ),
     "dimension": (
-        lambda: analysis.inject_outliers(PARAMS, [16], norms=NORMS),
+        lambda: analysis.inject_outliers(plain(), [16], norms=NORMS),
         ValueError,
         "Expected dimensions from 0 to 15, got",
     ),
     "int8": (
-        lambda: analysis.inject_outliers(jint8.quantize_params(PARAMS), [1], norms=NORMS),
+        lambda: analysis.inject_outliers(jint8.quantize_params(plain()), [1], norms=NORMS),
         TypeError,
         "layers_0/up/kernel: Expected a float weight, got a QTensor",
     ),

@@ -253,6 +253,7 @@ def kill(path, when):
     assert subprocess.run(argv, check=False, timeout=60).returncode == -signal.SIGKILL
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("when", ["beside", "inside", "moving"])
 def test_what_a_killed_run_left_is_removed(when, tmp_path):
     out = tmp_path / "out"

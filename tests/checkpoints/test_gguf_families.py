@@ -114,6 +114,7 @@ def test_every_architecture_is_tested():
     assert {arch for arch, _ in FAMILIES.values()} == set(ARCHITECTURES)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_model(name, tmp_path):
     got = jint8.load(write(tmp_path / "model.gguf", name), quantize=False, dtype="float32")

@@ -35,6 +35,7 @@ def test_every_architecture_was_converted():
     assert found == set(ARCHITECTURES)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_a_converted_model_are_those_of_transformers(name):
     own = MADE / f"{name}.npz"

@@ -3,6 +3,7 @@ import pytest
 SMALL = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1)
 
 
+@pytest.mark.slow
 def test_json(llama, model, float_model, run_json):
     import jint8
 
@@ -24,6 +25,7 @@ def test_json(llama, model, float_model, run_json):
     assert (got["prompt_tokens"], got["new_tokens"]) == (8, 3)
 
 
+@pytest.mark.slow
 def test_table(llama, run):
     status, out, _ = run("bench", llama, *SMALL, "--batch-size", 2)
     assert status == 0
@@ -42,6 +44,7 @@ def test_longer_than_the_model_is_made_for(llama, run_error):
     assert "Expected at most" in run_error("bench", llama, "--prompt-tokens", 10**6)
 
 
+@pytest.mark.slow
 def test_int8_cache(llama, run_json, monkeypatch):
     import jint8
 

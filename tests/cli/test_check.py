@@ -1,5 +1,7 @@
 import dataclasses
 
+import pytest
+
 import jint8
 
 TEXT = "Jackdaws love my big sphinx of quartz. " * 3
@@ -18,6 +20,7 @@ def break_weight(source, target, path):
     return target
 
 
+@pytest.mark.slow
 def test_float_checkpoint(llama, model, run_json, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     got = run_json("check", llama, "--text", tmp_path / "text.txt", "--seq-len", 32, "--limit", 2)
@@ -31,6 +34,7 @@ def test_float_checkpoint(llama, model, run_json, tmp_path):
     assert got["skipped"].keys() == {"embedding", "lm_head/weight"}
 
 
+@pytest.mark.slow
 def test_a_broken_weight_is_named(llama, run_json, run, tmp_path):
     broken = break_weight(llama, tmp_path / "broken", "layers_1/mlp/down/weight")
     got = run_json("check", broken, "--float", llama, "--seq-len", 32)
@@ -43,6 +47,7 @@ def test_a_broken_weight_is_named(llama, run_json, run, tmp_path):
     assert f"and {COUNT - 1} more" in out
 
 
+@pytest.mark.slow
 def test_int8_without_its_float_checkpoint(llama, run_json, tmp_path):
     jint8.save(tmp_path / "int8", jint8.load(llama, dtype="float32"))
     got = run_json("check", tmp_path / "int8", "--seq-len", 32)

@@ -115,6 +115,7 @@ def test_one_and_two_layers_say_what_three_take(found):
     assert full["token all-reduce"] >= 2 * 3  # of the row-parallel products in each layer
 
 
+@pytest.mark.slow
 def test_weights_and_cache_are_what_the_program_takes(found):
     int8 = found["fit"]["per_device"]["int8"]
     tokens, rest = 4 * 128, 64  # and counters, the key and the end
@@ -122,6 +123,7 @@ def test_weights_and_cache_are_what_the_program_takes(found):
     assert int8["weights"] == sum(int8[name] for name in ("projections", "scales", "embeddings", "others"))
 
 
+@pytest.mark.slow
 def test_cache_and_verdicts(found):
     fit = found["fit"]
     int8 = fit["per_device"]["int8"]
@@ -156,6 +158,7 @@ def test_errors_of_the_old_name(run_error):
     assert run_error("plan", "opt-175b", "--mesh", "eight").endswith("got 'eight'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "bits"), [("llm.int8", "int8"), ("int4", "4 bits"), ("int4-a8", "4 bits")])
 def test_the_table_says_how_many_bits(found, scheme, bits, capsys):
     assert found["fit"]["scheme"] == "llm.int8"

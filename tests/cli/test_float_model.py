@@ -62,6 +62,7 @@ def test_sums_are_those_of_the_model(llama, saved, tokens, run_json):
     run_json("eval", saved, "--tokens", tokens, "--float", llama, "--verify")
 
 
+@pytest.mark.slow
 def test_dtype_is_that_of_the_model(llama, tmp_path, run_json):
     jint8.save(tmp_path / "int8", jint8.load(llama, dtype="bfloat16"))
     got = run_json("bench", tmp_path / "int8", "--float", llama, *SMALL)
@@ -69,6 +70,7 @@ def test_dtype_is_that_of_the_model(llama, tmp_path, run_json):
     assert got["weight_bytes"]["float"] == jint8.memory_report(floats.params).bytes
 
 
+@pytest.mark.slow
 def test_bench(llama, saved, model, float_model, run_json):
     got = run_json("bench", saved, "--float", llama, *SMALL)
     bytes_of = {kind: jint8.memory_report(m.params).bytes for kind, m in (("int8", model), ("float", float_model))}

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +33,7 @@ def answer(token_model):
     return token_model.generate(PROMPT, max_tokens=N)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("kind", ["float_model", "token_model"])
 def test_greedy_is_argmax_of_logits(kind, request):
     model = request.getfixturevalue(kind)
@@ -73,6 +75,7 @@ def test_streams_to_standard_output(llama, model, run):
     assert run(*argv) == (0, out, "")
 
 
+@pytest.mark.slow
 def test_batch_equals_single_runs(token_model):
     prompts = [PROMPT, OTHER, "x"]
     together = token_model.generate(prompts, max_tokens=N)
@@ -146,7 +149,7 @@ def test_narrow_draws_are_greedy(options, token_model):
 
 
 def test_top_k_draws_among_k():
-    logits = jax.random.normal(jax.random.key(0), (64, 50))
+    logits = cases.normal(64, 50)
     drawn = sample(logits, jax.random.key(1), Sampling.of(temperature=5.0, top_k=3))
     rank = jnp.sum(logits > jnp.take_along_axis(logits, drawn[:, None], axis=-1), axis=-1)
     assert set(rank.tolist()) == {0, 1, 2}

@@ -98,6 +98,7 @@ def chat(tmp_path, monkeypatch, run):
     return chat
 
 
+@pytest.mark.slow
 def test_in_an_answer(chat):
     """The answer ends, and what there is of it counts: one token, then four at a time."""
     first = chat.answer("[user]hi[assistant]", 5)

@@ -249,6 +249,7 @@ main(["quantize", *sys.argv[2:]])
 """
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("function", ["_save_arrays", "_sync"])
 def test_a_killed_run_is_in_nobodys_way(function, source, tmp_path, run):
     """Whoever is killed can't tidy up: what is left is hidden and has another name."""

@@ -1,5 +1,6 @@
 """Presets and schemes for a model that jint8 saved: which run on its values, and what the refusal of others says."""
 
+import functools
 import json
 import shutil
 
@@ -37,23 +38,29 @@ def made_by(preset, llama):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, llama):
-    """The directory of a model by its preset."""
+    """The directory of a model by its preset: a function, since not every run of the tests needs them all."""
     place = tmp_path_factory.mktemp("presets")
-    for name in RUNS:
+
+    @functools.cache
+    def directory(name):
         jint8.save(place / name, made_by(name, llama))
-    return place
+        return place / name
+
+    return directory
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("own", "other"), OTHERS, ids=["-".join(pair) for pair in OTHERS])
 def test_as_if_quantized_by_the_other(own, other, saved, llama):
-    got = jint8.load(saved / own, config=jint8.Config.preset(other)).logits(IDS)
+    got = jint8.load(saved(own), config=jint8.Config.preset(other)).logits(IDS)
     np.testing.assert_array_equal(got, made_by(other, llama).logits(IDS))
-    assert not np.array_equal(got, jint8.load(saved / own).logits(IDS))
+    assert not np.array_equal(got, jint8.load(saved(own)).logits(IDS))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("own", "other"), REFUSED, ids=["-".join(pair) for pair in REFUSED])
 def test_refusal_says_which_run(own, other, saved, run_error):
-    error = run_error("generate", saved / own, "--prompt", "a", "--preset", other)
+    error = run_error("generate", saved(own), "--prompt", "a", "--preset", other)
     assert f"(presets: {', '.join(RUNS[own])}; schemes: " in error
     assert "quantize the original checkpoint instead" in error
     named = error.partition("presets: ")[2].partition(";")[0].split(", ")
@@ -71,31 +78,32 @@ def evaluated(run_json, directory, tmp_path, *argv):
     return run_json("eval", directory, "--tokens", tmp_path / "t.npy", "--dtype", "float32", *argv)
 
 
+@pytest.mark.slow
 def test_options_change_the_saved_config(saved, llama, tmp_path, run_json):
-    got = evaluated(run_json, saved / "static", tmp_path, "--threshold", 3)
+    got = evaluated(run_json, saved("static"), tmp_path, "--threshold", 3)
     assert (got["scheme"], got["threshold"]) == ("llm.int8-zp", 3)
     config = jint8.Config(scheme="llm.int8-zp", outliers="static", threshold=3)
-    want = jint8.evaluate(jint8.load(saved / "static", config=config), IDS)
+    want = jint8.evaluate(jint8.load(saved("static"), config=config), IDS)
     assert got["perplexity"] == want.perplexity
-    rotated = evaluated(run_json, saved / "best", tmp_path, "--scheme", "vector")
-    assert rotated["perplexity"] == evaluated(run_json, saved / "best", tmp_path)["perplexity"]
+    rotated = evaluated(run_json, saved("best"), tmp_path, "--scheme", "vector")
+    assert rotated["perplexity"] == evaluated(run_json, saved("best"), tmp_path)["perplexity"]
 
 
 def test_an_option_without_effect(saved, run_error):
-    error = run_error("generate", saved / "fast", "--prompt", "a", "--outliers", "token")
+    error = run_error("generate", saved("fast"), "--prompt", "a", "--outliers", "token")
     assert "Expected no --outliers for a model that was saved with the scheme 'vector-zp'" in error
-    error = run_error("generate", saved / "rotated", "--prompt", "a", "--scheme", "llm.int8")
-    assert str(saved / "rotated") in error
+    error = run_error("generate", saved("rotated"), "--prompt", "a", "--scheme", "llm.int8")
+    assert str(saved("rotated")) in error
     assert "Expected rotate with calibrated outlier columns" in error
 
 
 def test_calibrated_columns_that_the_weights_do_not_hold(saved, run_error):
-    error = run_error("generate", saved / "paper", "--prompt", "a", "--outliers", "static")
+    error = run_error("generate", saved("paper"), "--prompt", "a", "--outliers", "static")
     assert "weights that hold no calibrated columns (presets: paper; schemes: vector, llm.int8)" in error
 
 
 def test_a_damaged_config(saved, tmp_path, run_error):
-    shutil.copytree(saved / "paper", tmp_path / "damaged")
+    shutil.copytree(saved("paper"), tmp_path / "damaged")
     file = tmp_path / "damaged" / "jint8.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quant": 3}))
     error = run_error("generate", tmp_path / "damaged", "--prompt", "a", "--threshold", 3)

@@ -26,6 +26,7 @@ def weight(model, path=QKV):
     return leaf
 
 
+@pytest.mark.slow
 def test_load_calibrates(static, model):
     w = weight(static)
     assert w.outlier_index.reshape(-1).tolist() == [3, 17]  # the planted ones
@@ -34,6 +35,7 @@ def test_load_calibrates(static, model):
     np.testing.assert_allclose(w.dequantize()[:, 3], weight(model).dequantize()[:, 3], atol=float(w.scale.max()))
 
 
+@pytest.mark.slow
 def test_given_columns(llama, static):
     found = static.calibrate(TEXT, budget=1)
     assert all(columns.shape == (1,) for columns in found.values())
@@ -106,6 +108,7 @@ def test_outliers(llama, run_json, tmp_path):
     assert "<svg" in (tmp_path / "magnitudes.svg").read_text()
 
 
+@pytest.mark.slow
 def test_outliers_in_batches(llama, run_json, tmp_path):
     """What is counted doesn't depend on how many sequences a call has; the last one has fewer."""
     (tmp_path / "text.txt").write_text(TEXT)

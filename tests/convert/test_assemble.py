@@ -73,6 +73,7 @@ def read_half(name, monkeypatch, **options):
         return half, whole, expected, share
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("name", "scheme"), [("llama_linear_biases", "row+dec"), ("gpt2", "llm.int8-zp"), ("mixtral", "llm.int8")]
 )

@@ -36,6 +36,7 @@ def quantized(model):
     return {path for path, leaf in leaf_paths(model.params, is_leaf=is_qtensor) if is_qtensor(leaf)}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", NAMES)
 def test_no_further_from_the_float_model_than_bitsandbytes(name):
     theirs = np.load(SAVED / name / "expected.npz")

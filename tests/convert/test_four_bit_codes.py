@@ -79,6 +79,7 @@ def order_of(floats, values):
     return order
 
 
+@pytest.mark.first_case
 def test_codes_bit_for_bit(file):
     path, raw = file
     model, floats = load(path, config=INT4, calibrate=False), projections(load(path, quantize=False).params)
@@ -106,6 +107,7 @@ def test_codes_bit_for_bit(file):
             start = end
 
 
+@pytest.mark.first_case
 def test_logits_and_what_is_saved(file, tmp_path):
     path, _ = file
     model = load(path, config=INT4, calibrate=False)

@@ -101,6 +101,7 @@ def test_integers_and_scales_as_stored(name):
     assert qkv.q.min() == -128  # which these tools use, and jint8 doesn't
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(name):
     """As the float64 oracle has them, and no further from the float model than the tool's own."""
@@ -133,6 +134,7 @@ def test_what_was_ignored_stays_in_floating_point():
     assert paths == quantized(load(DIRECTORY / "llama")) - {"layers_1/mlp/down/weight"}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_decomposition(name):
     """Where the caller says so: the same weights, nearer to the floats."""
@@ -312,6 +314,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [pytest.param(n, *case, id=f"{n}, {i}") for n, cases in REFUSED.items() for i, case in cases.items()],
@@ -361,6 +364,7 @@ OF_ACTIVATIONS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [pytest.param(n, *case, id=f"{n}, {i}") for n, cases in OF_ACTIVATIONS.items() for i, case in cases.items()],

@@ -28,6 +28,7 @@ def logits(model, name):
     return np.asarray(model.model.apply({"params": model.params}, jnp.asarray(expected(family(name))["tokens"]))[0])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(name):
     want = np.load(ADAPTERS / name / "expected.npz")["logits"]
@@ -59,6 +60,7 @@ def test_saved_with_its_factors(tmp_path):
         jint8.load(tmp_path / "dst")
 
 
+@pytest.mark.slow
 def test_generates(tmp_path):
     model, tokens = load("llama"), expected("llama")["tokens"][0].tolist()
     chunks = model.generate_tokens([tokens], max_tokens=3)
@@ -126,6 +128,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
 def test_fault(fault, message, tmp_path):
     path = shutil.copytree(ADAPTERS / "llama", tmp_path / "adapter")
@@ -134,6 +137,7 @@ def test_fault(fault, message, tmp_path):
         load("llama", adapter=path)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initializations_that_leave_the_weights(init, tmp_path):
     path = shutil.copytree(ADAPTERS / "llama", tmp_path / "adapter")
@@ -153,6 +157,7 @@ def test_factors_of_experts(tmp_path):
 INITIAL = [name for name in NAMES if "-" in name]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["llama-pissa", "gpt2-pissa", "bloom-olora"])
 def test_untrained_initial_factors_change_nothing(name, tmp_path):
     """What PEFT takes out of the weights and what it adds are the same then."""
@@ -215,6 +220,7 @@ def test_singular_values_that_are_equal(tmp_path):
         jint8.load(directory, adapter=ADAPTERS / "llama-pissa")
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", INITIAL)
 def test_initial_factors_are_merged(name):
     want = np.load(ADAPTERS / name / "expected.npz")["logits"]

@@ -76,6 +76,7 @@ def error(model, weights):
 KINDS = {"lora": {}, "dora": {"dora": True}, "saved": {"saved": True}, "all": {"dora": True, "saved": True}}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_logits(kind, directory, tmp_path):
     path, want = adapter(tmp_path / "adapter", **kind), changed(**kind)
@@ -108,6 +109,7 @@ SLOW = {"marks": pytest.mark.slow}
 IN_FOUR = {"scheme": "int4", "group": 16}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("config", "of_weight", "of_model"),
     [
@@ -159,6 +161,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=FAULTS)
 def test_faults(changes, message, directory, tmp_path):
     path = adapter(tmp_path / "adapter", **changes)

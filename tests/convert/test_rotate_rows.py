@@ -83,6 +83,7 @@ CASES = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", CASES)
 def test_the_weights_of_quantize(name, monkeypatch):
     monkeypatch.setattr(rotate_rows, "BLOCK", 200)  # a few rows at a time

@@ -33,6 +33,7 @@ def four_bits(grouping="oc", group=16, **options):
     return jint8.Config(scheme="int4", grouping=grouping, group=group, **options)
 
 
+@pytest.mark.first_case
 @every_grouping
 @every_shape
 def test_codes_steps_and_bytes(shape, grouping):
@@ -49,6 +50,7 @@ def test_codes_steps_and_bytes(shape, grouping):
     np.testing.assert_allclose(got.dequantize(), exact, rtol=1e-6, atol=1e-6 * abs(exact).max())
 
 
+@pytest.mark.first_case
 @every_shape
 def test_every_weight_is_within_half_a_step(shape):
     w = normal(*shape)
@@ -57,6 +59,7 @@ def test_every_weight_is_within_half_a_step(shape):
     assert (abs(np.asarray(got.dequantize()) - w) <= step * 0.52).all()  # the rest is float16's
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("group", [2, 16, 64])
 @pytest.mark.parametrize("size", [3, 31, 32, 33, 64, 95, 96, 97, 128, 200])
 def test_unpack_is_the_inverse_of_pack(size, group):
@@ -68,6 +71,7 @@ def test_unpack_is_the_inverse_of_pack(size, group):
     np.testing.assert_array_equal(unpack(packed.T, 1, size, group), codes.T)
 
 
+@pytest.mark.first_case
 @every_grouping
 def test_shape_bytes_and_leaves(grouping):
     w = jint8.quantize(normal(5, 72, 40), contract_axes=1, stack_axes=(0,), config=four_bits(grouping))
@@ -103,6 +107,7 @@ def test_adadim_takes_the_axis_that_isolates_what_is_large():
     assert chosen == ["ic", "oc"]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("rotate", [0, 16])
 def test_adadim_weighs_errors_by_the_activations(rotate):
     """By what the output is off on such activations, the chosen axis is the better one."""
@@ -140,6 +145,7 @@ def test_sizes_near_the_ends_of_float32(size, grouping):
     np.testing.assert_allclose(got / size, w / size, atol=0.5)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("rotate", [0, 16])
 @every_grouping
 def test_calibrated_columns_stay_in_16_bits(grouping, rotate):
@@ -153,6 +159,7 @@ def test_calibrated_columns_stay_in_16_bits(grouping, rotate):
     assert abs(back - w)[rest].max() < 0.8  # whose steps the large ones don't spoil
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("grouping", ["oc", "ic"])
 def test_under_jit_and_vmap(grouping):
     w = normal(3, 40, 24)

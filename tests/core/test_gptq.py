@@ -39,6 +39,7 @@ def output_error(x, off):
     return float(np.square(x @ np.asarray(off, np.float64)).sum() / len(x))
 
 
+@pytest.mark.first_case
 @every_grouping
 @pytest.mark.parametrize(("shape", "kept"), [((40, 24), 0), ((67, 33), 3)], ids=["plain", "odd_with_3_columns"])
 def test_as_the_oracle_rounds(shape, kept, grouping):
@@ -69,6 +70,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.first_case
 @every_grouping
 @pytest.mark.parametrize(("shape", "contract_axes", "stack_axes", "rotate", "columns"), LAYOUTS.values(), ids=LAYOUTS)
 def test_the_error_of_the_output_is_far_smaller(shape, contract_axes, stack_axes, rotate, columns, grouping):
@@ -86,6 +88,7 @@ def test_the_error_of_the_output_is_far_smaller(shape, contract_axes, stack_axes
     assert error["gptq"] < 0.8 * error["nearest"]
 
 
+@pytest.mark.slow
 def test_adadim_takes_the_smaller_error_of_what_is_rounded():
     x = activations(64)
     for seed in range(2):
@@ -130,6 +133,7 @@ def test_what_is_refused():
         jint8.Config(rounding="gptq")
 
 
+@pytest.mark.slow
 def test_moments_of_a_tree():
     """`calibrate` counts products of features, over batches, for plain and stacked weights."""
     params = {"a": {"kernel": normal(12, 8)}, "experts": {"kernel": normal(3, 8, 5)}}

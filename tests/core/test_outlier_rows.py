@@ -64,6 +64,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs(name):
     options, columns, implementation = CONFIGS[name]
@@ -82,6 +83,7 @@ def test_what_kernels_cannot_compute():
             jint8.matmul(normal(4, 32), w, config=config, implementation="triton")
 
 
+@pytest.mark.slow
 def test_a_calibrated_row_carries_16_bits_where_int8_has_8():
     case = VALUES["few_outliers"]
     w = jint8.quantize(case.w, outliers=COLUMNS)
@@ -109,6 +111,7 @@ def test_leaves():
     assert "outlier_rows=float16[1, 3, 7]" in repr(w)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("shape", "axes", "stack", "last"),
     [
@@ -172,6 +175,7 @@ def test_layers_under_vmap_and_scan(layer_axis):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_einsum_with_heads_and_with_experts():
     einsum = jax.jit(jint8.einsum, static_argnums=0, compiler_options=quick)
     x, w = normal(3, 4, 6), normal(4, 6, 5, seed=1)
@@ -246,6 +250,7 @@ def test_other_errors():
         jint8.Config(relative=1)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("scheme", "implementation"),
     [*((name, "xla_digits") for name, (x, *_) in oracle.SCHEMES.items() if x), ("llm.int8-zp", "xla_gather")],
@@ -259,6 +264,7 @@ def test_two_digits_in_every_scheme(scheme, implementation):
     oracle.assert_close(got, exact, bound)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mode", ["batch", "token"])
 @pytest.mark.parametrize("name", ["few_outliers", "huge_row", "zero_rows", "nan_and_inf_rows"])
@@ -284,6 +290,7 @@ REARRANGED = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", REARRANGED)
 def test_columns_follow_a_weight_that_is_rearranged(name):
     x, w = 9 * normal(3, 6), contract_last(jint8.quantize(normal(6, 8, seed=1), outliers=[4, 1]), (0,))
@@ -311,6 +318,7 @@ def test_outliers_of_one_weight_are_columns(outliers):
         jint8.quantize(normal(6, 8), outliers=outliers)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("columns", [[4], [1], [4, 1, 5]], ids=str)
 def test_columns_of_a_slice_of_the_contracted_axis(columns):
     """Those that it has stay in 16 bits, the others leave slots that aren't used."""

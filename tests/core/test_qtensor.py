@@ -71,6 +71,7 @@ def test_frozen():
         jint8.quantize(normal(2, 2)).q = None
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("shape", "axes", "stack"),
     [
@@ -123,6 +124,7 @@ TWO_OF_FOUR = [
 ]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("stack", "sliced"), TWO_OF_FOUR)
 def test_one_of_two_stack_axes_that_is_sliced_away(stack, sliced):
     """Wherever the two lie, contracted axis 4 and channels 5 of one scanned or vmapped weight are told apart."""

@@ -88,6 +88,7 @@ def test_quantizing_again_changes_nothing(scheme):
     np.testing.assert_allclose(once.scale, twice.scale, rtol=1e-6)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_zero_channels_give_zeros(scheme):
     w = normal(8, 3)

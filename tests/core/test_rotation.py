@@ -101,6 +101,7 @@ def there_and_back(w, *, contract_axes, stack_axes, **arguments):
     return got, got.dequantize(), [last.dequantize(), got.T.dequantize().T, last.T.dequantize().T]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", AXES)
 def test_axes(name):
     """Stored in any order, also transposed; calibrated columns come back in their own coordinates."""
@@ -123,6 +124,7 @@ def test_axes(name):
         check(w, got, axes, stack, rms[1], columns)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(scheme):
     w, rms = uneven(2, 96, 11, axis=1) + 0.3, abs(uneven(96))
@@ -239,6 +241,7 @@ def coordinates_of(w, got):
     return oracle.rotate((np.asarray(w, np.float64) / np.asarray(got.smooth, np.float64)).T, got.config.rotate).T
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("k", "scheme"), [(64, "vector"), (64, "absmax"), (77, "vector-zp")])
 def test_dequantize_is_within_half_a_step_of_the_rotated_weight(k, scheme):
     w = uneven(k, 9)

@@ -46,6 +46,7 @@ SLOW_FAMILIES = ("bloom", "opt_350m")
 
 
 # rotary positions and a window; layers with a window between others; ALiBi; a table of positions and more projections
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "family", ["mistral", "gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW_FAMILIES)]
 )
@@ -58,6 +59,7 @@ def test_tokens_of_the_whole_sequence(family, small, programs):
         np.testing.assert_array_equal(generated(model, [prompt]), [row])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("several", [False, True], ids=["alone", "several"])
 def test_no_token_is_written_behind_the_cache(several, small, programs):
     """Where a cache is full to its last column: an update there would be moved forward, over another token."""
@@ -70,6 +72,7 @@ def test_no_token_is_written_behind_the_cache(several, small, programs):
         np.testing.assert_array_equal(row, most_likely_after(model, prompt, row))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("cache", [None, "int8"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20, "seed": 7}], ids=["greedy", "drawn"])
 def test_same_as_at_once(cache, options, programs, monkeypatch):
@@ -79,6 +82,7 @@ def test_same_as_at_once(cache, options, programs, monkeypatch):
     np.testing.assert_array_equal(got, generated(model, PROMPTS[:2], cache=cache, **options))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("at_once", [False, True], ids=["by layers", "at once"])
 def test_repetition_penalty(at_once, programs, monkeypatch):
     """The tokens of a loop in NumPy over logits of the whole sequence."""
@@ -99,6 +103,7 @@ def test_repetition_penalty(at_once, programs, monkeypatch):
     assert (generated(model, PROMPTS) != rows).any()
 
 
+@pytest.mark.slow
 def test_more_rows_change_nothing(small, programs):
     """Three rows run as four; the fourth is a copy, and doesn't keep the others waiting when they have ended."""
     model = jint8.load(DIRECTORY / "llama", dtype="float32", config=jint8.Config(threshold=1.0))
@@ -108,6 +113,7 @@ def test_more_rows_change_nothing(small, programs):
         np.testing.assert_array_equal(generated(model, [prompt, prompt])[0], row)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 1, -1])
 def test_seeds(seed, programs):
     model = jint8.load(DIRECTORY / "llama", dtype="float32")
@@ -153,6 +159,7 @@ def test_reachable_is_what_requests_need(longest, most):
     assert needed[False] <= set(found)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("family", ["gemma3", "bloom"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20, "seed": 7}], ids=["greedy", "drawn"])
 def test_loop_over_tokens(family, options, programs, monkeypatch):

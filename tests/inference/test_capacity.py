@@ -15,6 +15,7 @@ from jint8._inference.generate import CHUNK
 from jint8.models import model_config
 
 
+@pytest.mark.slow
 def test_the_last_chunk_attends_to_the_whole_prompt():
     model = layers(model_config(config("llama")), 1)
     mesh = model_mesh(model, 1)
@@ -24,6 +25,7 @@ def test_the_last_chunk_attends_to_the_whole_prompt():
     assert long["cache"] == 8 * short["cache"]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("cache", [None, "int8"])
 def test_decode_holds_no_copy_of_the_cache_or_the_head(cache):
     """A copy is of all keys or all values of a layer at least, and is made again with every token."""

@@ -16,6 +16,7 @@ def generated(model, prompts, **options):
     return np.concatenate(list(model.generate_tokens(prompts, max_tokens=5, every=5, **options)), axis=1)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("quantize", [False, True], ids=["float", "int8"])
 def test_same_tokens(quantize, monkeypatch):
     monkeypatch.setattr(generation, "runs_by_layers", lambda *_: False)
@@ -29,6 +30,7 @@ def test_same_tokens(quantize, monkeypatch):
     assert calls == [(2, 8), (2, 12)]  # 32 columns with padding, of which prefill runs the last 12
 
 
+@pytest.mark.slow
 def test_outliers_of_a_long_prompt_are_decided_by_token(monkeypatch):
     model = jint8.load(DIRECTORY / "llama", config=jint8.Config(threshold=1.0), dtype="float32")
     seen = []

@@ -32,6 +32,7 @@ def test_numbers(models):
     assert (alone.reference_perplexity, alone.kl, alone.top1) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_progress(models):
     seen = []
     tokens = np.ones((3, 4), np.int32)

@@ -16,6 +16,7 @@ FIRST = jnp.array([0, 4])  # the second row begins with padding
 
 
 # positions of a table and projections around the layers; layers with a window between others; experts
+@pytest.mark.first_case
 @pytest.mark.parametrize("family", ["opt_350m", "gemma3", "mixtral"])
 @pytest.mark.parametrize(
     "quantize", [pytest.param(False, marks=pytest.mark.slow, id="float"), pytest.param(True, id="int8")]

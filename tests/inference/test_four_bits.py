@@ -49,6 +49,7 @@ def weights(model):
     return [leaf for leaf in leaves if isinstance(leaf, jint8.QTensor)]
 
 
+@pytest.mark.first_case
 def test_loaded_as_the_parameters_are_quantized(model, floats, found):
     expected = jint8.quantize_params(floats.params, config=model.quant, outliers=found)
     assert jax.tree.structure(model.params) == jax.tree.structure(expected)
@@ -59,6 +60,7 @@ def test_loaded_as_the_parameters_are_quantized(model, floats, found):
     assert any(w.outlier_index is not None for w in weights(model)) == (model.quant.outliers == "static")
 
 
+@pytest.mark.first_case
 def test_logits_are_those_of_the_dequantized_weights(model, floats):
     exact = np.asarray(jint8.dequantize_params(model.params)["layers_0"]["mlp"]["down"]["weight"])
     assert np.abs(exact - floats.params["layers_0"]["mlp"]["down"]["weight"]).mean() > 0.001
@@ -66,6 +68,7 @@ def test_logits_are_those_of_the_dequantized_weights(model, floats):
     np.testing.assert_allclose(model.logits(TOKENS), want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 
 
+@pytest.mark.first_case
 def test_generates_by_decoding_as_by_whole_sequences(model):
     ids = next(iter(model.generate_tokens([[5, 9, 11, 3]], max_tokens=6, temperature=0.0)))
     row = [5, 9, 11, 3]
@@ -75,6 +78,7 @@ def test_generates_by_decoding_as_by_whole_sequences(model):
         row.append(int(token))
 
 
+@pytest.mark.first_case
 def test_saved_every_bit(model, tmp_path):
     jint8.save(tmp_path / "saved", model)
     assert json.loads((tmp_path / "saved" / "jint8.json").read_text())["version"] == 4
@@ -106,6 +110,7 @@ def test_a_saved_weight_whose_arrays_do_not_fit(source, tmp_path):
             jint8.load(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_an_embedding_is_looked_up_and_a_head(source, floats):
     for grouping in ("oc", "ic"):
         config = jint8.Config(scheme="int4", group=16, grouping=grouping)
@@ -115,6 +120,7 @@ def test_an_embedding_is_looked_up_and_a_head(source, floats):
         np.testing.assert_allclose(model.logits(TOKENS), want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_from_the_command_line(source, tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT * 4)
     arguments = ["quantize", str(source), str(tmp_path / "saved"), "--scheme", "int4", "--json", "--quiet"]
@@ -173,6 +179,7 @@ def test_each_layer_by_what_the_layers_before_it_have_made_of_the_text(config, s
         assert apart.mean() < 0.02  # ties, which float32 may decide otherwise
 
 
+@pytest.mark.slow
 def test_gptq_is_calibrated_on_what_the_model_writes(source, monkeypatch):
     monkeypatch.setattr(load_four_bits, "OWN_SEQUENCES", 3)
     monkeypatch.setattr(load_four_bits, "CALIBRATION_LENGTH", 64)
@@ -192,6 +199,7 @@ def test_gptq_is_calibrated_on_what_the_model_writes(source, monkeypatch):
         jint8.load(source, config=config, outliers=model.calibrate(TEXT))
 
 
+@pytest.mark.slow
 def test_gptq_from_the_command_line(source, tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT * 4)
     arguments = ["quantize", str(source), str(tmp_path / "saved"), "--preset", "w4-best", "--json", "--quiet"]

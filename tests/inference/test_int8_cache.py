@@ -56,6 +56,7 @@ def _run(module, params, tokens, slot, first, cache):
     return module.apply(params, tokens, context(tokens, slot, first), cache)
 
 
+@pytest.mark.first_case
 def test_logits_in_chunks(family):
     """Two rows with different padding against what PyTorch's transformers computes without a cache."""
     name, model = family
@@ -77,6 +78,7 @@ def test_logits_in_chunks(family):
         assert np.all(layer.key_scale[1, :, first[1] :] > 0)
 
 
+@pytest.mark.first_case
 def test_rows_do_not_depend_on_their_neighbours(family):
     name, model = family
     row = np.pad(expected(name)["tokens"][0], (SLOTS - LENGTH, 0))
@@ -89,6 +91,7 @@ def test_rows_do_not_depend_on_their_neighbours(family):
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("tokens", [LENGTH, 5], ids=["many", "few"])
 def test_logits_through_the_cache(family, tokens):
     name, model = family
@@ -103,6 +106,7 @@ def generated(model, **options):
     return np.concatenate(list(model.generate_tokens(PROMPTS, max_tokens=5, every=2, **options)), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk", [pytest.param(_generate.CHUNK, id="at_once", marks=pytest.mark.slow), pytest.param(12, id="in_chunks")]
 )
@@ -121,6 +125,7 @@ def test_generated_tokens(chunk, monkeypatch):
     assert {type(layer) for state in states for layer in state.cache} == {LayerCache}
 
 
+@pytest.mark.slow
 def test_the_constant_vector_stays(monkeypatch):
     model = jint8.load(DIRECTORY / "llama", quantize=False, dtype="float32")
     params = {"params": model.params}
@@ -165,6 +170,7 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("kind", ["int8", None])
 def test_decoding_makes_no_copy_of_the_cache(kind, optimized):
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": HEAD}

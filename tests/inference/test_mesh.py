@@ -21,6 +21,8 @@ LAYERS = 2
 DEVICES = {"one_row": 8, "rows_on_two_axes": 4, "experts": 8, "int8_cache": 8}
 ROWS = {"one_row": 1, "rows_on_two_axes": 4, "experts": 1, "int8_cache": 1}
 
+pytestmark = pytest.mark.slow  # several processes compile whole models
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -38,13 +40,11 @@ def others():
     return run_on_eight_devices(Path(__file__).parent / "models_on_a_mesh.py", *OTHERS, optimized=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_logits_of_the_others(others, name):
     assert others[name]["error"] < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_smollm2() is None, reason="needs SmolLM2-135M-Instruct in the cache or at $JINT8_TEST_SMOLLM2")
 def test_text_of_smollm2():
     script = Path(__file__).parent / "text_on_a_mesh.py"

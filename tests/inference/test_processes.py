@@ -46,11 +46,13 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_there_are_two_processes(found):
     assert found["processes"] == 2
     assert found["bytes_here"] < 0.6 * found["bytes"]
 
 
+@pytest.mark.slow
 def test_logits(found):
     check_logits(found)
 

@@ -106,11 +106,13 @@ def test_logits(model, kind):
         np.testing.assert_allclose(np.asarray(model.logits([prompt]))[0, -1], oracle(kind, prompt), atol=1e-4)
 
 
+@pytest.mark.first_case
 def test_tokens_of_the_whole_sequence(in_pieces, whole):
     np.testing.assert_array_equal(generated(in_pieces), whole)
     np.testing.assert_array_equal(generated(in_pieces, PROMPTS[1:2], every=3), whole[1:2])
 
 
+@pytest.mark.first_case
 def test_an_int8_cache(in_pieces, kind):
     """Each token is one of the likeliest, whose logits an int8 cache may swap."""
     got = generated(in_pieces, cache="int8")
@@ -126,11 +128,13 @@ def test_on_a_mesh():
     assert run_on_eight_devices(script, optimized=False) == dict.fromkeys(SCALINGS, True)
 
 
+@pytest.mark.first_case
 def test_by_a_loop_over_tokens(model, whole):
     model.warm(prompt=len(PROMPTS[1]), max_tokens=NEW)
     np.testing.assert_array_equal(generated(model, PROMPTS[1:2]), whole[1:2])
 
 
+@pytest.mark.first_case
 def test_rows_that_end(model, whole, monkeypatch):
     end = int(whole[0, 2])
     assert end not in whole[1]  # the others go on

@@ -65,6 +65,7 @@ def assert_same_bits(got, expected):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_nearer_to_float_than_int8_with_decomposition(source, model):
     want = logits(jint8.load(source, dtype="float32", quantize=False))
     rotated, paper = (error(logits(m), want) for m in (model, jint8.load(source, dtype="float32")))
@@ -72,6 +73,7 @@ def test_nearer_to_float_than_int8_with_decomposition(source, model):
     assert model.quant == ROTATED
 
 
+@pytest.mark.slow
 def test_load_calibrates_by_itself(source, model):
     own = jint8.load(source, config=ROTATED, dtype="float32")
     w, given = weight(own), weight(model)
@@ -215,6 +217,7 @@ def test_an_adapter_beside_rotated_weights():
     assert error(got, want) < 0.08 < 0.2 < error(expected("llama")["logits"], want)
 
 
+@pytest.mark.slow
 def test_an_encoder():
     path = DIRECTORY.parent / "encoders" / "bert"
     tokens = np.load(path / "expected.npz")["tokens"][0].tolist()

@@ -1,5 +1,6 @@
 """The next token: greedy choice against NumPy's argmax, and what of a request is compiled in."""
 
+import cases
 import jax
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ LOGITS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("one_cpu", [True, False])
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
 def test_greedy_is_argmax(monkeypatch, one_cpu, logits):
@@ -44,7 +46,7 @@ def test_one_program_for_all_settings():
         traces.append(sampling)
         return sample(logits, jax.random.key(0), sampling)
 
-    logits = jax.random.normal(jax.random.key(1), (2, 9))
+    logits = cases.normal(2, 9, seed=1)
     for options in ({}, {"temperature": 1.0}, {"temperature": 0.5, "top_p": 0.5}, {"temperature": 2.0, "top_k": 3}):
         for end_tokens in ((), (1,), (1, 2, 3)):
             draw(logits, Sampling.of(**options, end_tokens=end_tokens))
@@ -67,6 +69,7 @@ def can_be_drawn(logits, top_k, top_p, min_p):
 FILTERED = jax.jit(sampling.filtered)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 40, 5000, 2**40])
@@ -82,6 +85,7 @@ def test_filtered(top_k, top_p, min_p):
     np.testing.assert_array_equal(got[want], logits[want])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=["all", "top_k", "top_p"])
 def test_a_tiny_temperature_takes_the_most_likely_token(temperature, options):
@@ -118,7 +122,7 @@ def test_no_penalty_has_no_table():
 
 
 def test_temperature_divides_the_logits():
-    logits = jax.random.normal(jax.random.key(1), (64, 9))
+    logits = cases.normal(64, 9, seed=1)
     key = jax.random.key(0)
     drawn = sample(logits, key, Sampling.of(temperature=0.5))
     np.testing.assert_array_equal(drawn, jax.random.categorical(key, 2 * logits))

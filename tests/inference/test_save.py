@@ -64,6 +64,7 @@ MODELS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_same_bits(options, source, tmp_path):
     before = jint8.load(source, **options)
@@ -424,6 +425,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
 def test_fault(fault, message, saved):
     fault(saved)

@@ -58,6 +58,7 @@ def run(name, path):
     return jax.jit(product, compiler_options=QUICK)(*CASES[name])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("path", ["few_rows_split", "triton", "triton_panels"])
 def test_nothing_beyond_the_bounds(poisoned, path):
     check(run("tails_everywhere", path), CASES["tails_everywhere"], THRESHOLD, "batch")

@@ -13,6 +13,7 @@ import pallas_kernels as pk
 MODULES = [module.name for module in pkgutil.iter_modules(pk.__path__, "pallas_kernels.")]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("mosaic", "nogpu"))])
 def test_examples(name):
     module = importlib.import_module(name)

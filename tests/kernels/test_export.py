@@ -12,6 +12,7 @@ import pallas_kernels as pk
 from pallas_kernels.chips import CHIPS
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("m", [1, 512], ids=["few_rows", "many_rows"])
 def test_export_for_cuda(chip, m):

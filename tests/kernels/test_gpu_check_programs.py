@@ -80,6 +80,7 @@ def shapes_alone(monkeypatch):
     return shape
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "product",
     [

@@ -106,6 +106,7 @@ RUNS += [
 ]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("name", "path", "mode"), RUNS)
 def test_product(name, path, mode):
     case = CASES[name]
@@ -113,11 +114,13 @@ def test_product(name, path, mode):
     check(y, case, THRESHOLD, mode)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("path", PATHS)
 def test_threshold_zero_keeps_everything(path):
     check(product(*ORDINARY, threshold=0.0, mode="batch", config=PATHS[path]), ORDINARY, 0.0, "batch")
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("path", PATHS)
 def test_integer_products_are_exact(path):
     rng = np.random.default_rng(1)
@@ -128,6 +131,7 @@ def test_integer_products_are_exact(path):
     np.testing.assert_array_equal(np.asarray(y), x.astype(np.int64) @ w.T.astype(np.int64))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("path", PATHS)
 def test_token_rows_are_independent_bit_for_bit(path):
     x, *rest = ORDINARY
@@ -137,6 +141,7 @@ def test_token_rows_are_independent_bit_for_bit(path):
     np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("path", ["few_rows", "triton"])
 def test_vmap_over_batches(path):
     x = jnp.stack([ORDINARY.x, ORDINARY.x[::-1] * 2])
@@ -146,6 +151,7 @@ def test_vmap_over_batches(path):
         check(y[i], ORDINARY._replace(x=x[i]), THRESHOLD, "batch")
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("shape", [(0, 4, 32), (3, 0, 32), (3, 4, 0)], ids=["no_rows", "no_channels", "no_columns"])
 def test_empty(shape):
     m, n, k = shape
@@ -206,6 +212,7 @@ def quantized(x, w, mode):
     return found, digits, floats, pk.quantize_few_rows(x, THRESHOLD, per_token=mode == "token", interpret=INTERPRET)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "name", ["ordinary", "all_outliers", "zero_rows", "nan_row", "inf_row", "huge_beside_small_outlier"]
 )

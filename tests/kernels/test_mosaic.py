@@ -70,6 +70,7 @@ CASES = {
 }
 
 
+@pytest.mark.first_case
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy, about infinity times 0
 @pytest.mark.parametrize("name", _quick(CASES, "whole_tiles", "tails", "nan_row_beside_outlier"))
@@ -77,6 +78,7 @@ def test_outliers_as_floats(name):
     run(*CASES[name])
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(
     "name", _quick(["whole_tiles", "no_outliers", "all_outliers", "wide_tile", "tails", "inf_row"], "tails")
@@ -123,6 +125,7 @@ def detecting(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("mode", _quick(["batch", "token"], "batch"))
 def test_no_races(detecting, mode):

@@ -13,7 +13,7 @@ from marks import slow_but
 import jint8
 from jint8._ops.layers import lookup
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 EXACT = jint8.Config(threshold=0.0)  # one int8 product per layer on every path
 
@@ -167,6 +167,7 @@ def outputs(module):
     return lambda variables, x: jax.tree.leaves(jint8.apply(module.apply)(variables, x))[0]
 
 
+@pytest.mark.first_case
 @EVERY_LAYER
 def test_output_is_close_to_float(name):
     """Under jit, and in there under vmap and checkpoint."""
@@ -184,6 +185,7 @@ def test_output_is_close_to_float(name):
         assert got.dtype == jax.tree.leaves(want)[0].dtype
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["Dense", "attention", "tied Embed", "scan of remat", "jit", "share_scope"])
 def test_without_jit(name):
     module, x, _ = LAYERS[name]
@@ -191,6 +193,7 @@ def test_without_jit(name):
     assert cases.relative_error(outputs(module)(int8, x), module.apply(floats, x)) < 0.02
 
 
+@pytest.mark.first_case
 @EVERY_LAYER
 def test_one_int8_product_per_layer(name):
     """Counted without decomposition, where no path adds products for outliers; a loop's body counts once."""
@@ -201,6 +204,7 @@ def test_one_int8_product_per_layer(name):
     assert cases.count_float_products(outputs(module), int8, x) == in_float - products
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "name",
     [
@@ -216,6 +220,7 @@ def test_int8_dots_in_the_compiled_program(name):
     assert in_int8.other == in_float.other - products
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["Dense", "DenseGeneral, batch axis", "Einsum", "attention", "scan of remat"])
 def test_planted_outliers(name):
     module, x, _ = LAYERS[name]
@@ -232,6 +237,7 @@ def test_planted_outliers(name):
     assert errors[6.0] < errors[0.0]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "name",
     [
@@ -268,6 +274,7 @@ def test_gradient_with_respect_to_inputs_and_biases(name):
         assert cases.relative_error(flat(got[0]), flat(want[0])) < 0.12
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["Dense", "DenseGeneral", "Einsum", "attention", "tied Embed"])
 def test_module_dtype(name, dtype):
@@ -297,6 +304,7 @@ def test_dtype_is_promoted_as_in_float():
         assert got.dtype == module.apply(floats, x).dtype
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("keep_order", [(), "kernel"], ids=["contracted last", "order kept"])
 @pytest.mark.parametrize("name", ["Dense", "DenseGeneral, two input axes", "Einsum", "attention", "scan, axis 1"])
 def test_both_orders(name, keep_order):
@@ -312,6 +320,7 @@ def test_both_orders(name, keep_order):
     assert cases.relative_error(jint8.apply(module.apply)(int8, x), module.apply(floats, x)) < 0.02
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("scheme", [name for name in oracle.SCHEMES if name != "none"])
 def test_schemes(scheme):
     module, x, _ = LAYERS["attention"]
@@ -355,6 +364,7 @@ def test_parameters_in_floating_point_run_as_they_are():
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, floats)
 
 
+@pytest.mark.slow
 def test_int8_that_isnt_among_the_arguments_is_found():
     """In parameters that the function closes over, and in layers that quantize their kernels themselves."""
     module = nn.Sequential([nn.Dense(8)])
@@ -371,6 +381,7 @@ def test_intermediates_are_captured():
     assert jnp.array_equal(state["intermediates"]["layers_2"]["__call__"][0], y)
 
 
+@pytest.mark.slow
 def test_embedding_lookup():
     module = nn.Embed(40, 32)
     floats = module.init(jax.random.key(0), TOKENS)
@@ -384,14 +395,14 @@ def test_embedding_lookup():
 
 
 def test_a_table_of_one_scale_has_nothing_for_tokens_out_of_range_either():
-    table = jint8.quantize(jax.random.normal(jax.random.key(0), (40, 32)), contract_axes=0)
+    table = jint8.quantize(cases.normal(40, 32), contract_axes=0)
     got = lookup(table, jnp.array([3, 99, -41]))
     assert jnp.array_equal(jnp.isnan(got).all(-1), jnp.array([False, True, True]))
     assert jnp.array_equal(got[0], table.dequantize()[3])
 
 
 def test_a_loop_does_not_convert_the_table_before_it():
-    table = jint8.quantize(jax.random.normal(jax.random.key(0), (1000, 64)), contract_axes=1)
+    table = jint8.quantize(cases.normal(1000, 64), contract_axes=1)
 
     @jax.jit
     def walk(table, times):

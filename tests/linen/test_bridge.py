@@ -10,7 +10,7 @@ from flax.nnx import bridge
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 EXACT = jint8.Config(threshold=0.0)
 
 
@@ -53,6 +53,7 @@ MODELS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_products_and_error(name):
     module, products = MODELS[name]

@@ -69,6 +69,7 @@ def test_everything_multiplied_is_quantized(name, model, plan):
     assert not any("can't be followed" in reason for reason in plan.skipped.values())
 
 
+@pytest.mark.first_case
 def test_int8_products_in_the_compiled_program(name, model, plan):
     function, params = model.quantize(model.params, plan, WITHOUT)
     in_int8 = compiled_products(function, params, model.inputs)
@@ -95,6 +96,7 @@ def test_tied_embeddings_too(name, model, plan):
     assert counts[1] == counts[0] + 1
 
 
+@pytest.mark.first_case
 def test_error(name, model, plan):
     assert errors(model, plan, jint8.Config())[0] < 0.08
 

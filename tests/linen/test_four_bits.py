@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 every_grouping = pytest.mark.parametrize("grouping", ["oc", "ic"])
 
@@ -70,6 +70,7 @@ def quantized(name, grouping):
     return module, x, tree
 
 
+@pytest.mark.first_case
 @every_grouping
 @pytest.mark.parametrize("name", MODELS)
 def test_as_the_dequantized_model(name, grouping):
@@ -92,6 +93,7 @@ def test_features_in_parts_are_refused():
         jint8.apply(module.apply)(tree, X)
 
 
+@pytest.mark.first_case
 @every_grouping
 def test_gradients_of_the_activations(grouping):
     module, x, tree = quantized("own code", grouping)

@@ -10,7 +10,7 @@ from marks import slow_but
 import jint8
 from jint8.linen import Int8Dense, Int8DenseGeneral, Int8TransformerBlock
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 EXACT = jint8.Config(threshold=0.0)
 
 
@@ -59,6 +59,7 @@ def arguments(name):
     return (X, None) if name == "scanned blocks" else (X,)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "name", slow_but(MODULES, "Int8Dense", "Int8DenseGeneral", "block, post-norm", "scanned blocks")
 )
@@ -86,6 +87,7 @@ def test_declares_the_parameters_of_the_float_layer(name):
     assert jax.tree.map(jnp.array_equal, ours, theirs) == jax.tree.map(lambda _: True, theirs)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["Int8Dense", "block, pre-norm"])
 def test_gradient_reaches_float_kernels_straight_through(name):
     module, _, _ = MODULES[name]
@@ -97,6 +99,7 @@ def test_gradient_reaches_float_kernels_straight_through(name):
     assert cases.relative_error(flat(got), flat(want)) < 0.1
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["Int8Dense", "Int8DenseGeneral", "block, pre-norm"])
 def test_under_apply(name):
     module, _, _ = MODULES[name]

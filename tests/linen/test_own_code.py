@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 EXACT = jint8.Config(threshold=0.0)  # one int8 product per layer on every path
 INIT = nn.initializers.lecun_normal()
@@ -146,6 +146,7 @@ def outputs(module):
     return lambda variables, x: jax.tree.leaves(jint8.apply(module.apply)(variables, x))[0]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", LAYERS)
 def test_int8_products_and_error(name):
     module, x, products = LAYERS[name]
@@ -168,7 +169,7 @@ def test_planted_outliers():
 
 
 def test_another_method():
-    module, x = InSetup(), jax.random.normal(jax.random.key(2), (2, 64))
+    module, x = InSetup(), cases.normal(2, 64, seed=2)
     floats, int8, _ = cases.quantize_linen(module, X, config=EXACT)
     got = cases.jit(lambda int8: jint8.apply(module.apply)(int8, x, method="project"))(int8)
     assert cases.relative_error(got, module.apply(floats, x, method="project")) < 0.02

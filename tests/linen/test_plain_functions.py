@@ -12,11 +12,10 @@ from flax import nnx
 
 import jint8
 
-KEYS = jax.random.split(jax.random.key(0), 4)
-X = cases.plant(jax.random.normal(KEYS[0], (5, 16)))
+X = cases.plant(cases.normal(5, 16))
 PARAMS = {
-    "embedding": jax.random.normal(KEYS[1], (50, 16)),
-    "layers": {"up": jax.random.normal(KEYS[2], (3, 16, 32)) / 4, "down": jax.random.normal(KEYS[3], (3, 32, 16)) / 6},
+    "embedding": cases.normal(50, 16, seed=1),
+    "layers": {"up": cases.normal(3, 16, 32, seed=2) / 4, "down": cases.normal(3, 32, 16, seed=3) / 6},
     "bias": jnp.linspace(-1, 1, 16),
 }
 
@@ -35,6 +34,7 @@ def language_model(params, tokens, *, scale=1.0):
     return {"logits": x @ params["embedding"].T, "kind": "logits"}
 
 
+@pytest.mark.slow
 def test_a_scanned_model():
     plan = jint8.plan(layers, PARAMS, X)
     assert dict(plan) == {"layers/up": (1,), "layers/down": (1,)}
@@ -57,6 +57,7 @@ def test_the_products_are_those_of_matmul():
     np.testing.assert_array_equal(by_config, jnp.tanh(jint8.matmul(X, w, config=config)))
 
 
+@pytest.mark.slow
 def test_results_and_keywords_that_are_no_arrays():
     plan = jint8.plan(language_model, PARAMS, jnp.ones((2, 3), jnp.int32))
     int8 = jint8.quantize_params(PARAMS, plan=plan.with_(plan.tied))

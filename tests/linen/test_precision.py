@@ -10,7 +10,7 @@ from jax import lax
 
 import jint8
 
-X = jax.random.normal(jax.random.key(0), (2, 3, 8))
+X = cases.normal(2, 3, 8)
 NONE = jint8.Config(scheme="none")  # how to multiply: with weights dequantized
 HIGHEST = (lax.Precision.HIGHEST,) * 2
 
@@ -42,6 +42,7 @@ def precisions(function, *args):
     return [eqn.params["precision"] for eqn in equations if eqn.primitive.name == "dot_general"]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", LINEN)
 def test_linen(name):
     module = LINEN[name]

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 
 
 class Heads(nn.Module):

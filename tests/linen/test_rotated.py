@@ -15,7 +15,7 @@ import jint8
 ROTATED = jint8.Config.preset("rotated")
 COLUMNS = jint8.Config(outliers="static", rotate=64)
 NONE = jint8.Config(scheme="none")  # float activations: then a product is that of the dequantized weights
-X = cases.plant(jax.random.normal(jax.random.key(1), (2, 3, 32)), factor=20.0)
+X = cases.plant(cases.normal(2, 3, 32, seed=1), factor=20.0)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 
 
@@ -117,6 +117,7 @@ def quantized(name):
     return floats, plan, found, jint8.quantize_params(floats, plan=plan, config=config, outliers=found)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", slow_but(MODELS, "scan", "tied"))
 def test_exactly_the_dequantized_weights_and_close_in_int8(name):
     module, x, config = MODELS[name]
@@ -188,6 +189,7 @@ class Parts(nn.Module):
         return x @ w.reshape(2, 32, 8).transpose(1, 0, 2).reshape(64, 8)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("use", ["part", "shifted", "order"])
 def test_parts_of_a_block_are_refused(use):
     module = Parts(use)
@@ -224,6 +226,7 @@ QUANTIZING = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", slow_but(QUANTIZING, *(name for name in QUANTIZING if name != "Int8TransformerBlock")))
 def test_layers_that_quantize_at_each_call(name):
     """They are planned as their float layers are, give the same as quantized parameters, and gradients go through."""

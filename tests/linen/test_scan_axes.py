@@ -1,5 +1,6 @@
 """Heads in front of the contracted axis, scanned over layers that lie on any axis of the parameters."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +27,13 @@ class Block(nn.Module):
         return x + y, None
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("given", [lambda plan: plan, dict], ids=["plan", "plain_mapping"])
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 @pytest.mark.parametrize(("d", "heads", "size"), [(4, 4, 4), (8, 2, 6)], ids=["cube", "distinct"])
 def test_scan_over_heads(axis, d, heads, size, given):
     scan = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
-    module, x = scan(heads=heads, size=size), jax.random.normal(jax.random.key(1), (2, d))
+    module, x = scan(heads=heads, size=size), cases.normal(2, d, seed=1)
     params = module.init(jax.random.key(0), x, None)
     plan = jint8.plan(module.apply, params, x, None)
     int8 = jint8.quantize_params(params, plan=given(plan))

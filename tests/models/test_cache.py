@@ -82,6 +82,7 @@ CALLS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("ends", "first"), CALLS.values(), ids=CALLS)
 def test_entries(ends, first):
     d = 24
@@ -130,6 +131,7 @@ def test_no_shift_under_a_softcap():
     assert np.all(np.abs(floats(cache.key[:, :, :20]) * scale - want) <= (0.5 + 2e-3) * scale)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("d", [7, *DIMENSIONS])
 def test_softmax_does_not_see_the_changes_of_coordinates(d):
     rng = np.random.default_rng(1)
@@ -145,6 +147,7 @@ def test_softmax_does_not_see_the_changes_of_coordinates(d):
     np.testing.assert_allclose(_cache.turned(jnp.asarray(q)), floats(q) @ hadamard(d), atol=1e-6 * d)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("d", "rows"), [(24, 1), (64, 3), (80, 2)])
 def test_products_are_those_of_the_entries(d, rows):
     """Within half a step of two digits, which is next to nothing beside the steps of the entries."""
@@ -164,6 +167,7 @@ def test_products_are_those_of_the_entries(d, rows):
     assert jax.eval_shape(lambda: cache.weighted(weights, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("d", [24, 64])
 def test_nearer_to_float_than_without_the_changes_of_coordinates(d, monkeypatch):
     """Of keys with a bias and a large channel, as Qwen has."""
@@ -221,6 +225,7 @@ def test_a_made_cache():
         make_cache(config, 1, 16, jnp.int16)
 
 
+@pytest.mark.slow
 def test_many_queries_read_what_few_read():
     """They read it dequantized, few by int8 products."""
     cache = updated(empty(24), own(*keys_and_values(SLOTS, 24)))

@@ -31,6 +31,7 @@ def test_float_logits(directory):
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.first_case
 def test_int8_logits_are_closer_with_decomposition(directory):
     want = expected(directory, TOKENS)
 
@@ -42,6 +43,7 @@ def test_int8_logits_are_closer_with_decomposition(directory):
     assert error(threshold=6.0) < error(threshold=0.0)
 
 
+@pytest.mark.first_case
 def test_generation_picks_the_oracles_tokens(directory):
     model = jint8.load(directory, quantize=False)
     chunks = model.generate_tokens([TOKENS.tolist()], max_tokens=6)

@@ -25,6 +25,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_features(float_model):
     got = np.asarray(float_model.model.apply({"params": float_model.params}, jnp.asarray([TOKENS])))
     want = EXPECTED["hidden"]

@@ -44,6 +44,7 @@ def test_a_family_in_two_files(monkeypatch):
         _registry._find_families()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LENGTH])
 def test_float_logits(name, monkeypatch):
     """Two rows with different padding, through the cache in chunks; then the most likely token is greedy's next.
@@ -84,6 +85,7 @@ def test_parts_of_attention_leave_out_nothing_visible(s, window):
     assert _attention.parts_of(s, 2 * s, None) == [(slice(0, s), slice(0, 2 * s))]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_float_logits_by_length(name):
     want = expected(name)
@@ -91,6 +93,7 @@ def test_float_logits_by_length(name):
     np.testing.assert_allclose(got, want["logits"], rtol=0, atol=1e-4 * np.abs(want["logits"]).max())
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [*BY_LENGTH, "gemma3", "bloom"])
 def test_generated_tokens(name):
     model, (tokens,), want = load(name, quantize=False), expected(name)["tokens"].tolist(), expected(name)["greedy"]
@@ -98,6 +101,7 @@ def test_generated_tokens(name):
     np.testing.assert_array_equal(np.concatenate(list(chunks), axis=1), want)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", NAMES)
 def test_int8_logits(name):
     want = expected(name)
@@ -106,6 +110,7 @@ def test_int8_logits(name):
     assert np.linalg.norm(got - want["logits"]) / np.linalg.norm(want["logits"]) < (0.15 if name == "mixtral" else 0.05)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "opt_350m"])
 def test_embeddings_and_head_in_int8(name):
     model, want = load(name, include=["embedding", "lm_head"]), expected(name)

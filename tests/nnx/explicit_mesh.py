@@ -2,6 +2,7 @@
 
 import json
 
+import cases
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,7 +73,7 @@ def distance(got, want):
 
 found = {}
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-x = jax.random.normal(jax.random.key(0), (4, 6, 64))
+x = cases.normal(4, 6, 64)
 tokens = jnp.arange(24).reshape(4, 6)
 with jax.set_mesh(mesh):
     for make, inputs in ((Layers, x), (Tied, tokens), (Own, x)):

@@ -29,6 +29,7 @@ TOKENS = jnp.arange(12).reshape(2, 6)
 PROJECTIONS = {"up/kernel", "own", *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out"))}
 
 
+@pytest.mark.slow
 def test_products_and_what_is_left_out():
     found = jint8.nnx.check(Model(), TOKENS)
     assert {product.path for product in found.products} == PROJECTIONS
@@ -46,6 +47,7 @@ def test_error_of_a_layer():
     assert product.error == pytest.approx(np.linalg.norm(got - x @ w) / np.linalg.norm(x @ w), rel=1e-3)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("path", ["attention/out/kernel", "own"])
 def test_a_broken_weight_is_the_worst(path):
     model = Model()

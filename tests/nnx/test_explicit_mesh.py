@@ -51,6 +51,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", LAYERS)
 def test_on_one_device(name):
     make, x = LAYERS[name]

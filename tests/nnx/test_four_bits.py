@@ -9,7 +9,7 @@ from flax import nnx
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 
 
@@ -44,6 +44,7 @@ def is_qtensor(leaf):
     return isinstance(leaf, jint8.QTensor)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("grouping", ["oc", "ic", "ada"])
 @pytest.mark.parametrize("name", MODELS)
 def test_as_the_dequantized_model(name, grouping):

@@ -1,5 +1,6 @@
 """What `jint8.nnx.quantize` leaves in floating point: said in one warning, with the reason, unless it was meant."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +10,7 @@ from flax.nnx import bridge
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 32))
+X = cases.normal(2, 32, seed=1)
 NOTHING = "jint8.nnx.quantize: nothing becomes int8: "
 STAYS = "jint8.nnx.quantize: these weights stay in floating point: "
 MASKED = "masked: used in two ways: contracted over axes \\(0,\\); elementwise"

@@ -18,7 +18,7 @@ from marks import slow_but
 import jint8
 
 LAYERS, WIDTH, HEADS = 3, 32, 4
-X = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
+X = cases.normal(2, 5, WIDTH, seed=1)
 
 
 class General(nnx.Module):
@@ -165,6 +165,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(KINDS, "checkpoint"))
 def test_as_a_function_of_its_state(kind):
     remat, scheme, largest = KINDS[kind]

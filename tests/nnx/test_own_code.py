@@ -12,7 +12,7 @@ from flax import nnx
 import jint8
 from jint8.nnx._own_code import _become
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 EXACT = jint8.Config(threshold=0.0)  # one int8 product per layer on every path
 
@@ -114,6 +114,7 @@ def quantized(name, **kwargs):
     return model, jint8.nnx.quantize(model, plan=plan.with_(plan.tied), **kwargs)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_products_and_error(name):
     _, x, products = MODELS[name]
@@ -188,7 +189,7 @@ class Observing(nnx.Module):
 
 @pytest.mark.parametrize("jit", [lambda run: run, nnx.jit], ids=["eager", "jit"])
 def test_variables_that_are_made_in_a_call(jit):
-    x = jax.random.normal(jax.random.key(1), (2, 32))
+    x = cases.normal(2, 32, seed=1)
     model = Observing(nnx.Rngs(0))
     int8 = jint8.nnx.quantize(model, x)
     y = jit(lambda model, x: model(x))(int8, x)
@@ -231,6 +232,7 @@ def test_state_goes_through_pickle():
     assert jnp.array_equal(restored(X), int8(X))
 
 
+@pytest.mark.slow
 def test_a_plain_mapping_as_plan():
     """It doesn't say which axes are stacked. A layer of nnx's own knows the shape of its kernel; others don't."""
     heads, x = nnx.LinearGeneral(32, (4, 8), rngs=nnx.Rngs(0)), X

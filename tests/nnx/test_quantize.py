@@ -12,7 +12,7 @@ from marks import slow_but
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 EXACT = jint8.Config(threshold=0.0)
 
@@ -124,6 +124,7 @@ def float_result(name):
     return functional(float_model(name))(MODELS[name][1])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "name", slow_but(MODELS, "Linear", "LinearGeneral", "Einsum", "attention", "LoRA", "scan", "remat", "tied Embed")
 )
@@ -146,6 +147,7 @@ def test_output_is_close_to_float(name):
         assert got.dtype == want.dtype
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["Linear", "scan"])
 def test_without_jit(name):
     model, int8 = quantized(name)
@@ -153,6 +155,7 @@ def test_without_jit(name):
     assert cases.relative_error(int8(x), model(x)) < 0.03
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", MODELS)
 def test_one_int8_product_per_layer(name):
     """Counted without decomposition, where no path adds products for outliers."""
@@ -163,6 +166,7 @@ def test_one_int8_product_per_layer(name):
     assert cases.count_int8_products(run, state, x) == products
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["attention", "LoRALinear", "scan", "tied Embed"])
 def test_int8_dots_in_the_compiled_program(name):
     compiled_products = pytest.importorskip("hlo", reason="needs the benchmarks").compiled_products
@@ -177,6 +181,7 @@ def test_int8_dots_in_the_compiled_program(name):
     assert in_int8.other == in_float.other - products
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["Linear", "LinearGeneral, batch axis", "Einsum", "attention"])
 def test_planted_outliers(name):
     x = cases.plant(X)
@@ -188,6 +193,7 @@ def test_planted_outliers(name):
     assert error < error_without
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", MODELS)
 def test_abstract_model(name):
     make, x, _ = MODELS[name]
@@ -230,6 +236,7 @@ def test_state_filters():
     assert [path for path, _ in nnx.to_flat_state(rest)] == [("kernel",)]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["LoRALinear", "scan", "attention"])
 def test_gradient_of_trainable_parameters(name):
     model, int8 = quantized(name, config=jint8.Config(scheme="vector"))
@@ -295,6 +302,7 @@ def test_plan_of_what_is_no_attribute_is_an_error():
         jint8.nnx.quantize(model, X)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtype(dtype):
     model = attention(nnx.Rngs(0), dtype=dtype)
@@ -358,6 +366,7 @@ def entry_errors(got, expected):
     return np.linalg.norm(np.asarray(got) - expected, axis=axes) / np.linalg.norm(expected, axis=axes)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("scheme", ["absmax", "zeropoint", "llm.int8"])
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_batch_axis_of_the_kernel_is_stacked(name, scheme):
@@ -369,6 +378,7 @@ def test_a_batch_axis_of_the_kernel_is_stacked(name, scheme):
         assert (entry_errors(int8(x), expected) < 0.06).all()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", BATCHED)
 def test_each_entry_of_a_batch_axis_has_its_own_outliers(name):
     layer, x, expected = batched(name)

@@ -14,7 +14,7 @@ import jint8
 ROTATED = jint8.Config.preset("rotated")
 COLUMNS = jint8.Config(outliers="static", rotate=64)
 NONE = jint8.Config(scheme="none")
-X = cases.plant(jax.random.normal(jax.random.key(1), (2, 3, 32)), factor=20.0)
+X = cases.plant(cases.normal(2, 3, 32, seed=1), factor=20.0)
 TOKENS = jnp.array([[1, 2, 3], [4, 5, 6]])
 
 
@@ -105,6 +105,7 @@ def weights(model):
     return [w for w in jax.tree.leaves(nnx.state(model), is_leaf=is_qtensor) if is_qtensor(w)]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", MODELS)
 def test_exactly_the_dequantized_weights_and_close_in_int8(name):
     """Split, with another config or dequantized, merged and run under jit."""

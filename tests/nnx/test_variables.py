@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jint8
 from jint8.nnx import Quantized
 
-X = jax.random.normal(jax.random.key(1), (2, 32))
+X = cases.normal(2, 32, seed=1)
 EXACT = jint8.Config(threshold=0.0)
 
 
@@ -254,6 +254,7 @@ def test_filters_for_int8_weights():
         nnx.split(int8, nnx.Param)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_params_trains_what_is_in_floating_point():
     int8 = jint8.nnx.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     before = int8.kernel.get_value()

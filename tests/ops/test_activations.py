@@ -63,6 +63,7 @@ def test_a_threshold_that_nothing_reaches():
         np.testing.assert_allclose(matmul(CASE.x, W, config=jint8.Config(threshold=threshold)), plain, rtol=1e-6)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("mode", ["batch", "token"])
 @PATHS
 def test_the_threshold_itself_is_an_outlier(implementation, mode):
@@ -76,6 +77,7 @@ def test_the_threshold_itself_is_an_outlier(implementation, mode):
     assert (run(np.nextafter(np.float32(6), np.float32(7)))[0, :3] == 0).all()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("mode", ["token", "static"])
 @PATHS
 def test_by_token_neighbours_change_no_bit(implementation, mode):
@@ -96,6 +98,7 @@ def test_in_a_batch_neighbours_do_matter():
     assert (np.asarray(matmul(x, W))[1] != np.asarray(matmul(CASE.x, W))[1]).any()
 
 
+@pytest.mark.first_case
 @PATHS
 def test_static_without_calibration_is_token(implementation):
     token, static = (

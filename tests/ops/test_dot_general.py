@@ -57,6 +57,7 @@ DOTS = {  # x shape, w shape, (contracted axes of x, of w), (batch axes of x, of
 }
 
 
+@pytest.mark.first_case
 @ORDERS
 @pytest.mark.parametrize("left", [False, True], ids=["w_right", "w_left"])
 @pytest.mark.parametrize("name", DOTS)
@@ -94,6 +95,7 @@ EINSUMS = {  # subscripts, x shape, w shape, contracted axes of w
 }
 
 
+@pytest.mark.first_case
 @ORDERS
 @pytest.mark.parametrize("left", [False, True], ids=["w_right", "w_left"])
 @pytest.mark.parametrize("name", EINSUMS)

@@ -46,6 +46,7 @@ def assert_close(got, x, w, digits=2.0**-14):
     assert (np.abs(np.asarray(got, np.float64) - x @ w) <= bound).all()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("k_last", [True, False], ids=["n_k", "k_n"])
 @pytest.mark.parametrize("columns", [(), COLUMNS], ids=["", "columns"])
 @every_grouping
@@ -57,6 +58,7 @@ def test_rows(shape, grouping, columns, k_last):
         assert_close(jax.jit(jint8.matmul)(x, w), x, floats(w), 2.0**-20 if m > 1 else 2.0**-14)
 
 
+@pytest.mark.first_case
 @every_grouping
 def test_smoothed_and_rotated(grouping):
     for columns in ((), COLUMNS):
@@ -66,6 +68,7 @@ def test_smoothed_and_rotated(grouping):
             assert_close(jint8.matmul(x, w), x, floats(w), 1e-3 if m == 1 else 2.0**-18)
 
 
+@pytest.mark.first_case
 @pytest.mark.skipif(not on_one_cpu(), reason="needs one CPU")
 @every_grouping
 @pytest.mark.parametrize("n", [72, 96], ids=["channels_left", "whole"])
@@ -82,6 +85,7 @@ def test_some_channels_at_a_time(n, grouping, monkeypatch):
     assert_close(each, x, floats(w), 2.0**-20)
 
 
+@pytest.mark.first_case
 @every_grouping
 @every_shape
 def test_one_row_by_blocks_and_dequantized(shape, grouping):
@@ -125,6 +129,7 @@ AXES = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("shape", "axes", "stack"), AXES.values(), ids=AXES)
 @every_grouping
 def test_dot_general(shape, axes, stack, grouping):
@@ -137,6 +142,7 @@ def test_dot_general(shape, axes, stack, grouping):
         np.testing.assert_allclose(jint8.dot_general(x, w, numbers), exact, rtol=1e-3, atol=2e-3 * abs(exact).max())
 
 
+@pytest.mark.first_case
 @every_grouping
 def test_transformations(grouping):
     w = quantized((64, 48), grouping)

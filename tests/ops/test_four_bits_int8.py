@@ -43,6 +43,7 @@ def expected(x, w, config):
     return four_bit_oracle.int8_matmul(x, parts, GROUP, config.grouping, **options)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 @every_grouping
 @every_shape
@@ -66,6 +67,7 @@ def test_groups_that_take_turns_and_weights_stored_k_first(grouping, monkeypatch
     oracle.assert_close(jint8.matmul(x, q), *expected(x, w, config))
 
 
+@pytest.mark.first_case
 @every_grouping
 def test_one_row_by_blocks_and_by_groups(grouping):
     w, x = jint8.quantize(normal(80, 40), config=config_of(grouping, threshold=3.0)), normal(1, 80, seed=1)
@@ -88,6 +90,7 @@ def test_an_outlier_is_nearer_than_int8_has_it(grouping):
     assert 0 < split < whole / 10
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("columns", [None, (1, 7)], ids=["no_columns", "columns"])
 @every_grouping
 def test_smoothed_and_rotated(grouping, columns):
@@ -107,6 +110,7 @@ def test_smoothed_and_rotated(grouping, columns):
         )
 
 
+@pytest.mark.first_case
 @every_grouping
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_rows_that_are_not_finite(bad, grouping):
@@ -127,6 +131,7 @@ AXES = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("shape", "axes", "stack"), AXES.values(), ids=AXES)
 @every_grouping
 def test_dot_general(shape, axes, stack, grouping):
@@ -139,6 +144,7 @@ def test_dot_general(shape, axes, stack, grouping):
         assert 1e-4 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.02
 
 
+@pytest.mark.first_case
 @every_grouping
 def test_transformations(grouping):
     config = config_of(grouping, outliers="token", threshold=2.5)
@@ -155,6 +161,7 @@ def test_transformations(grouping):
     np.testing.assert_allclose(y, twice, rtol=0, atol=1e-4 * abs(twice).max())
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("rotate", [0, 8])
 @pytest.mark.parametrize("columns", [None, [[1, 7], [2, 3], [0, 39]]], ids=["no_columns", "columns"])
 @every_grouping

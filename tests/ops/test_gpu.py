@@ -28,6 +28,7 @@ def uses_kernels(fun, *args, **kwargs):
     return TRITON in jint8.export(fun, **kwargs)(*args).mlir_module()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("gpu", ["A100", "RTX 4090", "H100", "H200"])
 @pytest.mark.parametrize("m", [1, 64], ids=["few_rows", "many_rows"])
 def test_one_program_for_cpu_and_cuda(gpu, m):
@@ -38,6 +39,7 @@ def test_one_program_for_cpu_and_cuda(gpu, m):
     np.testing.assert_array_equal(exported.call(x, N_K), jint8.matmul(x, N_K))
 
 
+@pytest.mark.slow
 def test_mosaic_is_in_a_program_for_hopper():
     w = jint8.quantize(jnp.ones((512, 512)), contract_axes=(1,))
     x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
@@ -56,6 +58,7 @@ def test_what_the_kernels_can_not_do_is_left_to_xla():
         assert not uses_kernels(jint8.matmul, X, w)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("m", [1, 64], ids=["few_rows", "many_rows"])
 @pytest.mark.parametrize(("capability", "kernels"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_gpus_before_compute_capability_8_take_xla(monkeypatch, capability, kernels, m):
@@ -73,6 +76,7 @@ def test_a_kernel_that_is_asked_for_says_what_it_can_not_do(implementation):
         jint8.matmul(X, w, implementation=implementation)
 
 
+@pytest.mark.slow
 def test_transforms_of_a_program_with_kernels():
     x = jnp.stack([X, -X, X[::-1]])
     bias = jnp.arange(3 * 32.0).reshape(3, 32)

@@ -31,6 +31,7 @@ def per_row(x, bias):
     return jax.vmap(loss, in_axes=(0, None, None, 0))(x, bias, W, COTANGENT).sum()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("implementation", ["xla_digits", "xla_gather", "dequantize"])
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))])
 def test_grad(transform, implementation):

@@ -58,12 +58,14 @@ def test_shapes(name, implementation):
     check(name, implementation)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS], ids=str)
 @pytest.mark.parametrize("name", VALUES)
 def test_values(name, implementation):
     check(name, implementation)
 
 
+@pytest.mark.first_case
 @int8_implementations
 @pytest.mark.parametrize("name", [*VALUES, NOT_FINITE])
 def test_values_by_token(name, implementation):
@@ -84,6 +86,7 @@ def test_integers_are_exact(name, n_k, implementation):
     np.testing.assert_allclose(got, case.x.astype(np.float64) @ case.w.astype(np.float64), rtol=rtol)
 
 
+@pytest.mark.first_case
 @int8_implementations
 @pytest.mark.parametrize("name", BEYOND_INT32)
 def test_sums_beyond_int32(name, implementation):
@@ -97,6 +100,7 @@ def test_sums_beyond_int32(name, implementation):
     np.testing.assert_allclose(got, case.x.astype(np.float64) @ case.w.astype(np.float64), rtol=4 * oracle.ROUNDING)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("implementation", [None, *INT8], ids=str)
 def test_integers_down_to_minus_128(rows, implementation):
@@ -119,6 +123,7 @@ def test_wide_digits_fit(k):
     assert 0 < largest_wide_digit(k) * 128 * k < 2**31
 
 
+@pytest.mark.first_case
 @every_implementation
 @pytest.mark.parametrize(("n_k", "bias"), [(True, True), (False, False)], ids=["[n,k]_bias", "[k,n]"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: np.dtype(d).name)
@@ -152,6 +157,7 @@ def test_config_of_the_call_wins(w_scheme, x_scheme):
     oracle.assert_close(got, exact, bound)
 
 
+@pytest.mark.first_case
 @int8_implementations
 def test_an_outlier_is_off_by_little_of_the_largest(implementation):
     x = np.random.default_rng(0).uniform(6, 3000, (512, 8)).astype(np.float32)
@@ -161,6 +167,7 @@ def test_an_outlier_is_off_by_little_of_the_largest(implementation):
     assert (error <= allowed * x.max(1, keepdims=True)).all()
 
 
+@pytest.mark.first_case
 @int8_implementations
 def test_outlier_columns_take_no_part_in_the_scale(implementation):
     x = np.full((2, 16), 0.5, np.float32)

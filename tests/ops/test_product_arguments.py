@@ -69,6 +69,7 @@ def test_bias_of_einsum_between_the_axes_of_x():
     assert_product(got, x, w.dequantize(), bias[:, None], "bek,ekn->nbe")
 
 
+@pytest.mark.slow
 def test_bias_of_ragged_dot():
     w = jint8.quantize(normal(3, 5, 4), contract_axes=(1,), stack_axes=(0,), config=EXACT)
     x, bias = integers(6, 5), normal(3, 4, seed=2)

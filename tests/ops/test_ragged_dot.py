@@ -12,8 +12,8 @@ import jint8
 from jint8._core.qtensor import contract_last
 
 K, N = 32, 8
-W = jax.random.normal(jax.random.key(0), (3, K, N)) * jnp.array([0.1, 1.0, 10.0])[:, None, None]
-X = jax.random.normal(jax.random.key(1), (10, K))
+W = cases.normal(3, K, N) * jnp.array([0.1, 1.0, 10.0])[:, None, None]
+X = cases.normal(10, K, seed=1)
 SIZES = jnp.array([4, 0, 5])  # the last row belongs to no expert
 
 
@@ -37,6 +37,7 @@ def test_one_scale_per_expert_and_channel():
     assert sorted(int8["w"].scale.shape) == [1, 3, N]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("scheme", [name for name in oracle.SCHEMES if name != "none"])
 def test_ragged_dot(scheme, order):
     config = jint8.Config(scheme=scheme)

@@ -77,6 +77,7 @@ def check(where, name, implementation, *, config=ROTATED, columns=(), n_k=True, 
     oracle.assert_close(np.asarray(got).reshape(exact.shape), exact, bound, case.bad_rows)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
     check("shapes", name, None)
@@ -102,6 +103,7 @@ def test_values_with_calibrated_columns(name):
     check("k=64", name, "xla_gather", config=WITH_COLUMNS, columns=COLUMNS)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["rows=1", "leading=()"])
 @pytest.mark.parametrize("config", [ROTATED, WITH_COLUMNS], ids=["vector", "columns"])
 def test_one_row(name, config):
@@ -113,6 +115,7 @@ def test_kernels(name, config):
     check("k=64", name, "triton", config=config, columns=COLUMNS if config is WITH_COLUMNS else ())  # interpreted
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("scheme", [s for s in oracle.SCHEMES if s != "none"])
 def test_schemes(scheme):
     """Off the centre, so that zero points matter; with decomposition, the columns are taken out."""
@@ -133,6 +136,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     check("k=64", "few_outliers", None, **OPTIONS[name])
@@ -250,6 +254,7 @@ CONTRACTIONS = {  # subscripts, shape of x and of the weight, contracted axes, s
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("name", "last"), [*((name, True) for name in CONTRACTIONS), ("heads that each contract", False)]
 )
@@ -298,6 +303,7 @@ EXPERT_COLUMNS = np.array([[3, 7], [1, 64], [5, 40]])
 AFFINE = jint8.Config(scheme="llm.int8-zp", rotate=64, outliers="static")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "last"),
     [
@@ -337,6 +343,7 @@ def test_ragged_dot(config, last):
     assert (np.asarray(of_x)[9:] == 0).all()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("config", [ROTATED, AFFINE], ids=["vector", "columns"])
 def test_embedding(config):
     floats = normal(20, 64) * (10 ** np.random.default_rng(3).uniform(-1, 1, 64)).astype("f4")

@@ -1,5 +1,6 @@
 """Programs exported with a symbolic number of rows: each path, at several numbers, against the product itself."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ from jax import export
 import jint8
 
 K, N = 96, 24
-W = jax.random.normal(jax.random.key(0), (K, N))
-X = jax.random.normal(jax.random.key(1), (40, K)).at[:, 7].multiply(20)
+W = cases.normal(K, N)
+X = cases.normal(40, K, seed=1).at[:, 7].multiply(20)
 CONFIGS = {
     "vector": {},
     "by token": {"outliers": "token"},
@@ -31,6 +32,7 @@ def exported(function, *args):
     return export.export(jax.jit(function))(*args)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("implementation", ["xla", "xla_gather", "xla_digits"])
 def test_number_of_rows(implementation, name):
@@ -66,6 +68,7 @@ def test_calibrated_columns():
     np.testing.assert_allclose(program.call(X), jint8.matmul(X, w), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model():
     model = nn.Sequential([nn.Embed(50, K), nn.Dense(N), nn.gelu, nn.Dense(K)])
     tokens = jnp.arange(12).reshape(3, 4)

@@ -59,6 +59,7 @@ FUNCTIONS = {  # arrays only in and out
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_transforms(name):
     function, args = FUNCTIONS[name]
@@ -85,6 +86,7 @@ def test_memory_report_of_an_abstract_tree():
     assert jint8.memory_report(abstract) == jint8.memory_report(jint8.quantize_params(tree))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("implementation", ["xla_digits", "xla_gather"])
 def test_vmap_over_either_side(implementation):
     matmul = lambda x, w: jint8.matmul(x, w, implementation=implementation)
@@ -108,6 +110,7 @@ def test_vmap_in_batch_mode_decides_within_each_entry():
     assert (np.asarray(got[0]) != np.asarray(jint8.matmul(x, w))[0]).any()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("layer_axis", [0, 1])
 @pytest.mark.parametrize(
     ("scheme", "last"), [("row", True), ("llm.int8-zp", True), ("llm.int8-zp", False)], ids=["row", "zp", "zp_as_given"]
@@ -122,6 +125,7 @@ def test_layers(scheme, last, layer_axis):
         assert_equal(scan(X[0], w), expected)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("implementation", ["xla_digits", "xla_gather", "dequantize"])
 def test_strict_promotion_and_64_bits(implementation):
     bias = jnp.ones(N, jnp.bfloat16)

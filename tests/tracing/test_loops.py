@@ -11,8 +11,8 @@ from jax import lax
 import jint8
 from jint8._tracing.substitute import UnsupportedUse, with_int8
 
-X = jax.random.normal(jax.random.key(1), (4, 16))
-W = jax.random.normal(jax.random.key(0), (3, 16, 16)) / 4
+X = cases.normal(4, 16, seed=1)
+W = cases.normal(3, 16, 16) / 4
 STACK = jint8.quantize(W, contract_axes=(1,))  # stored as it is: [layers, k, n]
 LAST = jint8.quantize(W.swapaxes(1, 2), contract_axes=(2,))  # [layers, n, k]
 EACH = [jint8.quantize(w, contract_axes=(0,)) for w in W]
@@ -73,6 +73,7 @@ LOOPS = {
 }  # fmt: skip
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_same_steps(name):
     function, w, layers = LOOPS[name]

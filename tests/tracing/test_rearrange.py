@@ -40,6 +40,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("last", [True, False], ids=["contracted_last", "order_kept"])
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_calibrated_columns_stand_for_the_same_values(case, last):
@@ -97,6 +98,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "float"])
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_statistics_are_of_the_right_columns(case, int8):

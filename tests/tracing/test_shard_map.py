@@ -12,8 +12,8 @@ from virtual_devices import run_on_eight_devices
 import jint8
 
 P = PartitionSpec
-X = jax.random.normal(jax.random.key(0), (4, 32))
-W = jax.random.normal(jax.random.key(1), (32, 16)) / 6
+X = cases.normal(4, 32)
+W = cases.normal(32, 16, seed=1) / 6
 
 
 @pytest.fixture(scope="module")

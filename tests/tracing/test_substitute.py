@@ -10,7 +10,7 @@ import jint8
 from jint8._core.qtensor import contract_last
 from jint8._tracing.substitute import UnsupportedUse, with_int8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 8))
+X = cases.normal(2, 3, 8, seed=1)
 TOKENS = jnp.array([[1, 2, 5], [0, 5, 3]])
 
 
@@ -67,6 +67,7 @@ def weight(shape, contracted, stacked=(), last=True, **config):
     return contract_last(w, contracted, stacked) if last else w
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("case", CASES)
 def test_result_is_close_to_float(case):
     function, shape, contracted, stacked, _ = CASES[case]
@@ -119,6 +120,7 @@ def calls(x):
     return lax.custom_linear_solve(lambda x: 2 * x, x, lambda matvec, b: b / 2, symmetric=True)
 
 
+@pytest.mark.slow
 def test_code_beside_the_weights_runs_as_it_is():
     """Every kind of equation that holds a function goes through `get_bind_params`, which JAX doesn't document."""
     w = weight((8, 4), (0,))

@@ -48,6 +48,7 @@ def weights(tree):
     return [leaf for leaf in leaves if isinstance(leaf, jint8.QTensor)]
 
 
+@pytest.mark.first_case
 def test_shapes_and_floats(tree):
     back = jint8.dequantize_params(tree)
     assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, FLOATS)
@@ -81,6 +82,7 @@ def test_exported_with_the_program(tree):
     np.testing.assert_allclose(again.call(tree, x), f(tree, x), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_outliers_of_calibration_are_for_static_ones():
     found = Calibration({"weight": [3]}, {"weight": np.ones(50, np.float32)})
     for outliers, held in (("batch", False), ("static", True)):

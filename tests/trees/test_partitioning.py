@@ -1,5 +1,6 @@
 """Shardings from what the model says itself: linen's partitioning boxes, and metadata of nnx variables."""
 
+import cases
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jint8
 
 INIT = nn.initializers.lecun_normal()
-X = jax.random.normal(jax.random.key(0), (4, 32)).at[:, 3].multiply(20)
+X = cases.normal(4, 32).at[:, 3].multiply(20)
 MESH = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 COLUMN, ROW = (None, "model"), ("model", None)
 

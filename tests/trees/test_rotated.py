@@ -63,6 +63,7 @@ def assert_same(got, want):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.first_case
 def test_blocks_factors_and_values(int8):
     """Each weight has the largest block that divides its features, and factors for just these and its layers."""
     assert {path: w.config.rotate for path, w in weights(int8).items()} == BLOCKS

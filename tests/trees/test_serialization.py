@@ -15,7 +15,7 @@ from virtual_devices import run_on_eight_devices
 
 import jint8
 
-X = jax.random.normal(jax.random.key(1), (2, 3, 32))
+X = cases.normal(2, 3, 32, seed=1)
 MODEL = nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(8)])
 CONFIGS = {
     "paper": jint8.Config(),
@@ -116,12 +116,14 @@ def test_orbax_of_an_nnx_model(tmp_path):
     assert jnp.array_equal(restored(X), model(X))
 
 
+@pytest.mark.slow
 def test_orbax_onto_another_mesh(tmp_path):
     pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint isn't installed")
     found = run_on_eight_devices(Path(__file__).parent / "orbax_on_a_mesh.py", tmp_path / "checkpoint")
     assert found == {"structure": True, "values": True, "places": True, "part": [64, 32]}  # of [n, k]: k by 4
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["plain", "scanned"])
 def test_export(name):
     """The weights are arguments of the exported program, so the pytree type has to survive."""

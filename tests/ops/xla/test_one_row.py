@@ -53,12 +53,14 @@ def check(x, w, config, bad_rows=()):
     oracle.assert_close(got, exact, bound, bad_rows)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("large", [(), (40.0,), (-7.0, 3000.0)], ids=["none", "one", "two"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_schemes(config, large):
     check(*operands(96, 16, large), jint8.Config(**CONFIGS[config]))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size, digits):
@@ -148,6 +150,7 @@ def test_a_loop_does_not_widen_the_weights_before_it():
 ROWS = np.concatenate([operands(96, 1, large)[0] for large in ((), (40.0,), (-7.0, 3000.0), (), (0.0, 9.0))])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("batched", ["rows", "rows_of_rows", "rows_and_weights", "weights"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_vmap_is_each_row_by_itself(config, batched):
@@ -174,6 +177,7 @@ def test_a_vmap_over_rows_is_one_product_of_all():
     assert "i16[" not in found  # and not the sums of one row
 
 
+@pytest.mark.slow
 def test_gradients_of_a_vmap():
     w = quantized(operands(96, 16)[1], jint8.Config())
     loss = lambda x: jnp.sum(jax.vmap(functools.partial(jint8.matmul, implementation="xla_row"), (0, None))(x, w) ** 2)
