@@ -11,11 +11,11 @@ from jax.sharding import AxisType, PartitionSpec
 import jint8
 
 P = PartitionSpec
-X = cases.plant(cases.normal(8, 64))
-W = cases.normal(64, 32, seed=1) / 8
-LAYERS = cases.normal(64, 3, 32, seed=3) / 8
-W2 = np.asarray(cases.normal(64, 32, seed=4) / 8)
-EXPERTS = cases.normal(4, 64, 32, seed=2) / 8
+X = cases.plant(jax.random.normal(jax.random.key(0), (8, 64)))
+W = jax.random.normal(jax.random.key(1), (64, 32)) / 8
+LAYERS = jax.random.normal(jax.random.key(3), (64, 3, 32)) / 8
+W2 = np.asarray(jax.random.normal(jax.random.key(4), (64, 32)) / 8)
+EXPERTS = jax.random.normal(jax.random.key(2), (4, 64, 32)) / 8
 ROWS = jnp.array([3, 0, 4, 1])  # of each expert
 MESH = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
