@@ -16,15 +16,15 @@ settings.load_profile("few")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `first_case`, all cases but the first are slow, or have the mark that `first_case` names."""
+    """Of a test marked `first_case`, all cases but the first are slow."""
     seen = set()
     for item in items:
-        mark = item.get_closest_marker("first_case")
-        if mark is None or item.get_closest_marker("slow") or item.get_closest_marker("nightly"):
+        marks = {mark.name for mark in item.iter_markers()}
+        if "first_case" not in marks or marks & {"slow", "nightly"}:
             continue
         test = item.nodeid.partition("[")[0]
         if test in seen:
-            item.add_marker(mark.args[0] if mark.args else "slow")
+            item.add_marker("slow")
         seen.add(test)
 
 
