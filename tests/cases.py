@@ -1,6 +1,8 @@
 """Models and helpers shared by the tests of the wrappers."""
 
+import contextlib
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +55,27 @@ def randomize_biases(tree):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+@contextlib.contextmanager
+def by_xla():
+    """Products run in XLA where nobody says, as without the compiled library of the CPU: to look at programs."""
+    before = os.environ.get("JINT8_NATIVE")
+    os.environ["JINT8_NATIVE"] = "named"
+    try:
+        yield
+    finally:
+        del os.environ["JINT8_NATIVE"]
+        if before is not None:
+            os.environ["JINT8_NATIVE"] = before
+
+
 def count_int8_products(function, *args):
-    """dot_general equations with two int8 operands in the program: a loop's body counts once."""
+    """dot_general equations with two int8 operands in XLA's program: a loop's body counts once."""
+    with by_xla():
+        program = jax.make_jaxpr(function)(*args).jaxpr
     return sum(
         eqn.primitive.name in ("dot_general", "ragged_dot_general")
         and all(v.aval.dtype == jnp.int8 for v in eqn.invars[:2])
-        for eqn in equations(jax.make_jaxpr(function)(*args).jaxpr)
+        for eqn in equations(program)
     )
 
 

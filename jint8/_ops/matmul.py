@@ -39,14 +39,16 @@ def matmul(
       w: a two-dimensional `QTensor` of which one axis, of size k, is contracted.
       bias: None or float `[n]`.
       config: None means the one stored in `w`. Of a weight that was rotated, one that rotates, too.
-      implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, XLA elsewhere. `"xla"` picks
+      implementation: None picks by static shapes and platform: the Pallas kernels on CUDA, on CPUs the compiled library
+        where it is there and faster than XLA, and XLA elsewhere. `"xla"` picks
         among the XLA paths: `"xla_row"` (one row, on a CPU: sums of products unless there are outliers), `"xla_digits"`
         (few rows: outliers as extra rows of one int8 product) and `"xla_gather"` (many rows: gathered outlier columns).
-        `"native"` is the compiled library's, on CPUs (`JINT8_NATIVE=1` in the environment: of all products that it can
-        compute). `"triton"` and `"mosaic"` (Hopper) name a backend of the kernels; off the GPU they are interpreted,
-        which is for tests. `"dequantize"` is another result: activations stay in floating point, as they do beside a
-        weight of four bits by the scheme `"int4"`. Of four bits, `"xla_blocks"` is the product of one row, block by
-        block as it is packed, and `"xla_groups"`, by `"int4-a8"`, that of any number, with exact sums of each group.
+        `"native"` is the compiled library's, on CPUs (`JINT8_NATIVE=1` in the environment takes it for all products
+        that it can compute, `named` only where asked for like this, and `0` leaves it out). `"triton"` and `"mosaic"`
+        (Hopper) name a backend of the kernels; off the GPU they are interpreted, which is for tests. `"dequantize"` is
+        another result: activations stay in floating point, as they do beside a weight of four bits by the scheme
+        `"int4"`. Of four bits, `"xla_blocks"` is the product of one row, block by block as it is packed, and
+        `"xla_groups"`, by `"int4-a8"`, that of any number, with exact sums of each group.
 
     Returns:
       `[..., n]` in `x.dtype`. A row of `x` with NaN or infinity comes out non-finite.
@@ -89,6 +91,24 @@ def sharded_matmul(x: jax.Array, w: QTensor, *, bias: jax.Array | None = None, m
     return _matmul(x, w, bias, None, "xla", sharding)
 
 
+def matrix_of(w: QTensor) -> Weight:
+    """A two-dimensional weight's arrays, as products take them."""
+    axis = contracted_axes(w)[-1] if 1 in w.scale.shape else 0
+    return Weight(
+        q=w.q,
+        scale=w.scale.reshape(-1),
+        zero=None if w.zero is None else w.zero.reshape(-1),
+        outlier_rows=w.outlier_rows,
+        outlier_index=None if w.outlier_index is None else w.outlier_index.reshape(-1),
+        smooth=None if w.smooth is None else w.smooth.reshape(-1),
+        group_scale=w.group_scale,
+        group_min=w.group_min,
+        k_last=axis == 1,
+        block=w.config.rotate,
+        packing=packing_of(w, free_axes=[1 - axis]),
+    )
+
+
 def _matmul(
     x: jax.Array,
     w: QTensor,
@@ -113,22 +133,9 @@ def _matmul(
     rows = x.reshape(math.prod(x.shape[:-1]), k)
     if isinstance(w, Observed) and not isinstance(w, Compared):
         rows = watch(w.counted, rows, w.tap.reshape(-1))
-    flat = Weight(
-        q=w.q,
-        scale=w.scale.reshape(-1),
-        zero=None if w.zero is None else w.zero.reshape(-1),
-        outlier_rows=w.outlier_rows,
-        outlier_index=None if w.outlier_index is None else w.outlier_index.reshape(-1),
-        smooth=None if w.smooth is None else w.smooth.reshape(-1),
-        group_scale=w.group_scale,
-        group_min=w.group_min,
-        k_last=axis == 1,
-        block=w.config.rotate,
-        packing=packing_of(w, free_axes=[1 - axis]),
-    )
     y = rows_product(
         rows,
-        flat,
+        matrix_of(w),
         bias,
         config=config_for(w, config),
         implementation=implementation,

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jint8._core.config import Config, check_config
 from jint8._core.platform import gpu_available, on_one_cpu
 from jint8._ops import gpu
-from jint8._ops.by_platform import Call, platform_product
+from jint8._ops.by_platform import Call, by_platform
 from jint8._ops.checks import check_precision
 from jint8._ops.cpu import native
 from jint8._ops.weight import ContractSharding, Weight
@@ -60,7 +60,7 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
         return implementation
     if implementation is None and _kernels_run(m, w, config):
         return KERNELS_ON_GPU
-    if implementation is None and not lacks and native.by_default():
+    if implementation is None and not lacks and native.by_default(m):
         return LIBRARY_ON_CPU
     return choose_xla_path(m, w, config)
 
@@ -160,13 +160,40 @@ def _product(static: _Static, x, w: Weight, bias):
 
 def _compute(static: _Static, x, w: Weight, bias):
     config, path, dtype, precision, sharding = static
-    if path in (KERNELS_ON_GPU, LIBRARY_ON_CPU):
-        library = native.by_default() and native.unsupported(w, config) is None
-        return platform_product(Call(config, dtype, kernels=path == KERNELS_ON_GPU, library=library), x, w, bias)
-    if path == "native" or path in gpu.BACKENDS:
-        call = Call(config, dtype, kernels=path != "native", library=path == "native", backend=path)
-        return platform_product(call, x, w, bias)
+    if path in gpu.BACKENDS and not gpu_available():  # in Pallas's interpret mode: slow, for tests
+        return gpu.kernel_product(x, w, bias, config, dtype, backend=path, interpret=True)
+    in_library = native.unsupported(w, config) is None and native.by_default(x.shape[0])
+    call = Call(by_xla=_by_xla, outline=_outline, static=(config, dtype, path if path in gpu.BACKENDS else None))
+    calls = {
+        KERNELS_ON_GPU: call._replace(by_kernels=_by_kernels, by_library=_by_library if in_library else None),
+        LIBRARY_ON_CPU: call._replace(by_library=_by_library),
+        "native": call._replace(by_library=_by_library, by_name=True),
+        **{name: call._replace(by_kernels=_by_kernels, by_name=True) for name in gpu.BACKENDS},
+    }
+    if path in calls:
+        (y,) = by_platform(calls[path], x, w, bias)
+        return y
     return xla_product(x, w, bias, config, path=path, dtype=dtype, precision=precision, sharding=sharding)
+
+
+def _outline(static, x, w, bias):
+    return [jnp.zeros((x.shape[0], w.n), static[1])]
+
+
+def _by_kernels(static, x, w, bias):
+    config, dtype, backend = static
+    return [gpu.kernel_product(x, w, bias, config, dtype, backend=backend)]
+
+
+def _by_library(static, x, w, bias):
+    config, dtype, _ = static
+    return [native.native_product(x, w, bias, config, dtype)]
+
+
+def _by_xla(static, x, w, bias):
+    config, dtype, _ = static
+    path = choose_xla_path(x.shape[0], w, config)
+    return [xla_product(x, w, bias, config, path=path, dtype=dtype)]
 
 
 @_product.defjvp

@@ -6,7 +6,7 @@ the keys and values of one slot for all rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jint8._ops.fused import decode_attention, fits_decode_attention
 from jint8.models._cache import Cache, LayerCache
 from jint8.models._config import ModelConfig
 from jint8.models._fused import split_heads
@@ -93,10 +94,40 @@ class Attention(nn.Module):
         q = q.transpose(0, 2, 3, 1, 4)  # (b, kv_heads, groups, s, d)
         k = k[:, :, :, 0].transpose(0, 2, 3, 1)  # (b, kv_heads, d, s)
         v = v[:, :, :, 0].transpose(0, 2, 1, 3)  # (b, kv_heads, s, d)
+        if isinstance(cache, LayerCache) and at.slot is not None and self._decodes_at_once(q, cache):
+            out, *arrays = decode_attention(
+                q[:, :, :, 0],
+                (k[..., 0], v[:, :, 0]),
+                cache,
+                at.slot,
+                at.first,
+                window=self.window,
+                by_xla=_decode,
+                static=(c, self.window),
+            )
+            out, cache = out.reshape(b, s, -1), LayerCache(*arrays)
+        else:
+            out, cache = self._over_slots(q, LayerCache(k, v), at, cache, x.dtype)
+        out_projection = Linear(c.hidden_size, c.out_bias, self.dtype, self.mesh, row_parallel=True, name="out")
+        return out_projection(mask(out, at)), cache
+
+    def _decodes_at_once(self, q: jax.Array, cache: LayerCache) -> bool:
+        """Whether attention may be one call of the CPU's library."""
+        c = self.config
+        plain = c.causal and not c.alibi and not c.attention_softcap and self.mesh is None
+        return plain and q.shape[3] == 1 and fits_decode_attention(q, cache.key)
+
+    def _over_slots(
+        self, q: jax.Array, own: LayerCache, at: Context, cache: Cache | None, dtype: DTypeLike
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attention `[b, s, heads head_dim]` of `q[b, kv_heads, groups, s, head_dim]`, and the cache with `own`."""
+        c = self.config
+        b, _, _, s, _ = q.shape
         # Keys and values are used twice, by the cache's update and by the products. Without a barrier XLA fuses the
         # transpositions into both and computes them twice.
-        own = lax.optimization_barrier(LayerCache(k, v))
-        slot, held = 0 if at.slot is None else at.slot, own
+        own = lax.optimization_barrier(own)
+        held: Any = own
+        slot = 0 if at.slot is None else at.slot
         if cache is not None:
             # Without a barrier XLA repeats the update inside the products, for which it keeps a copy of the old cache.
             cache = lax.optimization_barrier(cache.updated(own, slot, at.first))
@@ -106,53 +137,63 @@ class Attention(nn.Module):
         for queries, seen in parts_of(s, held.length, self.window if c.causal and at.slot is None else None):
             part = q[:, :, :, queries].reshape(b, c.num_kv_heads, -1, c.head_dim)
             query_slot = slot + jnp.arange(queries.start, queries.stop)[:, None]
-            part = self._attend(part, held.part(seen), query_slot, seen.start, at.first, x.dtype)
+            part = attend(c, self.window, part, held.part(seen), query_slot, seen.start, at.first, dtype)
             parts.append(part.reshape(b, c.num_heads, -1, c.head_dim))  # (b, heads, queries, d)
         out = jnp.concatenate(parts, axis=2)
-        out = out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim)
-        out_projection = Linear(c.hidden_size, c.out_bias, self.dtype, self.mesh, row_parallel=True, name="out")
-        return out_projection(mask(out, at)), cache
+        return out.transpose(0, 2, 1, 3).reshape(b, s, c.num_heads * c.head_dim), cache
 
-    def _attend(
-        self,
-        q: jax.Array,
-        held: Cache,
-        query_slot: jax.Array,
-        first_key: int,
-        first: jax.Array | None,
-        dtype: DTypeLike,
-    ) -> jax.Array:
-        """`softmax(q k) v` over the keys that each query sees.
 
-        Args:
-          q: scaled queries `[b, kv_heads, groups s, d]`: all heads of a group share a key-value head.
-          held: keys and values.
-          query_slot: `[s, 1]`.
-          first_key: the slot of the first key.
-          first: `Context.first`.
-          dtype: of the result.
+def attend(
+    config: ModelConfig,
+    window: int,
+    q: jax.Array,
+    held: Cache,
+    query_slot: jax.Array,
+    first_key: int,
+    first: jax.Array | None,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`softmax(q k) v` over the keys that each query sees.
 
-        Returns:
-          The shape of `q`.
-        """
-        c = self.config
-        b, kv_heads, rows, _ = q.shape
-        s, length = len(query_slot), held.length
-        key_slot = first_key + jnp.arange(length)[None, :]
-        visible = key_slot <= (query_slot if c.causal else first_key + length)  # (s, length), (1, length) if not causal
-        if self.window:
-            visible = visible & (key_slot > query_slot - self.window)
-        if first is not None:
-            visible = visible & (key_slot[0] >= first[:, None, None])  # (b, s, length): no padding
-            visible = visible[:, None, None]  # (b, 1, 1, s, length), as scores are
-        scores = held.scores(q).reshape(b, kv_heads, rows // s, s, length)
-        scores = softcap(scores, c.attention_softcap)
-        if c.alibi:
-            slopes = alibi_slopes(c.num_heads).reshape(kv_heads, rows // s, 1, 1)
-            scores = scores + slopes * (key_slot - query_slot)
-        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).reshape(b, kv_heads, rows, length)
-        return held.weighted(weights, dtype)
+    Args:
+      config: of the model.
+      window: how many of the latest keys a query sees; 0 means all.
+      q: scaled queries `[b, kv_heads, groups s, d]`: all heads of a group share a key-value head.
+      held: keys and values.
+      query_slot: `[s, 1]`.
+      first_key: the slot of the first key.
+      first: `Context.first`.
+      dtype: of the result.
+
+    Returns:
+      The shape of `q`.
+    """
+    b, kv_heads, rows, _ = q.shape
+    s, length = len(query_slot), held.length
+    key_slot = first_key + jnp.arange(length)[None, :]
+    visible = key_slot <= (query_slot if config.causal else first_key + length)  # (s or 1, length)
+    if window:
+        visible = visible & (key_slot > query_slot - window)
+    if first is not None:
+        visible = visible & (key_slot[0] >= first[:, None, None])  # (b, s, length): no padding
+        visible = visible[:, None, None]  # (b, 1, 1, s, length), as scores are
+    scores = held.scores(q).reshape(b, kv_heads, rows // s, s, length)
+    scores = softcap(scores, config.attention_softcap)
+    if config.alibi:
+        slopes = alibi_slopes(config.num_heads).reshape(kv_heads, rows // s, 1, 1)
+        scores = scores + slopes * (key_slot - query_slot)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(b, kv_heads, rows, length)
+    return held.weighted(weights, dtype)
+
+
+def _decode(static: Any, q, own, cache, slot, first) -> list[jax.Array]:
+    """`decode_attention` by XLA."""
+    config, window = static
+    own = lax.optimization_barrier(LayerCache(own[0][..., None], own[1][:, :, None]))
+    cache = lax.optimization_barrier(LayerCache(*cache).updated(own, slot, first))
+    out = attend(config, window, q, cache, jnp.reshape(slot, (1, 1)), 0, first, q.dtype)
+    return [out, *cache]
 
 
 def parts_of(s: int, length: int, window: int | None) -> list[tuple[slice, slice]]:

@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jint8._core.qtensor import QTensor, is_qtensor
+from jint8._ops.fused import fits_gated_network, gated_network
 from jint8._ops.layers import lookup
 from jint8._ops.matmul import matmul
 from jint8.models._attention import Attention, Context, context, mask
 from jint8.models._cache import Cache
 from jint8.models._config import ModelConfig
-from jint8.models._fused import split_gate
+from jint8.models._fused import gate_blocks, split_gate
 from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, implementation, project, softcap, weight_of
 from jint8.models._rope import Rotary, rotary
 
@@ -33,12 +34,29 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, at: Context) -> jax.Array:
         """`x[b, s, d]` -> the same shape."""
         c = self.config
+        weights = self._alone()
+        if weights is not None and fits_gated_network(x, *weights, c.activation):
+            blocks = gate_blocks(c.intermediate_size)
+            return gated_network(x, *weights, blocks=blocks, activation=c.activation, apart=_gated_network, static=c)
         if c.gated:
             h = gated(Linear(2 * c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="gate_up")(x), c)
         else:
             h = Linear(c.intermediate_size, c.mlp_bias, self.dtype, self.mesh, name="up")(x)
             h = ACTIVATIONS[c.activation](h)
         return Linear(c.hidden_size, c.mlp_bias, self.dtype, self.mesh, row_parallel=True, name="down")(mask(h, at))
+
+    def _alone(self) -> tuple[Any, Any] | None:
+        """The weights of a gated network that has nothing but weights, and isn't sharded."""
+        params = self.variables.get("params", {})
+        names = "gate_up", "down"
+        if not self.config.gated or self.mesh is not None or any({*params.get(n, {})} != {"weight"} for n in names):
+            return None
+        return params["gate_up"]["weight"], params["down"]["weight"]
+
+
+def _gated_network(config: ModelConfig, x: jax.Array, gate_up: QTensor, down: QTensor) -> list[jax.Array]:
+    """`gated_network` as three steps."""
+    return [matmul(gated(matmul(x, gate_up), config), down)]
 
 
 class Experts(nn.Module):

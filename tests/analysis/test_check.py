@@ -179,7 +179,8 @@ def test_presets(preset):
         assert product.weight_error > 1e-4
 
 
-def test_which_implementation_ran():
+def test_which_implementation_ran(monkeypatch):
+    monkeypatch.setenv("JINT8_NATIVE", "named")
     said = []
     for rows in (1, 2, 3):
         found = jint8.check(lambda params, x: x @ params["w"], {"w": normal(K, 64)}, normal(rows, K))

@@ -211,7 +211,8 @@ def test_one_int8_product_per_layer(name):
         *("attention", "tied Embed", "tied by hand", "scan, axis 1", "scan of remat", "vmap, last axis"),
     ],
 )
-def test_int8_dots_in_the_compiled_program(name):
+def test_int8_dots_in_the_compiled_program(name, monkeypatch):
+    monkeypatch.setenv("JINT8_NATIVE", "named")
     compiled_products = pytest.importorskip("hlo", reason="needs the benchmarks").compiled_products
     module, x, products = LAYERS[name]
     floats, int8, _ = cases.quantize_linen(module, x, config=EXACT)

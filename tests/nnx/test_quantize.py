@@ -168,7 +168,8 @@ def test_one_int8_product_per_layer(name):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", ["attention", "LoRALinear", "scan", "tied Embed"])
-def test_int8_dots_in_the_compiled_program(name):
+def test_int8_dots_in_the_compiled_program(name, monkeypatch):
+    monkeypatch.setenv("JINT8_NATIVE", "named")
     compiled_products = pytest.importorskip("hlo", reason="needs the benchmarks").compiled_products
     (model, int8), (_, x, products) = quantized(name, config=EXACT), MODELS[name]
 

@@ -82,7 +82,7 @@ void check(const jint8::Kernels& kernels) {
 }  // namespace
 
 int main() {
-  for (const char* name : {"generic", "avx2", "avx-vnni", "avx512-vnni", "neon-dotprod"}) {
+  for (const char* name : {"generic", "avx2", "avx-vnni", "avx512-vnni", "amx-int8", "neon-dotprod"}) {
     const jint8::Kernels* kernels = jint8::choose_kernels(name);
     if (!kernels) continue;
     for (int i = 0; i < 300; ++i) check(*kernels);

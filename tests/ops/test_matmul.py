@@ -177,7 +177,8 @@ def test_outlier_columns_take_no_part_in_the_scale(implementation):
     np.testing.assert_allclose(got[:, 1:], 0.5, rtol=1e-6)
 
 
-def test_the_paths_agree_and_none_is_one_of_them():
+def test_the_paths_agree_and_none_is_one_of_them(monkeypatch):
+    monkeypatch.setenv("JINT8_NATIVE", "named")
     case, w = VALUES["few_outliers"], quantized("few_outliers", jint8.Config(), True)
     digits, gather, none, xla = (matmul(case.x, w, implementation=name) for name in [*XLA, None, "xla"])
     np.testing.assert_array_equal(none, gather)

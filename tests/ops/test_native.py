@@ -120,14 +120,22 @@ def uses_library(text):
 
 
 def test_who_runs_it(monkeypatch):
-    x, w = normal(2, 32), jint8.quantize(normal(8, 32), contract_axes=(1,))
-    text = lambda **options: jax.jit(lambda x, w: jint8.matmul(x, w, **options)).lower(x, w).as_text()
-    assert uses_library(text(implementation="native"))
-    assert not uses_library(text())
+    monkeypatch.delenv("JINT8_NATIVE", raising=False)
+    w, on_cpu = jint8.quantize(normal(8, 32), contract_axes=(1,)), jax.default_backend() == "cpu"
+
+    def in_library(m, **options):
+        product = jax.jit(lambda x, w: jint8.matmul(x, w, **options))
+        return uses_library(product.lower(normal(m, 32), w).as_text())
+
+    assert in_library(2) == on_cpu
+    assert not in_library(2, implementation="xla")
+    assert not in_library(2, config=jint8.Config(digits=2))
+    assert in_library(17) == (on_cpu and native.kernels() == native.MATRIX_KERNELS)
     monkeypatch.setenv("JINT8_NATIVE", "1")
-    assert uses_library(text()) == (jax.default_backend() == "cpu")
-    assert not uses_library(text(implementation="xla"))
-    assert not uses_library(text(config=jint8.Config(digits=2)))
+    assert in_library(17) == on_cpu
+    monkeypatch.setenv("JINT8_NATIVE", "named")
+    assert not in_library(2)
+    assert in_library(17, implementation="native")
 
 
 def test_an_exported_program_does_not_need_it(monkeypatch):
@@ -189,7 +197,7 @@ def test_without_it(monkeypatch):
     assert run.stdout.startswith("None\nExpected what the compiled library can compute, got no compiled library")
 
 
-@pytest.mark.parametrize("name", ["generic", "avx2", "avx-vnni", "avx512-vnni", "neon-dotprod"])
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx-vnni", "avx512-vnni", "amx-int8", "neon-dotprod"])
 def test_each_of_its_kernels(monkeypatch, name):
     run = in_a_process(monkeypatch, JINT8_CPU_KERNELS=name)
     if run.returncode and "name kernels that this processor can run" in run.stderr and name != "generic":

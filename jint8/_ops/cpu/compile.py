@@ -13,7 +13,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent / "src"
 LIBRARY = Path("lib") / "libjint8_cpu.so"  # beside this file; in the package itself it would look like a module
 # No -ffast-math: NaN, infinity and exact divisions are part of the results.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 # What each instruction set is compiled with; one that the compiler doesn't know is left out.
@@ -22,6 +22,7 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "AVX2": AVX2,
         "AVXVNNI": (*AVX2, "-mavxvnni"),
         "AVX512VNNI": (*AVX2, *AVX512, "-mprefer-vector-width=512"),
+        "AMX": (*AVX2, *AVX512, "-mprefer-vector-width=512", "-mamx-int8", "-mamx-tile"),
     },
     "aarch64": {"NEON": ("-march=armv8.2-a+dotprod",)},
 }
@@ -45,23 +46,24 @@ def build(compiler: str, include: str, out: Path) -> None:
       subprocess.CalledProcessError: the compiler failed; its messages are in `stderr`.
     """
     out.parent.mkdir(exist_ok=True)
-    _build(compiler, SOURCE / "handler.cc", [f"-I{include}"], out, ["-shared"])
+    handlers = [SOURCE / "handler.cc", SOURCE / "decode_handlers.cc"]
+    _build(compiler, handlers, [f"-I{include}"], out, ["-shared"])
 
 
 def build_program(compiler: str, main: Path, out: Path, *, flags: Sequence[str] = ()) -> None:
     """Compiles `main`, which calls products without XLA, to a program `out`; `flags` such as those of sanitizers."""
-    _build(compiler, main, [f"-I{SOURCE}", *flags], out, flags, flags)
+    _build(compiler, [main], [f"-I{SOURCE}", *flags], out, flags, flags)
 
 
 def _build(
     compiler: str,
-    entry: Path,
+    entries: Sequence[Path],
     entry_options: Sequence[str],
     out: Path,
     link_options: Sequence[str],
     flags: Sequence[str] = (),
 ) -> None:
-    """Compiles `entry` and everything but the handler, at the same time, and links all of it."""
+    """Compiles `entries` and everything but the handlers, at the same time, and links all of it."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     with tempfile.TemporaryDirectory() as directory:
 
@@ -76,7 +78,8 @@ def _build(
                 raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
             return target
 
-        started = [start("entry", entry, entry_options), start("generic", SOURCE / "kernels.cc", ["-DJINT8_GENERIC"])]
+        started = [start(entry.stem, entry, entry_options) for entry in entries]
+        started.append(start("generic", SOURCE / "kernels.cc", ["-DJINT8_GENERIC"]))
         sets = {
             name: start(name, SOURCE / "kernels.cc", [f"-DJINT8_{name}", *options])
             for name, options in INSTRUCTION_SETS.get(machine, {}).items()

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ from jint8._ops.cpu.compile import LIBRARY
 from jint8._ops.weight import MAX_K, Weight
 
 TARGET = "jint8_product"
+ATTENTION_TARGET = "jint8_decode_attention"
+GATED_TARGET = "jint8_gated_network"
+HANDLERS = {TARGET: "Jint8Product", ATTENTION_TARGET: "Jint8DecodeAttention", GATED_TARGET: "Jint8GatedNetwork"}
+FEW_ROWS = 16
+MATRIX_KERNELS = "amx-int8"
 MAX_K_AFFINE = 65_000  # products of up to 255 * 128 sum up in int32, over so many features
 
 
@@ -43,13 +49,22 @@ def kernels() -> str | None:
     if not name:
         asked = os.environ["JINT8_CPU_KERNELS"]
         raise ValueError(f"Expected JINT8_CPU_KERNELS to name kernels that this processor can run, got {asked!r}.")
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.Jint8Product), platform="cpu")
+    for target, handler in HANDLERS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, handler)), platform="cpu")
     return name
 
 
-def by_default() -> bool:
-    """Whether products on CPUs run in the library where nobody says: `JINT8_NATIVE=1` in the environment."""
-    return os.environ.get("JINT8_NATIVE") == "1"
+def by_default(m: int) -> bool:
+    """Whether products of `m` rows on CPUs run in the library where nobody says.
+
+    Up to `FEW_ROWS`, and more on processors with matrix instructions, it takes less time than XLA everywhere that was
+    measured (benchmarks/bench_native.py). `JINT8_NATIVE` in the environment decides otherwise: with `1` for any number
+    of rows, with `named` for none: then only `implementation="native"` runs in it.
+    """
+    asked = os.environ.get("JINT8_NATIVE")
+    if asked in ("1", "named"):
+        return asked == "1"
+    return isinstance(m, int) and (m <= FEW_ROWS or kernels() == MATRIX_KERNELS)
 
 
 def unsupported(w: Weight, config: Config) -> str | None:
@@ -77,16 +92,84 @@ def native_product(x: jax.Array, w: Weight, bias: jax.Array | None, config: Conf
     The integers are those of the XLA paths. Outliers are multiplied in float32, in the order of their columns, so a
     row's result doesn't depend on the rows beside it unless the config says so.
     """
-    nothing = jnp.zeros(0, jnp.float32)
     out = jax.ShapeDtypeStruct((x.shape[0], w.n), jnp.dtype(dtype))
     # A vmap adds a batch dimension, of size 1 to what it doesn't map over: the library goes through them itself.
     return jax.ffi.ffi_call(TARGET, out, vmap_method="expand_dims")(
         x,
         w.q,
-        jnp.broadcast_to(w.scale, (w.n,)),
-        nothing if w.zero is None else jnp.broadcast_to(w.zero, (w.n,)),
-        nothing if bias is None else bias.astype(jnp.float32),
-        threshold=np.float32(min(config.threshold, LARGEST_FLOAT) if config.decomposes else 0.0),
-        by_column=config.outliers == "batch",
-        affine=affine_activations(config),
+        *_scale_and_zero(w),
+        jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32),
+        **_options(config),
     )
+
+
+def gated_network(
+    x: jax.Array, gate_up: Weight, down: Weight, config: Config, *, blocks: int, activation: int
+) -> jax.Array:
+    """`down(activation(gate(x)) * up(x))` of float32 `x[m, d]` -> `[m, d]`, in one call of the library.
+
+    `gate_up[2 n, d]` has `blocks` times some rows of the gate and then as many of the other factor. `activation` is 0
+    for silu, and 1 for gelu with tanh.
+    """
+    scratch = jax.ShapeDtypeStruct((x.shape[0], 3 * down.k), jnp.float32)
+    outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32), scratch]
+    y, _ = jax.ffi.ffi_call(GATED_TARGET, outs, vmap_method="sequential")(
+        x,
+        gate_up.q,
+        *_scale_and_zero(gate_up),
+        down.q,
+        *_scale_and_zero(down),
+        blocks=np.int64(blocks),
+        activation=np.int64(activation),
+        **_options(config),
+    )
+    return y
+
+
+def decode_attention(
+    q: jax.Array,
+    own_key: jax.Array,
+    own_value: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    slot: jax.Array,
+    first: jax.Array | None,
+    *,
+    window: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one token of each row, and the cache with its key and value, in one call of the library.
+
+    Args:
+      q: scaled queries, float32 `[b, kv_heads, groups, head_dim]`.
+      own_key: of the token, `[b, kv_heads, head_dim]`.
+      own_value: as `own_key`.
+      key: the cache's `[b, kv_heads, head_dim, length]`, overwritten where XLA needs it no more.
+      value: the cache's `[b, kv_heads, length, head_dim]`, as `key`.
+      slot: of the token, int32.
+      first: the slot of each row's first token, int32 `[b]`; None for 0.
+      window: how many of the latest slots a token sees; 0 means all.
+
+    Returns:
+      `[b, kv_heads, groups, head_dim]`, and the cache's keys and values.
+    """
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, key, value)]
+    # A vmap of a whole step of decoding is rare: its members one after the other.
+    aliases = {3: 1, 4: 2}
+    call = jax.ffi.ffi_call(ATTENTION_TARGET, like, input_output_aliases=aliases, vmap_method="sequential")
+    starts = jnp.zeros(0, jnp.int32) if first is None else first
+    out, keys, values = call(q, own_key, own_value, key, value, slot, starts, window=np.int64(window))
+    return out, keys, values
+
+
+def _scale_and_zero(w: Weight) -> tuple[jax.Array, jax.Array]:
+    zero = jnp.zeros(0, jnp.float32) if w.zero is None else jnp.broadcast_to(w.zero, (w.n,))
+    return jnp.broadcast_to(w.scale, (w.n,)), zero
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """How a product decomposes and rounds, as the library's handlers take it."""
+    return {
+        "threshold": np.float32(min(config.threshold, LARGEST_FLOAT) if config.decomposes else 0.0),
+        "by_column": config.outliers == "batch",
+        "affine": affine_activations(config),
+    }

@@ -56,6 +56,13 @@ inline void read_floats(const void* data, Float type, int64_t start, int64_t cou
   }
 }
 
+// The row itself where it is of float32, otherwise a copy in `buffer`.
+inline const float* read_row(const void* data, Float type, int64_t start, int64_t count, float* buffer) {
+  if (type == Float::kF32) return static_cast<const float*>(data) + start;
+  read_floats(data, type, start, count, buffer);
+  return buffer;
+}
+
 inline void write_float(void* data, Float type, int64_t index, float value) {
   if (type == Float::kF32) {
     static_cast<float*>(data)[index] = value;

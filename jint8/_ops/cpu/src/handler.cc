@@ -1,67 +1,16 @@
-// The handler that XLA calls: checks the buffers, finds the arrays of each member of a batch, and threads.
+// The handler of a product that XLA calls: checks the buffers, and finds the arrays of each member of a batch.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdlib>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "product.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jint8 {
 namespace {
 
 namespace ffi = xla::ffi;
-
-constexpr int64_t kWorthThreads = 1 << 17;  // products of two values; fewer take less time than waking a thread
-
-// Numbers that threads take, one after the other. The tasks hold it, so that one that starts late, when the call has
-// ended, finds that nothing is left.
-struct Work {
-  explicit Work(int64_t count) : count(count) {}
-
-  void run() {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) {
-      (*function)(i);
-      if (ended.fetch_add(1) + 1 == count) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        all_ended.notify_all();
-      }
-    }
-  }
-
-  // Waits for what other threads have begun. They never wait for this one, so this ends although all threads of the
-  // pool may be in a call like this.
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex);
-    all_ended.wait(lock, [&] { return ended.load() == count; });
-  }
-
-  const int64_t count;
-  const std::function<void(int64_t)>* function = nullptr;  // alive until all have ended
-  std::atomic<int64_t> next{0}, ended{0};
-  std::mutex mutex;
-  std::condition_variable all_ended;
-};
-
-ForEach on_threads(ffi::ThreadPool& pool, int64_t products) {
-  return [&pool, products](int64_t count, const std::function<void(int64_t)>& function) {
-    const int64_t threads = products < kWorthThreads ? 1 : std::min<int64_t>(pool.num_threads(), count);
-    if (threads <= 1) {
-      for (int64_t i = 0; i < count; ++i) function(i);
-      return;
-    }
-    const auto work = std::make_shared<Work>(count);
-    work->function = &function;
-    for (int64_t i = 1; i < threads; ++i) pool.Schedule([work] { work->run(); });
-    work->run();
-    work->wait();
-  };
-}
 
 bool float_of(ffi::DataType type, Float* out) {
   switch (type) {
@@ -75,8 +24,6 @@ bool float_of(ffi::DataType type, Float* out) {
       return false;
   }
 }
-
-ffi::Error invalid(const char* message) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, message); }
 
 // The batch dimensions of an operand: those before its own last `own`. Each is that of the result, or 1.
 struct Batch {
@@ -135,7 +82,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> q, 
   }
   // Products of at most 255 * 128 must not add up to more than an int32 holds, or 128 * 128 without zero points.
   if (arrays.k > (affine ? 65'000 : 131'071) || !(threshold >= 0)) return invalid("k or threshold is out of range.");
-  static const Kernels* const kernels = choose_kernels(std::getenv("JINT8_CPU_KERNELS"));
+  const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
   const Options options{threshold, by_column, affine};
   int64_t members = 1;
@@ -166,8 +113,6 @@ ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> q, 
 }  // namespace
 }  // namespace jint8
 
-#define JINT8_EXPORTED extern "C" __attribute__((visibility("default")))
-
 JINT8_EXPORTED XLA_FFI_Error* Jint8Product(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8Product, jint8::call,
@@ -185,6 +130,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8Product, jint8::call,
 
 // Which kernels run on this processor: "" where $JINT8_CPU_KERNELS names some that it hasn't.
 JINT8_EXPORTED const char* jint8_cpu_kernels() {
-  const jint8::Kernels* kernels = jint8::choose_kernels(std::getenv("JINT8_CPU_KERNELS"));
+  const jint8::Kernels* kernels = jint8::chosen_kernels();
   return kernels ? kernels->name : "";
 }

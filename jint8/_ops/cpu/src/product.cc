@@ -1,77 +1,83 @@
 #include "product.h"
 
 #include <algorithm>
-#include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(JINT8_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace jint8 {
 namespace {
 
-constexpr int64_t kStep = 64;                // activations are allocated in whole steps of the widest kernel
-constexpr int64_t kBlockBytes = 64 * 1024;   // of weights that all rows meet before the next ones: half of an L2 cache
-constexpr int64_t kRowBytes = 64 * 1024;     // of activations that one thread rounds at a time
-constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr int64_t kTaskBytes = 64 * 1024;    // of weights that one task reads
+constexpr int64_t kTaskChannels = 64;        // at most
+constexpr int64_t kRowBytes = 64 * 1024;     // of activations that one task rounds
+constexpr int64_t kCacheBytes = 768 * 1024;  // of rounded rows that meet all weights before the next ones: they stay in
+                                             // an L2 cache
 
 // The rows as integers, and the outliers that were taken out of them.
 struct Rows {
-  int64_t stride;                        // values from one row to the next
-  std::unique_ptr<std::byte[]> values;   // of type `Kernels::Value`
+  bool packed;                          // for `Kernels::tile`, in blocks; else for `Kernels::dots`
+  int64_t stride;                       // values from one row to the next
+  std::unique_ptr<std::byte[]> values;  // of type `Kernels::Value`
   std::vector<RowInfo> info;
   std::vector<int32_t> zeros;
-  std::vector<int32_t> columns;          // that hold outliers, in order
-  std::vector<float> outliers;           // [m, columns]: 0 for what isn't one
-  std::vector<double> outlier_sums;      // [m]
+  std::vector<int32_t> columns;         // that hold outliers, in order
+  std::vector<float> outliers;          // [m, columns]: 0 for what isn't one
+  std::vector<double> outlier_sums;     // [m]
 };
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 bool is_outlier(float value, uint32_t limit) {
   const uint32_t bits = bits_of_float(value) & 0x7fffffffu;
-  return bits >= limit && bits <= kInfinityBits;  // NaN is none
+  return bits >= limit && bits <= 0x7f800000u;  // NaN is none
 }
 
-// Marks the columns in which a row has outliers. Several threads may mark at once: all write the same value.
-void mark_outliers(const float* x, int64_t k, uint32_t limit, std::atomic<uint8_t>* marks) {
-  for (int64_t start = 0; start < k; start += kStep) {
-    const int64_t end = std::min(start + kStep, k);
-    uint32_t largest = 0;  // most steps have none, which this loop without branches sees
-    for (int64_t i = start; i < end; ++i) largest = std::max(largest, bits_of_float(x[i]) & 0x7fffffffu);
-    if (largest < limit) continue;
-    for (int64_t i = start; i < end; ++i) {
-      if (is_outlier(x[i], limit)) marks[i].store(1, std::memory_order_relaxed);
+// The columns in which a row has outliers, in order.
+std::vector<int32_t> outlier_columns(const Arrays& a, uint32_t limit, const Kernels& kernels, const ForEach& for_each,
+                                     int64_t rows_per_task) {
+  std::vector<uint8_t> marks(a.k);
+  for_each((a.m + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
+    std::vector<float> row(a.k);
+    for (int64_t r = task * rows_per_task; r < std::min(a.m, (task + 1) * rows_per_task); ++r) {
+      kernels.mark_outliers(read_row(a.x, a.x_type, r * a.k, a.k, row.data()), a.k, limit, marks.data());
     }
+  });
+  std::vector<int32_t> columns;
+  for (int64_t i = 0; i < a.k; ++i) {
+    if (marks[i]) columns.push_back(static_cast<int32_t>(i));
   }
+  return columns;
 }
 
 Rows round_rows(const Arrays& a, const Options& options, const Kernels& kernels, const ForEach& for_each) {
   Rows rows;
-  rows.stride = (a.k + kStep - 1) / kStep * kStep;
-  rows.values.reset(new std::byte[a.m * rows.stride * kernels.bytes_per_value]());
+  rows.packed = a.m > kernels.few_rows;
+  rows.stride = round_up(a.k, kStep);
+  const int64_t lanes = rows.packed ? kernels.lanes : 1, count = round_up(a.m, lanes);
+  const int64_t row_bytes = rows.stride * kernels.bytes_per_value;
+  rows.values.reset(new std::byte[count * row_bytes]);
   rows.info.resize(a.m);
-  rows.zeros.resize(a.m);
+  rows.zeros.resize(round_up(count, 2 * lanes));
   const bool decomposes = options.threshold > 0;
   const uint32_t limit = bits_of_float(options.threshold);
-  const int64_t some = std::max<int64_t>(1, kRowBytes / (4 * std::max<int64_t>(a.k, 1)));
-  const int64_t pieces = (a.m + some - 1) / some;
-  const auto each_row = [&](const std::function<void(int64_t, float*)>& function) {
-    for_each(pieces, [&](int64_t piece) {
-      std::vector<float> row(a.k);
-      for (int64_t r = piece * some; r < std::min(a.m, (piece + 1) * some); ++r) {
-        read_floats(a.x, a.x_type, r * a.k, a.k, row.data());
-        function(r, row.data());
-      }
-    });
-  };
+  const int64_t some = round_up(std::max<int64_t>(1, kRowBytes / (4 * std::max<int64_t>(a.k, 1))), lanes);
   if (decomposes) {
-    const std::unique_ptr<std::atomic<uint8_t>[]> marks(new std::atomic<uint8_t>[a.k]());
-    each_row([&](int64_t, float* x) { mark_outliers(x, a.k, limit, marks.get()); });
-    for (int64_t i = 0; i < a.k; ++i) {
-      if (marks[i].load(std::memory_order_relaxed)) rows.columns.push_back(static_cast<int32_t>(i));
-    }
+    rows.columns = outlier_columns(a, limit, kernels, for_each, some);
     rows.outliers.resize(a.m * rows.columns.size());
     rows.outlier_sums.resize(a.m);
   }
-  each_row([&](int64_t r, float* x) {
+  const auto round = [&](int64_t r, float* x, std::byte* values) {
+    read_floats(a.x, a.x_type, r * a.k, a.k, x);
     float* outlier = rows.outliers.data() + r * rows.columns.size();
     double sum = 0;
     for (const int32_t column : rows.columns) {
@@ -81,69 +87,141 @@ Rows round_rows(const Arrays& a, const Options& options, const Kernels& kernels,
       if (taken) x[column] = 0.0f;
     }
     if (decomposes) rows.outlier_sums[r] = sum;
-    void* values = rows.values.get() + r * rows.stride * kernels.bytes_per_value;
     rows.info[r] = kernels.quantize(x, a.k, Rounding{options.affine}, values);
     rows.zeros[r] = rows.info[r].zero;
+    const int64_t used = a.k * kernels.bytes_per_value;
+    std::memset(values + used, 0, row_bytes - used);
+  };
+  for_each((count + some - 1) / some, [&](int64_t task) {
+    std::vector<float> row(a.k);
+    std::vector<std::byte> block(rows.packed ? lanes * row_bytes : 0);
+    for (int64_t start = task * some; start < std::min(count, (task + 1) * some); start += lanes) {
+      const int64_t exist = std::min(lanes, a.m - start);
+      std::byte* values = rows.values.get() + start * row_bytes;
+      for (int64_t r = 0; r < exist; ++r) {
+        round(start + r, row.data(), rows.packed ? block.data() + r * row_bytes : values);
+      }
+      if (rows.packed) kernels.pack(block.data(), rows.stride, static_cast<int>(exist), values);
+    }
   });
   return rows;
 }
 
-// All rows times channels `start` to `end`.
-void multiply(const Arrays& a, const Rows& rows, const Kernels& kernels, int64_t start, int64_t end) {
-  const int64_t channels = end - start, columns = static_cast<int64_t>(rows.columns.size());
-  // The weights of the outlier columns, with channels next to each other.
-  std::vector<float> weights(columns * channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const int8_t* q = a.q + (start + c) * a.k;
-    for (int64_t i = 0; i < columns; ++i) weights[i * channels + c] = q[rows.columns[i]];
+// Some channels of the result, computed from the sums of a few rows.
+class Writer {
+ public:
+  Writer(const Arrays& arrays, const Rows& rows, const Kernels& kernels)
+      : a_(arrays), rows_(rows), kernels_(kernels), columns_(static_cast<int64_t>(rows.columns.size())),
+        weights_(columns_ * kernels.strip) {}
+
+  // Goes on to the strip of `count` channels that begins with `start`.
+  void begin_strip(int64_t start, int count) {
+    start_ = start, count_ = count;
+    channels_ = Channels{};
+    channels_.has_zero = a_.zero, channels_.has_bias = a_.bias;
+    std::copy_n(a_.scale + start, count, channels_.scale);
+    if (a_.zero) std::copy_n(a_.zero + start, count, channels_.zero);
+    if (a_.bias) std::copy_n(a_.bias + start, count, channels_.bias);
+    for (int c = 0; c < count && columns_ > 0; ++c) {
+      const int8_t* q = a_.q + (start + c) * a_.k;
+      for (int64_t i = 0; i < columns_; ++i) weights_[i * kernels_.strip + c] = q[rows_.columns[i]];
+    }
   }
-  std::vector<int32_t> sums(kernels.rows * kMaxChannels);
-  std::vector<double> outlier_products(channels * kernels.rows);
-  for (int64_t r = 0; r < a.m; r += kernels.rows) {
-    const int count = static_cast<int>(std::min<int64_t>(kernels.rows, a.m - r));
-    std::fill(outlier_products.begin(), outlier_products.end(), 0.0);
-    for (int i = 0; i < count; ++i) {
-      const float* outliers = rows.outliers.data() + (r + i) * columns;
-      for (int64_t o = 0; o < columns; ++o) {
-        if (outliers[o] == 0) continue;  // adding zeros would change nothing
-        kernels.add_scaled(outliers[o], &weights[o * channels], static_cast<int>(channels),
-                           &outlier_products[i * channels]);
+
+  // Writes rows `first` to `first + rows` of the strip's channels.
+  void write(const int32_t* sums, int64_t first, int64_t rows) const {
+    const Outliers outliers{columns_, rows_.outliers.data() + first * columns_, rows_.outlier_sums.data() + first,
+                            weights_.data()};
+    const bool direct = a_.y_type == Float::kF32 && count_ == kernels_.strip;
+    alignas(64) float buffer[kMaxTileRows * kMaxStrip];
+    float* y = direct ? static_cast<float*>(a_.y) + first * a_.n + start_ : buffer;
+    kernels_.finish(sums, static_cast<int>(rows), &rows_.info[first], outliers, channels_, y,
+                    direct ? a_.n : kernels_.strip);
+    for (int64_t r = 0; r < rows && !direct; ++r) {
+      for (int c = 0; c < count_; ++c) {
+        write_float(a_.y, a_.y_type, (first + r) * a_.n + start_ + c, buffer[r * kernels_.strip + c]);
       }
     }
-    for (int64_t c = 0; c < channels; c += kMaxChannels) {
-      const int width = static_cast<int>(std::min<int64_t>(kMaxChannels, channels - c));
-      kernels.dots(rows.values.get() + r * rows.stride * kernels.bytes_per_value, rows.stride, count, &rows.zeros[r],
-                   a.q + (start + c) * a.k, a.k, width, sums.data());
-      for (int i = 0; i < count; ++i) {
-        const RowInfo& row = rows.info[r + i];
-        for (int j = 0; j < width; ++j) {
-          const int64_t channel = start + c + j;
-          float regular = static_cast<float>(sums[i * kMaxChannels + j]);
-          double outliers = outlier_products[i * channels + c + j];
-          if (a.zero) {
-            regular -= static_cast<float>(row.sum) * a.zero[channel];
-            if (columns > 0) outliers -= rows.outlier_sums[r + i] * double{a.zero[channel]};
-          }
-          float y = (regular * row.scale + static_cast<float>(outliers)) * a.scale[channel];
-          if (a.bias) y += a.bias[channel];
-          write_float(a.y, a.y_type, (r + i) * a.n + channel, y);
+  }
+
+ private:
+  const Arrays& a_;
+  const Rows& rows_;
+  const Kernels& kernels_;
+  const int64_t columns_;
+  std::vector<float> weights_;  // [columns, strip]: of outlier columns, with channels next to each other
+  Channels channels_;
+  int64_t start_ = 0;
+  int count_ = 0;
+};
+
+// Few rows times channels `start` to `end`.
+void multiply_few(const Arrays& a, const Rows& rows, const Kernels& kernels, int64_t start, int64_t end) {
+  Writer writer(a, rows, kernels);
+  int32_t sums[kDotRows * kMaxStrip], some[kDotRows * kDotChannels];
+  for (int64_t strip = start; strip < end; strip += kernels.strip) {
+    const int channels = static_cast<int>(std::min<int64_t>(kernels.strip, end - strip));
+    for (int64_t r = 0; r < a.m; r += kernels.dot_rows) {
+      const int count = static_cast<int>(std::min<int64_t>(kernels.dot_rows, a.m - r));
+      for (int c = 0; c < channels; c += kDotChannels) {
+        const int width = std::min(kDotChannels, channels - c);
+        kernels.dots(rows.values.get() + r * rows.stride * kernels.bytes_per_value, rows.stride, count, &rows.zeros[r],
+                     a.q + (strip + c) * a.k, a.k, width, some);
+        for (int i = 0; i < count; ++i) {
+          for (int j = 0; j < width; ++j) sums[i * kernels.strip + c + j] = some[i * kDotChannels + j];
         }
       }
+      if (r == 0) writer.begin_strip(strip, channels);  // now the weights are in the cache
+      writer.write(sums, r, count);
     }
   }
 }
 
+// Packed rows `first` to `last` times channels `start` to `end`.
+void multiply_packed(const Arrays& a, const Options& options, const Rows& rows, const Kernels& kernels, int64_t first,
+                     int64_t last, int64_t start, int64_t end) {
+  Writer writer(a, rows, kernels);
+  alignas(64) int32_t sums[kMaxTileRows * kMaxStrip];
+  const std::unique_ptr<std::byte[]> scratch(new std::byte[kernels.strip * kernels.strip_bytes(a.k)]);
+  kernels.begin();
+  for (int64_t c = start; c < end; c += kernels.strip) {
+    const int channels = static_cast<int>(std::min<int64_t>(kernels.strip, end - c));
+    Strip strip;
+    kernels.load_strip(a.q + c * a.k, a.k, channels, options.affine, scratch.get(), &strip);
+    for (int64_t r = first; r < last; r += 2 * kernels.lanes) {
+      const int64_t count = std::min<int64_t>(2 * kernels.lanes, last - r);
+      kernels.tile(rows.values.get() + r * rows.stride * kernels.bytes_per_value, rows.stride,
+                   count > kernels.lanes ? 2 : 1, &rows.zeros[r], strip, sums);
+      if (r == first) writer.begin_strip(c, channels);  // now the weights are in the cache
+      writer.write(sums, r, count);
+    }
+  }
+  kernels.end();
+}
+
+#if defined(JINT8_HAS_AMX)
+// Asks the system for the tiles' registers, for all threads of the process.
+bool may_use_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
+  return known && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 bool has(const char* feature) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(feature, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #if defined(JINT8_HAS_AVXVNNI)
   if (!std::strcmp(feature, "avx-vnni")) return __builtin_cpu_supports("avxvnni");
 #endif
-  if (!std::strcmp(feature, "avx512-vnni")) {
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
-  }
+  if (!std::strcmp(feature, "avx512-vnni")) return avx512;
+#if defined(JINT8_HAS_AMX)
+  if (!std::strcmp(feature, "amx-int8")) return avx512 && may_use_tiles();
+#endif
 #endif
   return !std::strcmp(feature, "generic") || !std::strcmp(feature, "neon-dotprod");
 }
@@ -152,6 +230,9 @@ bool has(const char* feature) {
 
 const Kernels* choose_kernels(const char* name) {
   const Kernels* known[] = {  // the best first
+#if defined(JINT8_HAS_AMX)
+      amx_kernels(),
+#endif
 #if defined(JINT8_HAS_AVX512VNNI)
       avx512vnni_kernels(),
 #endif
@@ -172,13 +253,30 @@ const Kernels* choose_kernels(const char* name) {
   return nullptr;
 }
 
+const Kernels* chosen_kernels() {
+  static const Kernels* const kernels = choose_kernels(std::getenv("JINT8_CPU_KERNELS"));
+  return kernels;
+}
+
 void product(const Arrays& arrays, const Options& options, const Kernels& kernels, const ForEach& for_each) {
   const Rows rows = round_rows(arrays, options, kernels, for_each);
-  const int64_t fit = kBlockBytes / std::max<int64_t>(arrays.k, 1) / kMaxChannels * kMaxChannels;
-  const int64_t channels = std::min<int64_t>(std::max<int64_t>(fit, kMaxChannels), 64);
-  for_each((arrays.n + channels - 1) / channels, [&](int64_t block) {
-    multiply(arrays, rows, kernels, block * channels, std::min(arrays.n, (block + 1) * channels));
-  });
+  const int64_t fit = kTaskBytes / std::max<int64_t>(arrays.k, 1) / kernels.strip * kernels.strip;
+  const int64_t channels = std::clamp<int64_t>(fit, kernels.strip, kTaskChannels), n = arrays.n;
+  const int64_t tasks = (n + channels - 1) / channels;
+  if (!rows.packed) {
+    for_each(tasks, [&](int64_t task) {
+      multiply_few(arrays, rows, kernels, task * channels, std::min(n, (task + 1) * channels));
+    });
+    return;
+  }
+  const int64_t some = std::max<int64_t>(1, kCacheBytes / (2 * kernels.lanes * rows.stride * kernels.bytes_per_value)) *
+                       2 * kernels.lanes;
+  for (int64_t first = 0; first < arrays.m; first += some) {
+    for_each(tasks, [&](int64_t task) {
+      multiply_packed(arrays, options, rows, kernels, first, std::min(arrays.m, first + some), task * channels,
+                      std::min(n, (task + 1) * channels));
+    });
+  }
 }
 
 }  // namespace jint8

@@ -34,6 +34,9 @@ using ForEach = std::function<void(int64_t count, const std::function<void(int64
 
 void product(const Arrays& arrays, const Options& options, const Kernels& kernels, const ForEach& for_each);
 
+// What `choose_kernels` returns for $JINT8_CPU_KERNELS, asked once.
+const Kernels* chosen_kernels();
+
 // The best kernels of this processor; `name` asks for others ("generic", "avx2", ...), nullptr where it hasn't those.
 const Kernels* choose_kernels(const char* name);
 

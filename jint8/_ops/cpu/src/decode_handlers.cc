@@ -1,0 +1,148 @@
+// Handlers of what a step of decoding does beside single products: attention of one token, and a gated feed-forward
+// network.
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "product.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jint8 {
+namespace {
+
+namespace ffi = xla::ffi;
+using F32 = ffi::Buffer<ffi::F32>;
+using S8 = ffi::Buffer<ffi::S8>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+// Where XLA gives the cache that is read and the one that is written different memory.
+void copy_if_apart(const F32& from, F32& to) {
+  if (from.untyped_data() != to.untyped_data()) std::memcpy(to.untyped_data(), from.untyped_data(), from.size_bytes());
+}
+
+// Writes the token's key and value into the cache's slot, then out[b, h, g, d] = softmax(q[b, h, g, d] keys) values
+// over the slots from first[b] (or from 0) to the token's own; with a window, over the last ones of those.
+ffi::Error decode_attention(ffi::ThreadPool pool, F32 q, F32 own_key, F32 own_value, F32 old_key, F32 old_value,
+                            S32 slot, S32 first, ffi::Result<F32> out, ffi::Result<F32> key, ffi::Result<F32> value,
+                            int64_t window) {
+  const auto qd = q.dimensions(), kd = old_key.dimensions(), vd = old_value.dimensions();
+  if (qd.size() != 4 || kd.size() != 4 || vd.size() != 4) return invalid("Expected q, key and value of four axes.");
+  const int64_t batch = qd[0], heads = qd[1], groups = qd[2], size = qd[3], length = kd[3];
+  const bool fits = kd[0] == batch && kd[1] == heads && kd[2] == size && vd[0] == batch && vd[1] == heads &&
+                    vd[2] == length && vd[3] == size && size % 16 == 0 &&
+                    own_key.element_count() == static_cast<size_t>(batch * heads * size) &&
+                    own_value.element_count() == own_key.element_count() && slot.element_count() == 1 &&
+                    (first.element_count() == 0 || first.element_count() == static_cast<size_t>(batch)) &&
+                    out->element_count() == q.element_count() && key->element_count() == old_key.element_count() &&
+                    value->element_count() == old_value.element_count();
+  if (!fits) {
+    return invalid("Expected q[b, h, g, d], own keys and values [b, h, d], key[b, h, d, l], value[b, h, l, d], first[b].");
+  }
+  const Kernels* const kernels = chosen_kernels();
+  if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
+  // As `lax.dynamic_update_slice`, which moves what would end outside.
+  const int64_t at = std::min<int64_t>(std::max<int64_t>(*slot.typed_data(), 0), length - 1);
+  copy_if_apart(old_key, *key);
+  copy_if_apart(old_value, *value);
+  const ForEach for_each = on_threads(pool, 2 * batch * heads * groups * size * (at + 1));
+  for_each(batch * heads, [&](int64_t i) {
+    float* keys = key->typed_data() + i * size * length;
+    float* values = value->typed_data() + i * length * size;
+    for (int64_t d = 0; d < size; ++d) keys[d * length + at] = own_key.typed_data()[i * size + d];
+    std::memcpy(values + at * size, own_value.typed_data() + i * size, size * sizeof(float));
+    int64_t begin = first.element_count() == 0 ? 0 : std::max<int64_t>(first.typed_data()[i / heads], 0);
+    if (window > 0) begin = std::max(begin, at + 1 - window);
+    begin = std::min(begin, at);
+    std::vector<float> scores(kAttendGroups * (length + kAttendPadding));
+    kernels->attend(q.typed_data() + i * groups * size, static_cast<int>(groups),
+                    HeadCache{keys, values, size, length}, begin, at + 1, scores.data(),
+                    out->typed_data() + i * groups * size);
+  });
+  return ffi::Error::Success();
+}
+
+// y = down(activation(gate(x)) * up(x)), for a fused weight in which `blocks` times some rows of the gate are followed
+// by as many rows of the other factor. `scratch` is for what is between the products: XLA has that memory already.
+ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_scale, F32 gate_up_zero, S8 down,
+                         F32 down_scale, F32 down_zero, ffi::Result<F32> y, ffi::Result<F32> scratch, float threshold,
+                         bool by_column, bool affine, int64_t blocks, int64_t activation) {
+  const auto xd = x.dimensions(), gd = gate_up.dimensions(), dd = down.dimensions();
+  if (xd.size() != 2 || gd.size() != 2 || dd.size() != 2) return invalid("Expected matrices.");
+  const int64_t m = xd[0], d = xd[1], n = dd[1], limit = affine ? 65'000 : 131'071;
+  const auto zeros_of = [](const F32& zero) { return zero.element_count() == 0 ? nullptr : zero.typed_data(); };
+  const auto as_many = [](const F32& zero, int64_t count) {
+    return zero.element_count() == 0 || zero.element_count() == static_cast<size_t>(count);
+  };
+  const bool fits = gd[0] == 2 * n && gd[1] == d && dd[0] == d && blocks > 0 && n % blocks == 0 &&
+                    gate_up_scale.element_count() == static_cast<size_t>(2 * n) &&
+                    down_scale.element_count() == static_cast<size_t>(d) && as_many(gate_up_zero, 2 * n) &&
+                    as_many(down_zero, d) && y->element_count() == x.element_count() &&
+                    scratch->element_count() == static_cast<size_t>(3 * m * n);
+  if (!fits) {
+    return invalid("Expected x[m, d], gate_up[2 n, d], down[d, n], scales and zeros of their channels, scratch[m, 3 n].");
+  }
+  if (d > limit || n > limit || !(threshold >= 0)) return invalid("k or threshold is out of range.");
+  if (activation != 0 && activation != 1) return invalid("Expected activation 0 (silu) or 1 (gelu with tanh).");
+  const Kernels* const kernels = chosen_kernels();
+  if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
+  const Options options{threshold, by_column && m > 1, affine};
+  const ForEach for_each = on_threads(pool, 3 * m * n * d);
+  float* const both = scratch->typed_data();
+  float* const hidden = both + 2 * m * n;
+  product(Arrays{m, 2 * n, d, x.typed_data(), Float::kF32, gate_up.typed_data(), gate_up_scale.typed_data(),
+                 zeros_of(gate_up_zero), nullptr, both, Float::kF32},
+          options, *kernels, for_each);
+  const int64_t block = n / blocks, some = std::max<int64_t>(1, 16'384 / std::max<int64_t>(block, 1));
+  for_each((m * blocks + some - 1) / some, [&](int64_t task) {
+    for (int64_t i = task * some; i < std::min(m * blocks, (task + 1) * some); ++i) {
+      const float* gate = both + 2 * i * block;
+      kernels->gated(gate, gate + block, block, static_cast<Activation>(activation), hidden + i * block);
+    }
+  });
+  product(Arrays{m, d, n, hidden, Float::kF32, down.typed_data(), down_scale.typed_data(), zeros_of(down_zero),
+                 nullptr, y->typed_data(), Float::kF32},
+          options, *kernels, for_each);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jint8
+
+JINT8_EXPORTED XLA_FFI_Error* Jint8DecodeAttention(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8DecodeAttention, jint8::decode_attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::S32>()
+                                  .Arg<jint8::S32>()
+                                  .Ret<jint8::F32>()
+                                  .Ret<jint8::F32>()
+                                  .Ret<jint8::F32>()
+                                  .Attr<int64_t>("window"));
+
+JINT8_EXPORTED XLA_FFI_Error* Jint8GatedNetwork(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8GatedNetwork, jint8::gated_network,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::S8>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::S8>()
+                                  .Arg<jint8::F32>()
+                                  .Arg<jint8::F32>()
+                                  .Ret<jint8::F32>()
+                                  .Ret<jint8::F32>()
+                                  .Attr<float>("threshold")
+                                  .Attr<bool>("by_column")
+                                  .Attr<bool>("affine")
+                                  .Attr<int64_t>("blocks")
+                                  .Attr<int64_t>("activation"));
