@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    import jax
+
     from jint8 import memory_report
+    from jint8._ops.cpu import native
 
     batches = args.batch_size or [1, 4, 16]
     _common.check_least(args, prompt_tokens=1, new_tokens=1, repeats=1)
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
         result["batches"][str(batch)] = measured
         _print_batch(args, batch, measured)
     result |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "cache": args.cache}
+    library = native.kernels() if jax.default_backend() == "cpu" else None
+    result["cpu_library"] = library
     first = result["batches"][str(batches[0])]
     result |= {name: first[name] for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "first_token_s")}
     if args.json:
@@ -78,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         sizes = ", ".join(f"{_common.megabytes(size)} in {kind}" for kind, size in weight_bytes.items())
         print(f"weights: {sizes}; a float32 product reads {read_bytes_per_s / 1e9:.1f} GB/s here")
+        if library:
+            print(f"products on the CPU: in the compiled library, with its kernels for {library}")
 
 
 def _measure(args: argparse.Namespace, models: dict[str, LanguageModel], batch: int) -> dict[str, dict[str, float]]:

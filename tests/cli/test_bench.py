@@ -1,5 +1,7 @@
 import pytest
 
+from jint8._ops.cpu import native
+
 SMALL = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1)
 
 
@@ -23,16 +25,18 @@ def test_json(llama, model, float_model, run_json):
     for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
         assert got[name] == got["batches"]["1"][name]
     assert (got["prompt_tokens"], got["new_tokens"]) == (8, 3)
+    assert got["cpu_library"] == native.kernels()
 
 
 @pytest.mark.slow
 def test_table(llama, run):
     status, out, _ = run("bench", llama, *SMALL, "--batch-size", 2)
     assert status == 0
-    prefill, decode, weights = out.splitlines()
+    prefill, decode, weights, *library = out.splitlines()
     assert prefill.startswith("batch   2  prefill")
     assert "% of the roofline" in decode
     assert weights.startswith("weights: ")
+    assert len(library) == (native.kernels() is not None)
 
 
 @pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens", "--repeats", "--batch-size"])
