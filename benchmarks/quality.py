@@ -10,11 +10,7 @@ The text is the language reference that every Python carries (`pydoc_data.topics
 result, results/quality.json. Sequences of 512 tokens, one to a call. Static outliers are calibrated on the text that
 comes with the package. What is measured is added to the rows of the same text that are there already.
 
-Variants of the model compute the same function in floating point (`jint8.analysis.inject_outliers`): in `planted` six
-feature dimensions, drawn at random, are 64 times larger; in `own` six of which one is the model's own largest; in
-`broad` half of all dimensions 8 times, as some families have. In `permuted` the channels of the residual stream, of the
-MLPs and within each head's values are in another, random order: the file's weights are in blocks of four bits already,
-which groups of four bits would otherwise hit by luck; `permuted own` is that of `own`.
+Variants of the model compute the same function in floating point: see variants.py.
 """
 
 from __future__ import annotations
@@ -29,7 +25,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -45,36 +40,23 @@ from jint8._inference.load_four_bits import FOUR_BIT_COLUMNS, own_tokens
 from jint8._trees.memory import projection_bytes
 from jint8._trees.params import projections, quantized, with_config
 from jint8._trees.paths import Selection
-from jint8.analysis import inject_outliers, outlier_statistics
+from jint8.analysis import outlier_statistics
 from jint8.analysis._criteria import Criteria
 from jint8.cli._common import cache_directory
 from jint8.cli._demo import FILE
-from jint8.models._fused import row_order
 
 sys.path.append(str(Path(__file__).with_name("peers")))
 from measure import Missing, Worker
 from prepare import dequantize
+from variants import VARIANTS, planted, planted_by_names
 
 THRESHOLDS = (0.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0)
-PLANTED = (23, 154, 177, 292, 364, 485)
-OWN = (17, 101, 200, 333, 404, 555)  # 17 is SmolLM2's own outlier feature
-HUGGINGFACE_NORMS = {
-    "input_layernorm": ("q_proj", "k_proj", "v_proj"),
-    "post_attention_layernorm": ("gate_proj", "up_proj"),
-}
 SCHEMES = ("llm.int8", "llm.int8-zp", "vector-zp", "vector", "row+dec", "row", "zeropoint", "absmax")
 ENCODED = 256  # texts, to each encoder
-VARIANTS: dict[str, tuple[Sequence[int], float]] = {  # outlier feature dimensions, and how many times larger
-    "plain": ((), 1.0),
-    "planted": (PLANTED, 64.0),
-    "own": (OWN, 64.0),
-    "broad": (range(0, 576, 2), 8.0),
-    "permuted": ((), 1.0),
-    "permuted own": (OWN, 64.0),
-}
 PEERS: dict[str, dict[str, Any]] = {  # of peers/with_torch.py
     "bitsandbytes": {"quantization": "bitsandbytes"},
     "torchao": {"quantization": "torchao", "int8_head": False},  # as everywhere here
+    "NF4, bitsandbytes": {"quantization": "nf4"},
 }
 
 
@@ -119,6 +101,8 @@ def _rows() -> dict[str, Row]:
         rows[f"w4, group {group}"] = Row(four, {"budget": FOUR_BIT_COLUMNS})
     for name in ("w4", "w4-best"):
         rows[name] = Row(config.preset(name), {"budget": FOUR_BIT_COLUMNS})
+        in_int8 = dataclasses.replace(config.preset(name), scheme="int4-a8")
+        rows[f"{name}, int8 activations"] = Row(in_int8, {"budget": FOUR_BIT_COLUMNS})
     rows["int4, gptq"] = Row(config(scheme="int4", rounding="gptq"), {})
     rows["int4, gptq, 16 columns"] = Row(config(scheme="int4", rounding="gptq", outliers="static"), {"budget": 16})
     rows["two digits"] = Row(config(scheme="vector", digits=2))
@@ -207,7 +191,9 @@ class Bench:
             if variant == "plain" and self.source.is_dir():
                 huggingface.symlink_to(self.source.resolve())
             else:
-                dequantize(self.source, huggingface, lambda arrays: planted_by_names(arrays, variant))
+                dequantize(
+                    self.source, huggingface, lambda arrays: planted_by_names(arrays, variant, self.model.config)
+                )
             with contextlib.closing(Worker(python, "torch", Path(directory), PEERS[name], os.environ)) as worker:
                 file = Path(directory, "logits.npy")
                 start = time.perf_counter()
@@ -251,58 +237,6 @@ def projection_size(params: Any) -> int:
     """How many weights the projections have."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, jint8.QTensor))
     return sum(leaf.size for leaf in leaves if isinstance(leaf, jint8.QTensor))
-
-
-def planted(params: Any, variant: str, config: Any = None) -> Any:
-    dimensions, factor = VARIANTS[variant]
-    params = inject_outliers(params, dimensions, factor) if dimensions else params
-    return permuted(params, config) if variant.startswith("permuted") else params
-
-
-def permuted(params: Any, config: Any) -> Any:
-    """The parameters of a Llama with its channels in a random order: the same function."""
-    rng = np.random.default_rng(0)
-    stream, head, heads = rng.permutation(config.hidden_size), config.head_dim, config.num_kv_heads
-    group = config.num_heads // heads  # query heads to one head of values
-
-    def in_order(module: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of stacked projections as the model interleaves them: `fused[result] == stacked[rows][order]`."""
-        order = row_order(module, config)
-        return np.argsort(order)[rows[order]]
-
-    def layer(of: Any) -> Any:
-        hidden = rng.permutation(config.intermediate_size)
-        values = np.stack([rng.permutation(head) for _ in range(heads)])
-        others = np.arange((config.num_heads + heads) * head)  # rows before those of the values
-        start = len(others) + head * np.arange(heads)[:, None]
-        rows = in_order("attention/qkv", np.concatenate([others, (start + values).reshape(-1)]))
-        columns = np.concatenate([head * h + values[h // group] for h in range(config.num_heads)])
-        pairs = in_order("mlp/gate_up", np.concatenate([hidden, config.intermediate_size + hidden]))
-        attention, mlp = of["attention"], of["mlp"]
-        return {
-            "attention_norm": {"scale": of["attention_norm"]["scale"][stream]},
-            "attention": {
-                "qkv": {"weight": attention["qkv"]["weight"][rows][:, stream]},
-                "out": {"weight": attention["out"]["weight"][stream][:, columns]},
-            },
-            "mlp_norm": {"scale": of["mlp_norm"]["scale"][stream]},
-            "mlp": {
-                "gate_up": {"weight": mlp["gate_up"]["weight"][pairs][:, stream]},
-                "down": {"weight": mlp["down"]["weight"][stream][:, hidden]},
-            },
-        }
-
-    top = {"embedding": params["embedding"][:, stream], "norm": {"scale": params["norm"]["scale"][stream]}}
-    return top | {name: layer(of) for name, of in params.items() if name.startswith("layers_")}
-
-
-def planted_by_names(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:
-    """The same of a Llama's arrays under Hugging Face's names, where weights are [n, k]."""
-    if not VARIANTS[variant][0]:
-        return arrays
-    tree = {name.replace(".", "/"): array for name, array in arrays.items()}
-    found = inject_outliers(tree, *VARIANTS[variant], norms=HUGGINGFACE_NORMS, plan=dict.fromkeys(tree, (1,)))
-    return {name: np.asarray(found[name.replace(".", "/")]) for name in arrays}
 
 
 def embeddings(source: Path, text: str) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""PyTorch's transformers: in float32, or in int8 of bitsandbytes or torchao."""
+"""PyTorch's transformers: in float32, in int8 of bitsandbytes or torchao, or in four bits of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Engine:
         """`int8_head` is for torchao; bitsandbytes leaves the head in floating point."""
         torch.set_num_threads(threads)
         asked = {}
-        if quantization == "bitsandbytes":
+        if quantization in ("bitsandbytes", "nf4"):
             import bitsandbytes  # noqa: F401 (transformers' own message doesn't name the package)
 
-            asked["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+            int8 = {"load_in_8bit": True, "llm_int8_threshold": 6.0}
+            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+            asked["quantization_config"] = BitsAndBytesConfig(**(nf4 if quantization == "nf4" else int8))
             asked["device_map"] = "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(weights / "huggingface", dtype=torch.float32, **asked).eval()
         if quantization == "torchao":
