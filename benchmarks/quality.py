@@ -126,7 +126,7 @@ class Computed:
             logits[row] = np.asarray(model.logits(ids[None]))[0]
         return cls(tokens, logits, model.config)
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
+    def logits(self, tokens: np.ndarray, cache: str | None = None) -> np.ndarray:
         return np.stack([self._logits[self._row[ids.tobytes()]] for ids in tokens])
 
 
