@@ -81,11 +81,18 @@ def _four_bit_path(m: int, w: Weight, config: Config, implementation: str | None
     many_rows = "xla_groups" if in_int8 else "dequantize"
     if implementation in ("xla_blocks", "dequantize", many_rows):
         return implementation
+    lacks = native.unsupported_four_bits(m, w, config)
+    if implementation == "native" and lacks:
+        raise NotImplementedError(f"Expected what the compiled library can compute of four bits, got {lacks}.")
+    if implementation == "native":
+        return implementation
+    if implementation is None and not lacks and native.by_default(m):
+        return LIBRARY_ON_CPU
     if implementation in (None, "xla"):
         return "xla_blocks" if on_one_cpu() and fits_blocks(m, w, config) else many_rows
+    known = ", ".join(map(repr, sorted({"native", "xla", "xla_blocks", many_rows, "dequantize"})))
     raise NotImplementedError(
-        f"Expected {', '.join(map(repr, sorted({'xla', 'xla_blocks', many_rows, 'dequantize'})))} for a weight of four "
-        f"bits and the scheme {config.scheme!r}, got {implementation!r}."
+        f"Expected {known} for a weight of four bits and the scheme {config.scheme!r}, got {implementation!r}."
     )
 
 
@@ -145,7 +152,7 @@ class _Static(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(static: _Static, x, w: Weight, bias):
-    in_float = static.path == "xla_blocks" and static.config.table_row.activations is None
+    in_float = static.path in ("xla_blocks", "native", LIBRARY_ON_CPU) and static.config.table_row.activations is None
     if in_float or static.path == "dequantize":
         return _compute(static, x, w, bias)
     # Of these weights the calibrated columns are nowhere else.
@@ -162,12 +169,13 @@ def _compute(static: _Static, x, w: Weight, bias):
     config, path, dtype, precision, sharding = static
     if path in gpu.BACKENDS and not gpu_available():  # in Pallas's interpret mode: slow, for tests
         return gpu.kernel_product(x, w, bias, config, dtype, backend=path, interpret=True)
+    by_library = _by_library if w.packing is None else _four_bits_by_library
     in_library = native.unsupported(w, config) is None and native.by_default(x.shape[0])
     call = Call(by_xla=_by_xla, outline=_outline, static=(config, dtype, path if path in gpu.BACKENDS else None))
     calls = {
         KERNELS_ON_GPU: call._replace(by_kernels=_by_kernels, by_library=_by_library if in_library else None),
-        LIBRARY_ON_CPU: call._replace(by_library=_by_library),
-        "native": call._replace(by_library=_by_library, by_name=True),
+        LIBRARY_ON_CPU: call._replace(by_library=by_library),
+        "native": call._replace(by_library=by_library, by_name=True),
         **{name: call._replace(by_kernels=_by_kernels, by_name=True) for name in gpu.BACKENDS},
     }
     if path in calls:
@@ -190,9 +198,13 @@ def _by_library(static, x, w, bias):
     return [native.native_product(x, w, bias, config, dtype)]
 
 
+def _four_bits_by_library(static, x, w, bias):
+    return [native.four_bit_product(x, w, bias, static[1])]
+
+
 def _by_xla(static, x, w, bias):
     config, dtype, _ = static
-    path = choose_xla_path(x.shape[0], w, config)
+    path = choose_path(x.shape[0], w, config, "xla")
     return [xla_product(x, w, bias, config, path=path, dtype=dtype)]
 
 

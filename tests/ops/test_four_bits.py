@@ -183,7 +183,7 @@ def test_layers_are_unpacked_one_at_a_time(scheme):
 def test_what_is_refused():
     w, x = quantized((64, 48), "oc"), jnp.ones((2, 64))
     for name in ("xla_row", "xla_digits", "xla_gather", "triton", "mosaic"):
-        with pytest.raises(NotImplementedError, match="'dequantize', 'xla', 'xla_blocks' for a weight of four bits"):
+        with pytest.raises(NotImplementedError, match="'native', 'xla', 'xla_blocks' for a weight of four bits"):
             jint8.matmul(x, w, implementation=name)
     with pytest.raises(NotImplementedError, match="one row and a weight stored"):
         jint8.matmul(x, w, implementation="xla_blocks")

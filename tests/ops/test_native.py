@@ -177,6 +177,11 @@ x = rng.integers(-127, 128, (7, 130)).astype(np.float32)
 x[:, 0] = 127
 y = jint8.matmul(x, w, config=jint8.Config(threshold=0))
 np.testing.assert_array_equal(y, (x @ np.asarray(w.q, np.float32).T) * np.asarray(w.scale).T)
+four = jint8.quantize(rng.standard_normal((21, 320)).astype(np.float32), contract_axes=(1,), config=jint8.Config(
+    scheme="int4", grouping="oc"))
+x = rng.standard_normal((6, 320)).astype(np.float32)
+np.testing.assert_allclose(jint8.matmul(x, four), x @ np.asarray(jint8.dequantize(four)).T, rtol=1e-3, atol=5e-3)
+x = rng.standard_normal((2, 130)).astype(np.float32)
 try:
     jint8.matmul(x, w, implementation="native")
 except NotImplementedError as error:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent / "src"
 LIBRARY = Path("lib") / "libjint8_cpu.so"  # beside this file; in the package itself it would look like a module
 # No -ffast-math: NaN, infinity and exact divisions are part of the results.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-AVX2 = ("-mavx2", "-mfma")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 # What each instruction set is compiled with; one that the compiler doesn't know is left out.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -46,7 +46,7 @@ def build(compiler: str, include: str, out: Path) -> None:
       subprocess.CalledProcessError: the compiler failed; its messages are in `stderr`.
     """
     out.parent.mkdir(exist_ok=True)
-    handlers = [SOURCE / "handler.cc", SOURCE / "decode_handlers.cc"]
+    handlers = sorted(SOURCE.glob("*handler*.cc"))
     _build(compiler, handlers, [f"-I{include}"], out, ["-shared"])
 
 

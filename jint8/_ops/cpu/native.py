@@ -21,7 +21,14 @@ from jint8._ops.weight import MAX_K, Weight
 TARGET = "jint8_product"
 ATTENTION_TARGET = "jint8_decode_attention"
 GATED_TARGET = "jint8_gated_network"
-HANDLERS = {TARGET: "Jint8Product", ATTENTION_TARGET: "Jint8DecodeAttention", GATED_TARGET: "Jint8GatedNetwork"}
+FOUR_BITS_TARGET = "jint8_four_bit_product"
+HANDLERS = {
+    TARGET: "Jint8Product",
+    ATTENTION_TARGET: "Jint8DecodeAttention",
+    GATED_TARGET: "Jint8GatedNetwork",
+    FOUR_BITS_TARGET: "Jint8FourBitProduct",
+}
+CODES_AT_ONCE, MOST_GROUPS = 64, 2048  # of weights of four bits, in the library
 FEW_ROWS = 16
 MATRIX_KERNELS = "amx-int8"
 MAX_K_AFFINE = 65_000  # products of up to 255 * 128 sum up in int32, over so many features
@@ -84,6 +91,53 @@ def unsupported(w: Weight, config: Config) -> str | None:
     if w.k > (limit := MAX_K_AFFINE if affine_activations(config) else MAX_K):
         return f"k = {w.k}, where sums of more than {limit} products exceed int32"
     return None
+
+
+def unsupported_four_bits(m: Any, w: Weight, config: Config) -> str | None:
+    """Why the library can't compute a product of `m` rows and `w`, which is of four bits; None if it can."""
+    assert w.packing is not None
+    if kernels() is None:
+        return "no compiled library: it is made when jint8 is installed on a machine with a C++ compiler"
+    if config.table_row.activations is not None:
+        return f"scheme {config.scheme!r}, whose activations aren't floats"
+    if not w.k_last or w.packing.features != w.k:
+        return "a weight whose features aren't its last axis"
+    if w.packing.channels is not None:
+        return "groups of output channels"
+    if w.packing.group % CODES_AT_ONCE:
+        return f"groups of {w.packing.group} features, not of a multiple of {CODES_AT_ONCE}"
+    if w.k > MOST_GROUPS * w.packing.group:
+        return f"more than {MOST_GROUPS} groups"
+    if not isinstance(m, int) or m > FEW_ROWS:
+        return f"{m} rows, more than {FEW_ROWS}"
+    return None
+
+
+def four_bit_product(x: jax.Array, w: Weight, bias: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+    """`x[m, k]` times `w` of four bits, plus `bias[n]` -> `dtype[m, n]`, in one call of the library.
+
+    Smoothing and rotation of `x`, and calibrated columns in 16 bits, are in it, too. A row is rounded to integers of 16
+    bits within each group of features.
+    """
+    assert w.packing is not None
+    assert w.group_scale is not None
+    assert w.group_min is not None
+    nothing = jnp.zeros(0, jnp.float32)
+    columns = w.outlier_index is not None and w.outlier_rows is not None
+    out = jax.ShapeDtypeStruct((x.shape[0], w.n), jnp.dtype(dtype))
+    return jax.ffi.ffi_call(FOUR_BITS_TARGET, out, vmap_method="sequential")(
+        x,
+        w.q,
+        jnp.broadcast_to(w.scale, (w.n,)),
+        w.group_scale,
+        w.group_min,
+        w.outlier_index if columns else jnp.zeros(0, jnp.int32),
+        w.outlier_rows if columns else jnp.zeros((w.n, 0), jnp.float16),
+        nothing if w.smooth is None else w.smooth,
+        nothing if bias is None else bias.astype(jnp.float32),
+        group=np.int64(w.packing.group),
+        block=np.int64(0 if w.smooth is None else w.block),
+    )
 
 
 def native_product(x: jax.Array, w: Weight, bias: jax.Array | None, config: Config, dtype: DTypeLike) -> jax.Array:

@@ -1,4 +1,5 @@
-// bfloat16, float16 and float32 arrays, read to float32 and written from it, rounded half to even.
+// bfloat16, float16 and float32 arrays, read to float32 and written from it, rounded half to even. Functions are static,
+// because the files of each instruction set have compiled ones of their own.
 #ifndef JINT8_FLOATS_H_
 #define JINT8_FLOATS_H_
 
@@ -10,21 +11,21 @@ namespace jint8 {
 
 enum class Float { kF32, kBF16, kF16 };
 
-inline size_t size_of(Float type) { return type == Float::kF32 ? 4 : 2; }
+static inline size_t size_of(Float type) { return type == Float::kF32 ? 4 : 2; }
 
-inline float float_of_bits(uint32_t bits) {
+static inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-inline uint32_t bits_of_float(float value) {
+static inline uint32_t bits_of_float(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-inline float from_half(uint16_t half) {
+static inline float from_half(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31, fraction = half & 0x3ffu;
   if (exponent == 31) return float_of_bits(sign | 0x7f800000u | (fraction << 13));
   if (exponent != 0) return float_of_bits(sign | ((exponent + 112) << 23) | (fraction << 13));
@@ -32,7 +33,7 @@ inline float from_half(uint16_t half) {
   return sign ? -value : value;
 }
 
-inline uint16_t to_half(float value) {
+static inline uint16_t to_half(float value) {
   const uint16_t sign = static_cast<uint16_t>(bits_of_float(value) >> 16) & 0x8000u;
   const float magnitude = std::fabs(value);
   if (std::isnan(value)) return sign | 0x7e00u;
@@ -43,7 +44,7 @@ inline uint16_t to_half(float value) {
   return sign | static_cast<uint16_t>((rounded >> 13) - (112u << 10));
 }
 
-inline void read_floats(const void* data, Float type, int64_t start, int64_t count, float* out) {
+static inline void read_floats(const void* data, Float type, int64_t start, int64_t count, float* out) {
   if (type == Float::kF32) {
     std::memcpy(out, static_cast<const float*>(data) + start, count * sizeof(float));
     return;
@@ -57,13 +58,13 @@ inline void read_floats(const void* data, Float type, int64_t start, int64_t cou
 }
 
 // The row itself where it is of float32, otherwise a copy in `buffer`.
-inline const float* read_row(const void* data, Float type, int64_t start, int64_t count, float* buffer) {
+static inline const float* read_row(const void* data, Float type, int64_t start, int64_t count, float* buffer) {
   if (type == Float::kF32) return static_cast<const float*>(data) + start;
   read_floats(data, type, start, count, buffer);
   return buffer;
 }
 
-inline void write_float(void* data, Float type, int64_t index, float value) {
+static inline void write_float(void* data, Float type, int64_t index, float value) {
   if (type == Float::kF32) {
     static_cast<float*>(data)[index] = value;
   } else if (type == Float::kF16) {

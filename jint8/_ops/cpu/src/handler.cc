@@ -12,19 +12,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-bool float_of(ffi::DataType type, Float* out) {
-  switch (type) {
-    case ffi::DataType::F32:
-      return *out = Float::kF32, true;
-    case ffi::DataType::BF16:
-      return *out = Float::kBF16, true;
-    case ffi::DataType::F16:
-      return *out = Float::kF16, true;
-    default:
-      return false;
-  }
-}
-
 // The batch dimensions of an operand: those before its own last `own`. Each is that of the result, or 1.
 struct Batch {
   Batch(ffi::AnyBuffer::Dimensions dims, size_t own) : dims(dims.begin(), dims.end() - own) {

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "codes.h"
 #include "dots.h"
 #include "finish.h"
 #include "gated.h"
@@ -21,7 +22,7 @@ constexpr const char* kName = Isa::kName;
 
 const Kernels kTable = {kName,    Isa::kFewRows, Isa::kRows, Isa::kLanes, kStrip,       sizeof(Isa::Value),
                         mark_outliers, quantize, dots, pack, load_strip, strip_bytes, tile, finish,
-                        attend, gated, begin, end};
+                        attend, gated, round_groups, multiply_codes, rotate, begin, end};
 
 }  // namespace
 

@@ -65,6 +65,20 @@ struct HeadCache {
   int64_t length;
 };
 
+constexpr int kCodes = 64;         // codes of four bits that are multiplied at once
+constexpr int kMaxGroup = 1024;    // features of a group of such codes, a multiple of kCodes
+constexpr int kMaxGroups = 2048;   // of a channel
+
+// Some rows, up to four, that are multiplied by weights of four bits.
+struct CodeRows {
+  int count;
+  int64_t k, group;
+  const int8_t* digits;  // as `round_groups` writes them, rows `digit_stride` apart
+  int64_t digit_stride;
+  const float* units;    // [count, groups]
+  const float* sums;     // [count, groups]
+};
+
 constexpr int kAttendGroups = 4;    // for so many queries at a time there is room for scores
 constexpr int kAttendPadding = 16;  // scores of each query beside those of the slots
 
@@ -116,6 +130,18 @@ struct Kernels {
 
   // out[i] = activation(gate[i]) * up[i]
   void (*gated)(const float* gate, const float* up, int64_t count, Activation activation, float* out);
+
+  // Rounds the row `x[k]` to integers of two digits: `digits` has for each kCodes features their high and then their low
+  // digits, up to the end of the last group; `units` and `sums` of the values are of each group.
+  void (*round_groups)(const float* x, int64_t k, int64_t group, int8_t* digits, float* units, float* sums);
+
+  // out[r] = sum_g steps[g] units[r, g] (integers of row r times codes) + least[g] sums[r, g], for one channel's codes
+  // `q`, two to a byte in blocks of two groups; `steps` and `least` in float16.
+  void (*multiply_codes)(const CodeRows& rows, const uint8_t* q, const uint16_t* steps, const uint16_t* least,
+                         float* out);
+
+  // Each block of features of the row `x[k]` times a Hadamard matrix.
+  void (*rotate)(float* x, int64_t k, int64_t block);
 
   // Before and after calls of `tile` on a thread.
   void (*begin)();

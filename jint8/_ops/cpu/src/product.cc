@@ -214,7 +214,9 @@ bool has(const char* feature) {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
-  if (!std::strcmp(feature, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!std::strcmp(feature, "avx2")) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
 #if defined(JINT8_HAS_AVXVNNI)
   if (!std::strcmp(feature, "avx-vnni")) return __builtin_cpu_supports("avxvnni");
 #endif

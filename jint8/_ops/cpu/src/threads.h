@@ -61,6 +61,19 @@ inline ForEach on_threads(xla::ffi::ThreadPool& pool, int64_t products) {
   };
 }
 
+inline bool float_of(xla::ffi::DataType type, Float* out) {
+  switch (type) {
+    case xla::ffi::DataType::F32:
+      return *out = Float::kF32, true;
+    case xla::ffi::DataType::BF16:
+      return *out = Float::kBF16, true;
+    case xla::ffi::DataType::F16:
+      return *out = Float::kF16, true;
+    default:
+      return false;
+  }
+}
+
 inline xla::ffi::Error invalid(const char* message) {
   return xla::ffi::Error(xla::ffi::ErrorCode::kInvalidArgument, message);
 }
