@@ -110,11 +110,11 @@ def test_table_of_the_presets_is_the_result():
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "presets.md").read_text().splitlines()]
     shown = {row[0].split("`")[1]: row[2:5] for row in rows if len(row) == 7 and "`" in row[0]}
     measured = {"paper": plain["llm.int8"], **{name: plain[name] for name in ("static", "rotated", "best", "fast")}}
-    measured["w4"] = permuted["w4"]
-    assert set(shown) == {*measured, "w4-best"}
+    measured |= {name: permuted[name] for name in ("w4", "w4-best")}
+    assert set(shown) == {*measured}
     for name, row in measured.items():
         kl, top1, memory = shown[name]
-        assert kl.startswith(f"{row['kl']:.{3 if name == 'w4' else 4}f}")
+        assert kl.startswith(f"{row['kl']:.{4 if name in plain else 3}f}")
         assert (top1, memory) == (f"{row['top1']:.3f}", f"{row['projection_bytes'] / 1e6:.1f} MB")
 
 
