@@ -114,7 +114,7 @@ def test_table_of_the_presets_is_the_result():
     assert set(shown) == {*measured}
     for name, row in measured.items():
         kl, top1, memory = shown[name]
-        assert kl.startswith(f"{row['kl']:.{4 if name in plain else 3}f}")
+        assert kl.startswith(f"{row['kl']:.{3 if name.startswith('w4') else 4}f}")
         assert (top1, memory) == (f"{row['top1']:.3f}", f"{row['projection_bytes'] / 1e6:.1f} MB")
 
 
