@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jint8
+from jint8._ops import by_platform
 
 # Small programs that run once: compiling them is what the tests' time goes into.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -91,6 +92,9 @@ def equations(jaxpr):
     """Every equation of a program, and of those inside it."""
     for eqn in jaxpr.eqns:
         yield eqn
+        if eqn.primitive.name == by_platform.NAME:
+            yield from equations(by_platform.by_xla(eqn).jaxpr)
+            continue
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
                 yield from equations(getattr(inner, "jaxpr", inner))

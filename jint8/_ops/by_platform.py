@@ -26,6 +26,8 @@ from jax.interpreters import batching, mlir
 
 from jint8._ops import gpu
 
+NAME = "jint8_by_platform"  # of the primitive
+
 
 class Call(NamedTuple):
     """What is static about a computation: hashable, so that it can be a parameter of the primitive.
@@ -62,6 +64,12 @@ def _function(run, call, tree, mapped):
     return flat
 
 
+def by_xla(eqn: Any) -> Any:
+    """The closed jaxpr of what an equation of this primitive, named `NAME`, computes where XLA does."""
+    leaves = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    return jax.make_jaxpr(_function(eqn.params["call"].by_xla, **eqn.params))(*leaves)
+
+
 @functools.cache
 def _jitted(call, tree, mapped):
     return jax.jit(lambda *leaves: _call_p.bind(*leaves, call=call, tree=tree, mapped=mapped))
@@ -72,7 +80,7 @@ def _batch(args, axes, *, call, tree, mapped):
     return out, [0] * len(out)
 
 
-_call_p = Primitive("jint8_by_platform")
+_call_p = Primitive(NAME)
 _call_p.multiple_results = True
 _call_p.def_impl(lambda *leaves, **static: _jitted(**static)(*leaves))
 batching.primitive_batchers[_call_p] = _batch

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jint8._core.quantize import PROGRAM_NAME as QUANTIZE
+from jint8._ops import by_platform
 from jint8._tracing.control_flow import cond_rule, scan_rule, while_rule
 from jint8._tracing.interpreter import LOOKUP, Interpreter, Rule, Use, Views, inner_jaxpr, rank_of, shape_of
 from jint8._tracing.views import View
@@ -199,6 +200,11 @@ def _quantized(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
 # All others
 
 
+def _by_platform(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
+    """`jint8`'s own product, which has other forms than XLA's on other platforms: they use the same operands."""
+    return interpreter.run(by_platform.by_xla(eqn), operands)
+
+
 def _other(interpreter: Interpreter, eqn: Any, operands: Views) -> Views:
     if eqn.params.get("name") == QUANTIZE:
         return _quantized(interpreter, eqn, operands)
@@ -253,4 +259,5 @@ _RULES: dict[str, Rule] = {
     "scan": scan_rule,
     "while": while_rule,
     "cond": cond_rule,
+    by_platform.NAME: _by_platform,
 }

@@ -457,3 +457,16 @@ def test_functions_of_a_users_with_the_name_of_ours():
         return x * jnp.sum(q * scale)
 
     assert plan_one(summed, (4, 8), X) == "elementwise (abs); elementwise (div)"
+
+
+def test_products_that_the_compiled_library_computes(monkeypatch):
+    """They are one operation, which may be XLA's product on other machines."""
+    monkeypatch.setenv("JINT8_NATIVE", "1")
+
+    def run(params, x):
+        w = jint8.quantize(params["w"], contract_axes=(1,))
+        return jint8.matmul(x, w) + x @ params["other"]
+
+    params = {"w": jnp.ones((8, 16)), "other": jnp.ones((16, 8))}
+    plan = jint8.plan(run, params, jnp.ones((2, 16)))
+    assert dict(plan) == {"w": (1,), "other": (0,)}
