@@ -2,7 +2,8 @@
 
 Which platform a program is for is known when it is lowered, not when it is traced; an exported program may be for
 several. So a product is a primitive with a lowering for each: the Pallas kernels for CUDA, the compiled library for
-CPUs, XLA for the rest. (`lax.platform_dependent` lowers what is for other platforms as well, which Pallas refuses.)
+CPUs, XLA for the rest, in a form of its own for TPUs. (`lax.platform_dependent` lowers what is for other platforms as
+well, which Pallas refuses.)
 
 XLA can partition neither a kernel nor a call of the library: it would gather all weights on each device. So in a
 program that XLA partitions, its own product runs; within `jax.shard_map`, where each device has its shard, the others
@@ -24,6 +25,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jint8._core.platform import lowering_for
 from jint8._ops import gpu
 
 NAME = "jint8_by_platform"  # of the primitive
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     outline: Callable[..., list[Any]]  # arrays of the same shapes and dtypes, or what else has those
     by_library: Callable[..., list[jax.Array]] | None = None  # in programs for CPUs; None: XLA
     by_kernels: Callable[..., list[jax.Array]] | None = None  # in programs for CUDA; None: XLA
+    by_xla_on_tpu: Callable[..., list[jax.Array]] | None = None  # in programs for TPUs; None: as for the others
     static: Hashable = None
     by_name: bool = False  # whether one of the two was asked for by name
 
@@ -120,6 +123,13 @@ def _lower_for_cpu(ctx, *args, call, **static):
     return _lower(ctx, *args, run=run, call=call, **static)
 
 
+def _lower_for_tpu(ctx, *args, call, **static):
+    if call.by_xla_on_tpu is None:
+        return _lower_by_xla(ctx, *args, call=call, **static)
+    with lowering_for("tpu"):
+        return _lower(ctx, *args, run=call.by_xla_on_tpu, call=call, **static)
+
+
 def _is_partitioned(context: Any) -> bool:
     """Whether XLA partitions the program that is lowered: it is for several devices, and in no `shard_map` of all."""
     mesh = getattr(context, "mesh", None)
@@ -131,3 +141,4 @@ def _is_partitioned(context: Any) -> bool:
 mlir.register_lowering(_call_p, _lower_by_xla)
 mlir.register_lowering(_call_p, _lower_for_cuda, platform="cuda")
 mlir.register_lowering(_call_p, _lower_for_cpu, platform="cpu")
+mlir.register_lowering(_call_p, _lower_for_tpu, platform="tpu")

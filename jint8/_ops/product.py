@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from jint8._core.config import Config, check_config
-from jint8._core.platform import gpu_available, on_one_cpu
+from jint8._core.platform import gpu_available, on_one_cpu, tpu_in_sight
 from jint8._ops import gpu
 from jint8._ops.by_platform import Call, by_platform
 from jint8._ops.checks import check_precision
@@ -25,7 +25,7 @@ from jint8._ops.cpu import native
 from jint8._ops.weight import ContractSharding, Weight
 from jint8._ops.xla.blocks import fits_blocks
 from jint8._ops.xla.one_row import fits_row
-from jint8._ops.xla.paths import choose_xla_path, xla_product
+from jint8._ops.xla.paths import choose_xla_path, choose_xla_path_on_tpu, traced_product, xla_product
 from jint8._ops.xla.plain import column_product, float_product, without_columns
 
 # "dequantize" isn't another path to the same result: it keeps activations in floating point.
@@ -36,10 +36,11 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 # Paths that nobody asks for by name, with XLA in programs for other platforms.
 KERNELS_ON_GPU = "kernels_on_gpu"
 LIBRARY_ON_CPU = "library_on_cpu"
+XLA_BY_PLATFORM = "xla_by_platform"
 
 
 def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -> str:
-    """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or one of the two above."""
+    """The path for `m` rows: a name of `IMPLEMENTATIONS` other than `"xla"`, or one of the three above."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"Expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}.")
     if w.packing is not None:
@@ -62,6 +63,8 @@ def choose_path(m: int, w: Weight, config: Config, implementation: str | None) -
         return KERNELS_ON_GPU
     if implementation is None and not lacks and native.by_default(m):
         return LIBRARY_ON_CPU
+    if implementation is None and isinstance(m, int) and tpu_in_sight():
+        return XLA_BY_PLATFORM
     return choose_xla_path(m, w, config)
 
 
@@ -69,6 +72,12 @@ def _kernels_run(m: int, w: Weight, config: Config) -> bool:
     """Whether the Pallas kernels compute the product in programs for CUDA, where nobody asks for them by name."""
     # They read [n, k]. Transposing other weights at each call would cost more than the kernels gain.
     return w.k_last and gpu_available() and gpu.unsupported(m, w, config) is None
+
+
+def _xla_path(m: int, w: Weight, config: Config) -> str:
+    """The path of XLA's product on the platform that JAX runs on."""
+    choose = choose_xla_path_on_tpu if jax.default_backend() == "tpu" else choose_xla_path
+    return choose(m, w, config)
 
 
 def _four_bit_path(m: int, w: Weight, config: Config, implementation: str | None) -> str:
@@ -118,7 +127,7 @@ def rows_product(
         config = dataclasses.replace(config, rotate=0, threshold=0.0)
     path = choose_path(x.shape[0], w, config, implementation)
     if note is not None:
-        note(path)
+        note(_xla_path(x.shape[0], w, config) if path == XLA_BY_PLATFORM else path)
     if 0 in x.shape or 0 in w.q.shape:
         y = jnp.zeros((x.shape[0], w.n), jnp.float32)
         return (y if bias is None else y + bias).astype(dtype)
@@ -169,10 +178,18 @@ def _compute(static: _Static, x, w: Weight, bias):
     config, path, dtype, precision, sharding = static
     if path in gpu.BACKENDS and not gpu_available():  # in Pallas's interpret mode: slow, for tests
         return gpu.kernel_product(x, w, bias, config, dtype, backend=path, interpret=True)
+    if path == XLA_BY_PLATFORM and sharding is not None:
+        path = choose_xla_path(x.shape[0], w, config)
     by_library = _by_library if w.packing is None else _four_bits_by_library
     in_library = native.unsupported(w, config) is None and native.by_default(x.shape[0])
-    call = Call(by_xla=_by_xla, outline=_outline, static=(config, dtype, path if path in gpu.BACKENDS else None))
+    call = Call(
+        by_xla=_by_xla,
+        by_xla_on_tpu=_by_xla_on_tpu if w.packing is None else None,
+        outline=_outline,
+        static=(config, dtype, path if path in gpu.BACKENDS else None),
+    )
     calls = {
+        XLA_BY_PLATFORM: call,
         KERNELS_ON_GPU: call._replace(by_kernels=_by_kernels, by_library=_by_library if in_library else None),
         LIBRARY_ON_CPU: call._replace(by_library=by_library),
         "native": call._replace(by_library=by_library, by_name=True),
@@ -206,6 +223,12 @@ def _by_xla(static, x, w, bias):
     config, dtype, _ = static
     path = choose_path(x.shape[0], w, config, "xla")
     return [xla_product(x, w, bias, config, path=path, dtype=dtype)]
+
+
+def _by_xla_on_tpu(static, x, w, bias):
+    config, dtype, _ = static
+    path = choose_xla_path_on_tpu(x.shape[0], w, config)
+    return [traced_product(x, w, bias, config, path=path, dtype=dtype)]
 
 
 @_product.defjvp

@@ -47,22 +47,11 @@ def _features(x: jax.Array, parts: Split, w: Weight, start: int, end: int) -> tu
 
 def _product_of_split(x: jax.Array, parts: Split, w: Weight, sharding: ContractSharding | None) -> jax.Array:
     """The product before it is multiplied by the weight's scales, float32 `[m, n]`."""
-    # All int8 rows that meet the weights go into one product, because reading the weights is what takes the time:
-    # the regular values, the digits of the outliers, and a row of ones that sums up the weights for the zero points.
-    rows, m, outliers = [parts.q], x.shape[0], parts.outliers
-    if outliers is not None and outliers.digits is not None:
-        rows.append(outliers.digits)
-    if parts.zero is not None:
-        rows.append(jnp.ones_like(parts.q[:1]))
-    stacked = jnp.concatenate(rows)
+    m, outliers = x.shape[0], parts.outliers
+    stacked = int8_rows(parts)
 
     def regular(acc, row_sums):
-        """The regular values' product, out of the exact sums of all rows."""
-        sums = without_zero((acc, row_sums), w)
-        values = sums[: parts.q.shape[0]]
-        if parts.zero is not None:  # sum_k (q - zero) w = sum_k q w - zero sum_k w
-            values = values - parts.zero * sums[-1:]
-        return join_digits(values, m) * parts.scale
+        return regular_product(parts, w, acc, row_sums, m)
 
     if outliers is not None and outliers.digits is None and sharding is not None:
         exact, gathered = sharded_sums(x, stacked, outliers, w, sharding)
@@ -74,3 +63,26 @@ def _product_of_split(x: jax.Array, parts: Split, w: Weight, sharding: ContractS
         return add_gathered(x, outliers, w, exact, regular)
     sums = without_zero(exact, w)[parts.q.shape[0] :][: outliers.digits.shape[0]]
     return regular(*exact) + join_digits(sums, m) * outliers.step
+
+
+def int8_rows(parts: Split) -> jax.Array:
+    """All int8 rows that meet the weights, in one product, because reading the weights is what takes the time.
+
+    They are the regular values, the digits of the outliers, and a row of ones that sums up the weights for the zero
+    points.
+    """
+    rows = [parts.q]
+    if parts.outliers is not None and parts.outliers.digits is not None:
+        rows.append(parts.outliers.digits)
+    if parts.zero is not None:
+        rows.append(jnp.ones_like(parts.q[:1]))
+    return jnp.concatenate(rows)
+
+
+def regular_product(parts: Split, w: Weight, acc: jax.Array, row_sums: jax.Array, m: int) -> jax.Array:
+    """The product of the regular values of `m` rows, out of the exact sums of `int8_rows`."""
+    sums = without_zero((acc, row_sums), w)
+    values = sums[: parts.q.shape[0]]
+    if parts.zero is not None:  # sum_k (q - zero) w = sum_k q w - zero sum_k w
+        values = values - parts.zero * sums[-1:]
+    return join_digits(values, m) * parts.scale

@@ -42,7 +42,7 @@ def add_gathered(
     m, k = x.shape
     largest = largest_wide_digit(k)
     if k <= MAX_EXACT:  # all columns are hardly more than a block: nothing is gathered
-        x = _only_outliers(x, outliers)
+        x = only_outliers(x, outliers)
         step = wide_step(x, largest)
         sums = _wide_sums(x, w.q.astype(jnp.float32), w.k_last, step, largest)
         return regular(*exact) + without_zero(_join_wide(sums, step, largest), w)
@@ -68,7 +68,7 @@ def add_gathered(
             return with_outliers(acc, _wide_sums(x_block, w_block, w.k_last, step, largest), step)
 
         def several_blocks(acc):
-            step = wide_step(_only_outliers(x, outliers), largest)
+            step = wide_step(only_outliers(x, outliers), largest)
             return with_outliers(acc, gathered.all_sums(step), step)
 
         return lax.cond(count > BLOCK, several_blocks, one_block, acc)
@@ -87,7 +87,7 @@ def sharded_sums(x: jax.Array, stacked: jax.Array, outliers: Outliers, w: Weight
     mesh, axis = sharding
     outer = jax.sharding.get_abstract_mesh()  # not empty within another shard_map, which has taken some axes
     largest = largest_wide_digit(x.shape[1])
-    step = wide_step(_only_outliers(x, outliers), largest)
+    step = wide_step(only_outliers(x, outliers), largest)
 
     def sums(x, stacked, outliers, q, step):
         mine = dataclasses.replace(w, q=q)
@@ -139,7 +139,7 @@ class _Gathered:
         """`_wide_sums` of all outlier columns, in int32."""
         m, k = self.x.shape
         if k <= MAX_EXACT:
-            x, q = _only_outliers(self.x, self.outliers), self.w.q.astype(jnp.float32)
+            x, q = only_outliers(self.x, self.outliers), self.w.q.astype(jnp.float32)
             return tuple(part.astype(jnp.int32) for part in _wide_sums(x, q, self.w.k_last, step, self.largest))
 
         def body(carry):
@@ -193,7 +193,7 @@ def _join_wide(sums, step, largest: int) -> tuple[jax.Array, jax.Array]:
     return join(products), join(alone)
 
 
-def _only_outliers(x: jax.Array, outliers: Outliers) -> jax.Array:
+def only_outliers(x: jax.Array, outliers: Outliers) -> jax.Array:
     """`x` with 0 for what isn't an outlier."""
     return _over_limit(jnp.where(outliers.columns, x, 0), outliers)
 

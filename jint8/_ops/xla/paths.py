@@ -19,6 +19,7 @@ from jint8._ops.xla.decomposed import FEW_ROWS, int8_product
 from jint8._ops.xla.groups import group_product
 from jint8._ops.xla.one_row import fits_row, row_by_row
 from jint8._ops.xla.plain import float_product
+from jint8._ops.xla.selected import FEW_ROWS_ON_TPU, selected_product, selects
 
 
 def choose_xla_path(m: int, w: Weight, config: Config) -> str:
@@ -31,9 +32,21 @@ def choose_xla_path(m: int, w: Weight, config: Config) -> str:
     return "xla_digits" if m <= FEW_ROWS else "xla_gather"
 
 
+def choose_xla_path_on_tpu(m: int, w: Weight, config: Config) -> str:
+    """The path for `m` rows in a program for a TPU, where loops over blocks of columns cost more than products."""
+    if not isinstance(m, int) or not selects(w, config):
+        return "xla_gather"
+    return "xla_digits" if m <= FEW_ROWS_ON_TPU else "xla_selected"
+
+
 # Jitted, because outside of a jit the loop over gathered columns would be compiled anew at each call.
 @functools.partial(jax.jit, static_argnames=("config", "path", "dtype", "precision", "sharding"))
-def xla_product(
+def xla_product(x, w, bias, config, *, path, dtype, precision=None, sharding=None) -> jax.Array:
+    """`traced_product`, as a function that XLA compiles."""
+    return traced_product(x, w, bias, config, path=path, dtype=dtype, precision=precision, sharding=sharding)
+
+
+def traced_product(
     x: jax.Array,
     w: Weight,
     bias: jax.Array | None,
@@ -53,6 +66,8 @@ def xla_product(
         # Blocks, and code that isn't XLA's, read the bytes as they are.
         unpacks = path in ("dequantize", "xla_groups")
         w = dataclasses.replace(w, q=q ^ _zero_of(x).astype(q.dtype) if unpacks else q)
+    if path == "xla_selected":
+        return selected_product(x, w, bias, config, dtype)
     if path == "xla_groups":
         y = group_product(x, w, config)
     elif path == "xla_blocks" and config.table_row.activations is not None:
