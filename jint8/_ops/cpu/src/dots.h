@@ -30,7 +30,7 @@ void dots_of(const Isa::Value* x, int64_t stride, const int32_t* zeros, const in
     __builtin_prefetch(values + ahead);
     const Isa::Weights weights = Isa::load(values);
     if (kZeroInSums) ones[c] = Isa::add_ones(ones[c], weights);
-#pragma GCC unroll 6
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[r][c] = Isa::add(sums[r][c], x + r * stride + i, weights);
   };
   int64_t i = 0;

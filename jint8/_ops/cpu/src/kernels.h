@@ -17,7 +17,7 @@
 namespace jint8 {
 
 constexpr int kStep = 64;        // rows are padded to whole steps of so many features
-constexpr int kDotRows = 6;      // rows of one call of `dots`, at most
+constexpr int kDotRows = 4;      // rows of one call of `dots`, at most
 constexpr int kDotChannels = 4;  // output channels of one call of `dots`
 constexpr int kMaxStrip = 32;    // output channels of one call of `tile`, at most
 constexpr int kMaxTileRows = 32; // rows of one call of `tile`, at most: two blocks
