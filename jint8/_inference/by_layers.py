@@ -1,8 +1,9 @@
 """Generation on one CPU: prompts one after the other, then a token of all rows at a time, by programs of a few layers.
 
 A decoder's layers have the same shapes, so one small program serves all of them. It compiles in a second where all
-layers in one program take ten; starting several for each token costs about a fifth of a step of one row
-(docs/speed.md). So `warm`, which has the time, compiles a loop over tokens of all layers for one row.
+layers in one program take ten; starting several for each token costs about a fifth of a step (docs/speed.md). So
+`warm`, which has the time, compiles a loop over tokens of all layers for one row, and for several where a layer is one
+call of the CPU's library, with which the loop takes a second, too.
 
 A request of any prompts runs the same few programs, because all sizes come from short lists: a prompt is padded on the
 left to one of `sizes.PIECES` (a longer one goes through in pieces of the largest), rows to a power of two, and the
@@ -20,8 +21,9 @@ import numpy as np
 from jax import lax
 
 from jint8._inference.programs import PROGRAMS
-from jint8._inference.sampling import NO_TOKEN, Sampling, penalized, sample, seen_in, seen_too
+from jint8._inference.sampling import Sampling, ended, penalized, sample, seen_in, seen_too
 from jint8._inference.sizes import check_memory, empty_arrays, padded_length, pieces, rows_for, sizes
+from jint8.models import _decode
 from jint8.models._attention import Context, context
 from jint8.models._cache import Cache, check_cache, empty_layer
 from jint8.models._decoder import Block, Decoder
@@ -131,10 +133,19 @@ class ByLayers:
         columns = [np.asarray(token)[: self._rows] for token in tokens]
         return np.concatenate([np.zeros((self._rows, 0), np.int32), *columns], axis=1)
 
-    def prepare_loop(self) -> None:
-        """Compiles the loop over tokens, which takes several seconds; `advance` of the same sizes uses it from then on.
+    @property
+    def layers_are_calls(self) -> bool:
+        """Whether each layer of a step is one call of the CPU's library."""
+        return all(
+            _decode.fits(self._model.config, None, params, self._x, self._at, cache)
+            for group, caches in zip(self._groups, self._caches, strict=True)
+            for params, cache in zip(jax.tree.unflatten(group.static[-1], group.leaves), caches, strict=True)
+        )
 
-        It holds some 130 MB of the host's memory for 30 layers, the small programs 10.
+    def prepare_loop(self) -> None:
+        """Compiles the loop over tokens, which `advance` of the same sizes uses from then on.
+
+        It takes several seconds, a second where `layers_are_calls`; and up to 130 MB for 30 layers (small programs 10).
         """
         self._advance_in_loop(self._loop(PROGRAMS.get), 0)
 
@@ -282,11 +293,3 @@ def _token_loop(model: Decoder, static: Any, rest: Any, leaves: Any, state: Any,
     tokens = jnp.zeros((len(state[3].token), LOOP_STEPS), jnp.int32)
     done, state, caches, tokens = lax.while_loop(goes_on, body, (jnp.int32(0), state, caches, tokens))
     return state, caches, tokens, done
-
-
-def ended(token: jax.Array, done: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """The tokens `token[b]`, with the end token in rows that are done, and which are done after them."""
-    ends = sampling.end_tokens
-    fill = jnp.where(ends[0] == NO_TOKEN, 0, ends[0])
-    token = jnp.where(done, fill, token)
-    return token, done | jnp.any(token[:, None] == ends, axis=-1)

@@ -20,9 +20,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jint8._core.qtensor import is_qtensor
-from jint8._inference.by_layers import ended
 from jint8._inference.forward import forward
-from jint8._inference.sampling import Sampling, penalized, sample, seen_in, seen_too
+from jint8._inference.sampling import Sampling, ended, penalized, sample, seen_in, seen_too
 from jint8.models._attention import Context, context
 from jint8.models._cache import Cache, check_cache, make_cache
 from jint8.models._decoder import Decoder

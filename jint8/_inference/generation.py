@@ -185,7 +185,11 @@ def warm(
         rows = 2
         while batch > 1 and rows <= rows_for(batch):
             for slots in sorted({slots for slots, _, _ in reachable(prompt, max_tokens)}):
-                run(several, rows, 1, slots - 1).advance(1)
+                some: Any = run(several, rows, 1, slots - 1)
+                if some.layers_are_calls:
+                    some.prepare_loop()
+                else:
+                    some.advance(1)
             rows *= 2
     give_back()
 

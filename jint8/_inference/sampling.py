@@ -226,3 +226,11 @@ def _bisect(rank: jax.Array, allowed: Any) -> jax.Array:
 
     # The answer stays in (low, high]: high is allowed, low is below what is looked for.
     return lax.fori_loop(0, LONGEST_BISECTION, halve, (low, high))[1]
+
+
+def ended(token: jax.Array, done: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The tokens `token[b]`, with the end token in rows that are done, and which are done after them."""
+    ends = sampling.end_tokens
+    fill = jnp.where(ends[0] == NO_TOKEN, 0, ends[0])
+    token = jnp.where(done, fill, token)
+    return token, done | jnp.any(token[:, None] == ends, axis=-1)

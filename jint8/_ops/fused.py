@@ -7,31 +7,24 @@ several threads to wake.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jint8._core.config import Config
 from jint8._core.qtensor import QTensor
 from jint8._ops.by_platform import Call, by_platform
-from jint8._ops.cpu import native
+from jint8._ops.cpu import decode, native
 from jint8._ops.matmul import matrix_of
-
-ACTIVATIONS = ("silu", "gelu_tanh")  # of the library, by its numbers
 
 
 def fits_gated_network(x: jax.Array, gate_up: Any, down: Any, activation: str) -> bool:
     """Whether the library may compute `gated_network` of these where nobody says what does."""
-    if type(gate_up) is not QTensor or type(down) is not QTensor or activation not in ACTIVATIONS:
+    if activation not in decode.ACTIVATIONS or x.dtype != jnp.float32 or 0 in x.shape:
         return False
-    if x.dtype != jnp.float32 or 0 in x.shape or gate_up.config != down.config:
-        return False
-    if not native.by_default(x.size // x.shape[-1]):
-        return False
-    weights = [matrix_of(gate_up), matrix_of(down)]
-    plain = all(w.outlier_index is None and w.smooth is None and not w.block for w in weights)
-    return plain and all(native.unsupported(w, gate_up.config) is None for w in weights)
+    return native.by_default(x.size // x.shape[-1]) and _are_plain([gate_up, down])
 
 
 def gated_network(
@@ -51,7 +44,7 @@ def gated_network(
       gate_up: both projections, `[2 n, d]`: `blocks` times some rows of the gate, then as many of the other one.
       down: `[d, n]`.
       blocks: of `gate_up`.
-      activation: of `ACTIVATIONS`.
+      activation: of `decode.ACTIVATIONS`.
       apart: the same of `static, x[m, d], gate_up, down`, in a list, by `matmul`: for programs without the library.
       static: hashable.
 
@@ -62,7 +55,7 @@ def gated_network(
         by_xla=_gated_apart,
         outline=_like_rows,
         by_library=_gated_by_library,
-        static=(apart, static, blocks, ACTIVATIONS.index(activation)),
+        static=(apart, static, blocks, decode.ACTIVATIONS.index(activation)),
     )
     (y,) = _differentiable(call, x.reshape(-1, x.shape[-1]), gate_up, down)
     return y.reshape(x.shape)
@@ -80,7 +73,7 @@ def _gated_apart(static, x, gate_up, down):
 def _gated_by_library(static, x, gate_up, down):
     _, _, blocks, activation = static
     weights = matrix_of(gate_up), matrix_of(down)
-    return [native.gated_network(x, *weights, gate_up.config, blocks=blocks, activation=activation)]
+    return [decode.gated_network(x, *weights, gate_up.config, blocks=blocks, activation=activation)]
 
 
 def fits_decode_attention(q: jax.Array, key: jax.Array) -> bool:
@@ -135,7 +128,78 @@ def _attention_by_xla(static, *args):
 
 def _attention_by_library(static, q, own, cache, slot, first):
     (own_key, own_value), (key, value) = own, cache
-    return list(native.decode_attention(q, own_key, own_value, key, value, slot, first, window=static[2]))
+    return list(decode.decode_attention(q, own_key, own_value, key, value, slot, first, window=static[2]))
+
+
+def fits_decode_layer(x: jax.Array, cache: tuple[jax.Array, jax.Array], weights: Sequence[Any]) -> bool:
+    """Whether the library may compute `decode_layer` of these where nobody says what does."""
+    key, _ = cache
+    if x.dtype != jnp.float32 or key.dtype != jnp.float32 or 0 in x.shape or key.shape[2] % 16:
+        return False
+    return native.by_default(len(x)) and _are_plain(weights)
+
+
+def decode_layer(
+    x: jax.Array,
+    params: Any,
+    slot: jax.Array,
+    first: jax.Array | None,
+    angles: tuple[jax.Array, jax.Array] | None,
+    cache: tuple[jax.Array, jax.Array],
+    *,
+    shape: decode.LayerShape,
+    config: Config,
+    arrays_of: Callable[[Any], decode.LayerArrays],
+    by_xla: Callable[..., list[jax.Array]],
+    static: Hashable,
+) -> list[jax.Array]:
+    """A decoder's layer for one token of each row, for what `fits_decode_layer`.
+
+    Args:
+      x: float32 `[b, d]`.
+      params: of the layer.
+      slot: of the token, int32.
+      first: the slot of each row's first token, int32 `[b]`; None for 0.
+      angles: sines, negative in the first half, and cosines `[b, rotated]`; None where nothing is rotated.
+      cache: keys `[b, kv_heads, head_dim, length]` and values `[b, kv_heads, length, head_dim]`.
+      shape: what is static.
+      config: of all weights.
+      arrays_of: the parameters as the library takes them.
+      by_xla: the same of `static` and the arguments up to `cache`, where the library isn't.
+      static: hashable.
+
+    Returns:
+      `[b, d]`, and the cache's keys and values.
+    """
+    call = Call(
+        by_xla=_layer_by_xla,
+        outline=_like_layer,
+        by_library=_layer_by_library,
+        static=(by_xla, static, shape, config, arrays_of),
+    )
+    return _differentiable(call, x, params, slot, first, angles, cache)
+
+
+def _like_layer(_, x, params, slot, first, angles, cache):
+    return [jnp.zeros_like(x), *map(jnp.zeros_like, cache)]
+
+
+def _layer_by_xla(static, *args):
+    by_xla, own, *_ = static
+    return by_xla(own, *args)
+
+
+def _layer_by_library(static, x, params, *args):
+    _, _, shape, config, arrays_of = static
+    return list(decode.decode_layer(x, arrays_of(params), *args, shape=shape, config=config))
+
+
+def _are_plain(weights: Sequence[Any]) -> bool:
+    """Whether all weights are int8 ones of the same scheme, which the library multiplies."""
+    if any(type(w) is not QTensor or w.config != weights[0].config for w in weights):
+        return False
+    plain = (w.outlier_index is None and w.smooth is None and not w.block for w in map(matrix_of, weights))
+    return all(plain) and all(native.unsupported(matrix_of(w), w.config) is None for w in weights)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

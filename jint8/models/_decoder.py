@@ -15,8 +15,9 @@ from jint8._core.qtensor import QTensor, is_qtensor
 from jint8._ops.fused import fits_gated_network, gated_network
 from jint8._ops.layers import lookup
 from jint8._ops.matmul import matmul
+from jint8.models import _decode
 from jint8.models._attention import Attention, Context, context, mask
-from jint8.models._cache import Cache
+from jint8.models._cache import Cache, LayerCache
 from jint8.models._config import ModelConfig
 from jint8.models._fused import gate_blocks, split_gate
 from jint8.models._layers import ACTIVATIONS, GroupedLinear, Linear, Norm, implementation, project, softcap, weight_of
@@ -101,12 +102,14 @@ class Block(nn.Module):
       window: of its attention.
       dtype: of freshly made parameters.
       mesh: devices that it is sharded over.
+      by_parts: never as one call of a library.
     """
 
     config: ModelConfig
     window: int = 0
     dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
+    by_parts: bool = False
 
     @nn.compact
     def __call__(
@@ -114,6 +117,10 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """`x[b, s, d]` -> the same shape, and the cache."""
         c = self.config
+        params = self.variables.get("params", {})
+        if not self.by_parts and _decode.fits(c, self.mesh, params, x, at, cache):
+            assert isinstance(cache, LayerCache)
+            return _decode.decode(c, self.window, params, x, at, angles, cache, by_parts=_layer_by_parts)
         attention = Attention(c, self.window, self.dtype, self.mesh, name="attention")
         mlp = Experts(c, self.dtype, name="mlp") if c.experts else MLP(c, self.dtype, self.mesh, name="mlp")
 
@@ -130,6 +137,16 @@ class Block(nn.Module):
         x = x + (norm("attention_out_norm", h) if c.norm_place == "around" else h)
         h = mlp(mask(norm("mlp_norm", x), at), at)
         return x + (norm("mlp_out_norm", h) if c.norm_place == "around" else h), cache
+
+
+def _layer_by_parts(static: Any, x, params, slot, first, angles, cache) -> list[jax.Array]:
+    """`_decode.decode` where the library isn't: of `x[b, d]`."""
+    config, window = static
+    turned = None if angles is None else Rotary(*(a[:, None, None, None] for a in angles))
+    at = Context(slot, first, jnp.zeros((len(x), 1), jnp.int32), None)  # positions are in the angles
+    block = Block(config, window, x.dtype, by_parts=True)
+    y, held = block.apply({"params": params}, x[:, None], at, turned, LayerCache(*cache))
+    return [y[:, 0], *held]
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,7 @@ from tiny_model import make_llama_directory
 import jint8
 from jint8._inference import by_layers, generation, sizes
 from jint8._inference.programs import Programs
+from jint8._ops.cpu import native
 
 RNG = np.random.default_rng(5)
 PROMPTS = [RNG.integers(3, 96, n).tolist() for n in (21, 4, 9)]
@@ -188,6 +189,23 @@ def test_loop_over_tokens(family, options, programs, monkeypatch):
     assert [*ending.first[0], *ending.advance(15)[0]] == answer[: answer.index(answer[6]) + 1]
     assert ending.done
     assert ending.advance(3).shape == (1, 0)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="jint8 was installed without a C++ compiler")
+def test_loop_over_tokens_of_several_rows(programs, monkeypatch):
+    """Where each layer is one call, `warm` compiles it; its tokens are those of the small programs."""
+    model = jint8.load(DIRECTORY / "mistral", dtype="float32")
+    params, sampling = model._params_for(several=True), by_layers.Sampling.of()
+    begun = lambda: by_layers.ByLayers(model.model, params, PROMPTS, max_tokens=20, sampling=sampling, seed=0)
+    assert begun().layers_are_calls
+    by_steps = begun().advance(15)
+    model.warm(batch=3, prompt=21, max_tokens=20)
+    made, looped = programs.made, begun()
+    assert looped._loop(programs.find) is not None
+    np.testing.assert_array_equal(looped.advance(15), by_steps)
+    assert programs.made == made
+    monkeypatch.setenv("JINT8_NATIVE", "named")
+    assert not begun().layers_are_calls
 
 
 def test_least_recently_used_programs_go():

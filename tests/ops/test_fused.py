@@ -8,7 +8,7 @@ import pytest
 
 import jint8
 from jint8._ops import fused
-from jint8._ops.cpu import native
+from jint8._ops.cpu import decode, native
 from jint8._ops.matmul import matrix_of
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason="jint8 was installed without a C++ compiler")
@@ -32,7 +32,7 @@ def softmax_of_values(q, key, value, first, last):
 
 @jax.jit
 def attend(q, own, cache, slot, first):
-    return native.decode_attention(q, *own, *cache, slot, first, window=0)
+    return decode.decode_attention(q, *own, *cache, slot, first, window=0)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_attention_equals_float64(b, heads, groups, d, length, slot, first):
 @pytest.mark.parametrize("window", [1, 7, 500])
 def test_attention_within_a_window(window):
     q, own, cache = attention_inputs(1, 2, 3, 32, 50)
-    run = jax.jit(lambda *args: native.decode_attention(q, *own, *cache, *args, window=window))
+    run = jax.jit(lambda *args: decode.decode_attention(q, *own, *cache, *args, window=window))
     out, key, value = map(np.asarray, run(jnp.int32(41), jnp.array([3], jnp.int32)))
     for h in range(2):
         expected = softmax_of_values(q[0, h], key[0, h], value[0, h], max(3, 42 - window), 41)
@@ -107,6 +107,7 @@ def network(n, d, config, blocks):
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
 }
 
 
@@ -123,9 +124,9 @@ def test_gated_network(m, n, d, blocks, config, activation):
     """Of the hidden features that the library's own first product gives, the rest is that of the oracle."""
     x, (gate_up, down) = normal(m, d, seed=2), network(n, d, config, blocks)
     x[:, 3] = 8  # an outlier column
-    number = fused.ACTIVATIONS.index(activation)
+    number = decode.ACTIVATIONS.index(activation)
     run = jax.jit(
-        lambda x: native.gated_network(x, *map(matrix_of, (gate_up, down)), config, blocks=blocks, activation=number)
+        lambda x: decode.gated_network(x, *map(matrix_of, (gate_up, down)), config, blocks=blocks, activation=number)
     )
     got = np.asarray(run(x))
     both = np.asarray(jint8.matmul(x, gate_up, implementation="native"), np.float64).reshape(m, blocks, 2, n // blocks)
@@ -174,7 +175,7 @@ def test_what_is_not_fused(other, monkeypatch):
     x, weights = normal(2, 32), network(32, 32, other, 16)
     assert not fused.fits_gated_network(x, *weights, "silu")
     plain = network(32, 32, jint8.Config(), 16)
-    assert not fused.fits_gated_network(x, *plain, "relu")
+    assert not fused.fits_gated_network(x, *plain, "gelu")
     assert not fused.fits_gated_network(jnp.asarray(x, jnp.bfloat16), *plain, "silu")
     assert not fused.fits_gated_network(x, jint8.dequantize(plain[0]), plain[1], "silu")
     monkeypatch.setenv("JINT8_NATIVE", "named")

@@ -21,11 +21,13 @@ from jint8._ops.weight import MAX_K, Weight
 TARGET = "jint8_product"
 ATTENTION_TARGET = "jint8_decode_attention"
 GATED_TARGET = "jint8_gated_network"
+LAYER_TARGET = "jint8_decode_layer"
 FOUR_BITS_TARGET = "jint8_four_bit_product"
 HANDLERS = {
     TARGET: "Jint8Product",
     ATTENTION_TARGET: "Jint8DecodeAttention",
     GATED_TARGET: "Jint8GatedNetwork",
+    LAYER_TARGET: "Jint8DecodeLayer",
     FOUR_BITS_TARGET: "Jint8FourBitProduct",
 }
 CODES_AT_ONCE, MOST_GROUPS = 64, 2048  # of weights of four bits, in the library
@@ -151,76 +153,19 @@ def native_product(x: jax.Array, w: Weight, bias: jax.Array | None, config: Conf
     return jax.ffi.ffi_call(TARGET, out, vmap_method="expand_dims")(
         x,
         w.q,
-        *_scale_and_zero(w),
+        *scale_and_zero(w),
         jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32),
-        **_options(config),
+        **options(config),
     )
 
 
-def gated_network(
-    x: jax.Array, gate_up: Weight, down: Weight, config: Config, *, blocks: int, activation: int
-) -> jax.Array:
-    """`down(activation(gate(x)) * up(x))` of float32 `x[m, d]` -> `[m, d]`, in one call of the library.
-
-    `gate_up[2 n, d]` has `blocks` times some rows of the gate and then as many of the other factor. `activation` is 0
-    for silu, and 1 for gelu with tanh.
-    """
-    scratch = jax.ShapeDtypeStruct((x.shape[0], 3 * down.k), jnp.float32)
-    outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32), scratch]
-    y, _ = jax.ffi.ffi_call(GATED_TARGET, outs, vmap_method="sequential")(
-        x,
-        gate_up.q,
-        *_scale_and_zero(gate_up),
-        down.q,
-        *_scale_and_zero(down),
-        blocks=np.int64(blocks),
-        activation=np.int64(activation),
-        **_options(config),
-    )
-    return y
-
-
-def decode_attention(
-    q: jax.Array,
-    own_key: jax.Array,
-    own_value: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    slot: jax.Array,
-    first: jax.Array | None,
-    *,
-    window: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one token of each row, and the cache with its key and value, in one call of the library.
-
-    Args:
-      q: scaled queries, float32 `[b, kv_heads, groups, head_dim]`.
-      own_key: of the token, `[b, kv_heads, head_dim]`.
-      own_value: as `own_key`.
-      key: the cache's `[b, kv_heads, head_dim, length]`, overwritten where XLA needs it no more.
-      value: the cache's `[b, kv_heads, length, head_dim]`, as `key`.
-      slot: of the token, int32.
-      first: the slot of each row's first token, int32 `[b]`; None for 0.
-      window: how many of the latest slots a token sees; 0 means all.
-
-    Returns:
-      `[b, kv_heads, groups, head_dim]`, and the cache's keys and values.
-    """
-    like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, key, value)]
-    # A vmap of a whole step of decoding is rare: its members one after the other.
-    aliases = {3: 1, 4: 2}
-    call = jax.ffi.ffi_call(ATTENTION_TARGET, like, input_output_aliases=aliases, vmap_method="sequential")
-    starts = jnp.zeros(0, jnp.int32) if first is None else first
-    out, keys, values = call(q, own_key, own_value, key, value, slot, starts, window=np.int64(window))
-    return out, keys, values
-
-
-def _scale_and_zero(w: Weight) -> tuple[jax.Array, jax.Array]:
+def scale_and_zero(w: Weight) -> tuple[jax.Array, jax.Array]:
+    """Scales `[n]` of the output channels, and their zero points, of which an empty array means that all are 0."""
     zero = jnp.zeros(0, jnp.float32) if w.zero is None else jnp.broadcast_to(w.zero, (w.n,))
     return jnp.broadcast_to(w.scale, (w.n,)), zero
 
 
-def _options(config: Config) -> dict[str, Any]:
+def options(config: Config) -> dict[str, Any]:
     """How a product decomposes and rounds, as the library's handlers take it."""
     return {
         "threshold": np.float32(min(config.threshold, LARGEST_FLOAT) if config.decomposes else 0.0),

@@ -8,8 +8,38 @@
 namespace jint8 {
 namespace {
 
-// scores[g, s] = sum_d q[g, d] key[d, s], for slots `first` to `last`. Slots are next to each other: a vector of them
-// at a time. The last vector may do some slots again; fewer slots than a vector are done one by one.
+// Vectors of scores, or of a value's features, that are computed at once: their sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 1;
+#endif
+
+// scores[g, s] = sum_d q[g, d] key[d, s], for V vectors of slots from s on.
+template <int G, int V>
+void scores_at(const float* q, const HeadCache& cache, int64_t s, float* scores, int64_t stride) {
+  const int64_t size = cache.head_dim;
+  const float* key = cache.key + s;
+  Wide sums[G][V] = {};
+  for (int64_t d = 0; d < size; ++d, key += cache.length) {
+    Wide keys[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) keys[v] = read_wide(key + v * kWide);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[g][v] += q[g * size + d] * keys[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) write_wide(scores + g * stride + s + v * kWide, sums[g][v]);
+  }
+}
+
+// The scores of slots `first` to `last`. Slots are next to each other: some vectors of them at a time. The last vector
+// may do some slots again; fewer slots than a vector are done one by one.
 template <int G>
 void scores_of(const float* q, const HeadCache& cache, int64_t first, int64_t last, float* scores, int64_t stride) {
   const int64_t size = cache.head_dim, length = cache.length;
@@ -23,17 +53,9 @@ void scores_of(const float* q, const HeadCache& cache, int64_t first, int64_t la
     }
     return;
   }
-  for (int64_t next = first; next < last; next += kWide) {
-    const int64_t s = next + kWide <= last ? next : last - kWide;
-    Wide sums[G] = {};
-    for (int64_t d = 0; d < size; ++d) {
-      const Wide keys = read_wide(cache.key + d * length + s);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[g] += q[g * size + d] * keys;
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) write_wide(scores + g * stride + s, sums[g]);
-  }
+  int64_t s = first;
+  for (; s + kVectors * kWide <= last; s += kVectors * kWide) scores_at<G, kVectors>(q, cache, s, scores, stride);
+  for (; s < last; s += kWide) scores_at<G, 1>(q, cache, s + kWide <= last ? s : last - kWide, scores, stride);
 }
 
 // Scores to exp(score - largest score); returns their sum. Scores behind the last one are overwritten.
@@ -53,12 +75,13 @@ inline float exponentials(float* scores, int64_t first, int64_t last) {
   return sum;
 }
 
-// out[g, d] = sum_s weights[g, s] value[s, d] / sums[g], for two vectors of d at a time, or one.
+// out[g, d] = sum_s weights[g, s] value[s, d] / sums[g], for V vectors of d.
 template <int G, int V>
 void weighted_of(const float* weights, int64_t stride, const float* sums, const HeadCache& cache, int64_t first,
                  int64_t last, int64_t d, float* out) {
   Wide v[G][V] = {};
   for (int64_t s = first; s < last; ++s) {
+#pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
       const Wide values = read_wide(cache.value + s * cache.head_dim + d + i * kWide);
 #pragma GCC unroll 4
@@ -77,10 +100,10 @@ void attend_of(const float* q, const HeadCache& cache, int64_t first, int64_t la
   float sums[G];
   for (int g = 0; g < G; ++g) sums[g] = exponentials(scores + g * stride, first, last);
   int64_t d = 0;
-  for (; d + 2 * kWide <= cache.head_dim; d += 2 * kWide) {
-    weighted_of<G, 2>(scores, stride, sums, cache, first, last, d, out);
+  for (; d + kVectors * kWide <= cache.head_dim; d += kVectors * kWide) {
+    weighted_of<G, kVectors>(scores, stride, sums, cache, first, last, d, out);
   }
-  if (d < cache.head_dim) weighted_of<G, 1>(scores, stride, sums, cache, first, last, d, out);
+  for (; d < cache.head_dim; d += kWide) weighted_of<G, 1>(scores, stride, sums, cache, first, last, d, out);
 }
 
 void attend(const float* q, int groups, const HeadCache& cache, int64_t first, int64_t last, float* scores,

@@ -3,9 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "product.h"
+#include "decode.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -47,26 +46,20 @@ ffi::Error decode_attention(ffi::ThreadPool pool, F32 q, F32 own_key, F32 own_va
   copy_if_apart(old_key, *key);
   copy_if_apart(old_value, *value);
   const ForEach for_each = on_threads(pool, 2 * batch * heads * groups * size * (at + 1));
-  for_each(batch * heads, [&](int64_t i) {
-    float* keys = key->typed_data() + i * size * length;
-    float* values = value->typed_data() + i * length * size;
-    for (int64_t d = 0; d < size; ++d) keys[d * length + at] = own_key.typed_data()[i * size + d];
-    std::memcpy(values + at * size, own_value.typed_data() + i * size, size * sizeof(float));
-    int64_t begin = first.element_count() == 0 ? 0 : std::max<int64_t>(first.typed_data()[i / heads], 0);
-    if (window > 0) begin = std::max(begin, at + 1 - window);
-    begin = std::min(begin, at);
-    std::vector<float> scores(kAttendGroups * (length + kAttendPadding));
-    kernels->attend(q.typed_data() + i * groups * size, static_cast<int>(groups),
-                    HeadCache{keys, values, size, length}, begin, at + 1, scores.data(),
-                    out->typed_data() + i * groups * size);
-  });
+  Attention attention{batch, heads, groups, size, length};
+  attention.q = q.typed_data(), attention.q_stride = groups * size;
+  attention.own_key = own_key.typed_data(), attention.own_value = own_value.typed_data(), attention.own_stride = size;
+  attention.key = key->typed_data(), attention.value = value->typed_data(), attention.slot = at;
+  attention.first = first.element_count() == 0 ? nullptr : first.typed_data();
+  attention.window = window, attention.out = out->typed_data();
+  for_each(batch * heads, [&](int64_t i) { attend_head(attention, i, *kernels); });
   return ffi::Error::Success();
 }
 
 // y = down(activation(gate(x)) * up(x)), for a fused weight in which `blocks` times some rows of the gate are followed
-// by as many rows of the other factor. `scratch` is for what is between the products: XLA has that memory already.
+// by as many rows of the other factor.
 ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_scale, F32 gate_up_zero, S8 down,
-                         F32 down_scale, F32 down_zero, ffi::Result<F32> y, ffi::Result<F32> scratch, float threshold,
+                         F32 down_scale, F32 down_zero, ffi::Result<F32> y, float threshold,
                          bool by_column, bool affine, int64_t blocks, int64_t activation) {
   const auto xd = x.dimensions(), gd = gate_up.dimensions(), dd = down.dimensions();
   if (xd.size() != 2 || gd.size() != 2 || dd.size() != 2) return invalid("Expected matrices.");
@@ -78,32 +71,22 @@ ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_sc
   const bool fits = gd[0] == 2 * n && gd[1] == d && dd[0] == d && blocks > 0 && n % blocks == 0 &&
                     gate_up_scale.element_count() == static_cast<size_t>(2 * n) &&
                     down_scale.element_count() == static_cast<size_t>(d) && as_many(gate_up_zero, 2 * n) &&
-                    as_many(down_zero, d) && y->element_count() == x.element_count() &&
-                    scratch->element_count() == static_cast<size_t>(3 * m * n);
+                    as_many(down_zero, d) && y->element_count() == x.element_count();
   if (!fits) {
-    return invalid("Expected x[m, d], gate_up[2 n, d], down[d, n], scales and zeros of their channels, scratch[m, 3 n].");
+    return invalid("Expected x[m, d], gate_up[2 n, d], down[d, n], scales and zeros of their channels.");
   }
   if (d > limit || n > limit || !(threshold >= 0)) return invalid("k or threshold is out of range.");
-  if (activation != 0 && activation != 1) return invalid("Expected activation 0 (silu) or 1 (gelu with tanh).");
+  if (activation < 0 || activation > 2) return invalid("Expected activation 0 (silu), 1 (gelu with tanh) or 2 (relu).");
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
   const Options options{threshold, by_column && m > 1, affine};
   const ForEach for_each = on_threads(pool, 3 * m * n * d);
-  float* const both = scratch->typed_data();
-  float* const hidden = both + 2 * m * n;
-  product(Arrays{m, 2 * n, d, x.typed_data(), Float::kF32, gate_up.typed_data(), gate_up_scale.typed_data(),
-                 zeros_of(gate_up_zero), nullptr, both, Float::kF32},
-          options, *kernels, for_each);
-  const int64_t block = n / blocks, some = std::max<int64_t>(1, 16'384 / std::max<int64_t>(block, 1));
-  for_each((m * blocks + some - 1) / some, [&](int64_t task) {
-    for (int64_t i = task * some; i < std::min(m * blocks, (task + 1) * some); ++i) {
-      const float* gate = both + 2 * i * block;
-      kernels->gated(gate, gate + block, block, static_cast<Activation>(activation), hidden + i * block);
-    }
-  });
-  product(Arrays{m, d, n, hidden, Float::kF32, down.typed_data(), down_scale.typed_data(), zeros_of(down_zero),
-                 nullptr, y->typed_data(), Float::kF32},
-          options, *kernels, for_each);
+  const FeedForward network{
+      {2 * n, d, gate_up.typed_data(), gate_up_scale.typed_data(), zeros_of(gate_up_zero), nullptr},
+      {d, n, down.typed_data(), down_scale.typed_data(), zeros_of(down_zero), nullptr},
+      blocks,
+      static_cast<Activation>(activation)};
+  feed_forward(network, m, x.typed_data(), options, *kernels, for_each, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -139,7 +122,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8GatedNetwork, jint8::gated_network,
                                   .Arg<jint8::S8>()
                                   .Arg<jint8::F32>()
                                   .Arg<jint8::F32>()
-                                  .Ret<jint8::F32>()
                                   .Ret<jint8::F32>()
                                   .Attr<float>("threshold")
                                   .Attr<bool>("by_column")

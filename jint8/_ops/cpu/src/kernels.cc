@@ -8,6 +8,7 @@
 #include "finish.h"
 #include "gated.h"
 #include "isa.h"
+#include "norm.h"
 #include "rounding.h"
 #include "tiles.h"
 
@@ -22,7 +23,7 @@ constexpr const char* kName = Isa::kName;
 
 const Kernels kTable = {kName,    Isa::kFewRows, Isa::kRows, Isa::kLanes, kStrip,       sizeof(Isa::Value),
                         mark_outliers, quantize, dots, pack, load_strip, strip_bytes, tile, finish,
-                        attend, gated, round_groups, multiply_codes, rotate, begin, end};
+                        attend, gated, normalize, turn, round_groups, multiply_codes, rotate, begin, end};
 
 }  // namespace
 

@@ -82,7 +82,15 @@ struct CodeRows {
 constexpr int kAttendGroups = 4;    // for so many queries at a time there is room for scores
 constexpr int kAttendPadding = 16;  // scores of each query beside those of the slots
 
-enum class Activation { kSilu, kGelu };  // gelu with tanh
+enum class Activation { kSilu, kGelu, kRelu };  // gelu with tanh
+
+// y = x / sqrt(mean(x^2) + eps) * (offset + scale) + bias, of x less its mean where it is centered.
+struct Norm {
+  const float* scale;  // nullptr: there is no norm
+  const float* bias;   // nullptr: none
+  float eps, offset;
+  bool centered;
+};
 
 struct Kernels {
   const char* name;
@@ -128,8 +136,15 @@ struct Kernels {
   void (*attend)(const float* q, int groups, const HeadCache& cache, int64_t first, int64_t last, float* scores,
                  float* out);
 
-  // out[i] = activation(gate[i]) * up[i]
+  // out[i] = activation(gate[i]) * up[i], or without the factor where `up` is nullptr.
   void (*gated)(const float* gate, const float* up, int64_t count, Activation activation, float* out);
+
+  // The norm of the row `x[d]`; `out` may be `x`.
+  void (*normalize)(const float* x, int64_t d, const Norm& norm, float* out);
+
+  // Rotary positions: x[i] and x[i + rotated / 2], for i below the half, are turned by an angle each. `sin` is negative
+  // in its first half.
+  void (*turn)(float* x, int64_t rotated, const float* sin, const float* cos);
 
   // Rounds the row `x[k]` to integers of two digits: `digits` has for each kCodes features their high and then their low
   // digits, up to the end of the last group; `units` and `sums` of the values are of each group.

@@ -1,0 +1,185 @@
+"""Parts of a step of decoding by the compiled library, each in one call of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jint8._core.config import Config
+from jint8._ops.cpu.native import ATTENTION_TARGET, GATED_TARGET, LAYER_TARGET, options, scale_and_zero
+from jint8._ops.weight import Weight
+
+ACTIVATIONS = ("silu", "gelu_tanh", "relu")  # of the library, by its numbers
+
+
+def gated_network(
+    x: jax.Array, gate_up: Weight, down: Weight, config: Config, *, blocks: int, activation: int
+) -> jax.Array:
+    """`down(activation(gate(x)) * up(x))` of float32 `x[m, d]` -> `[m, d]`, in one call of the library.
+
+    `gate_up[2 n, d]` has `blocks` times some rows of the gate and then as many of the other factor. `activation` is 0
+    for silu, and 1 for gelu with tanh.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call(GATED_TARGET, out, vmap_method="sequential")(
+        x,
+        gate_up.q,
+        *scale_and_zero(gate_up),
+        down.q,
+        *scale_and_zero(down),
+        blocks=np.int64(blocks),
+        activation=np.int64(activation),
+        **options(config),
+    )
+
+
+def decode_attention(
+    q: jax.Array,
+    own_key: jax.Array,
+    own_value: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    slot: jax.Array,
+    first: jax.Array | None,
+    *,
+    window: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one token of each row, and the cache with its key and value, in one call of the library.
+
+    Args:
+      q: scaled queries, float32 `[b, kv_heads, groups, head_dim]`.
+      own_key: of the token, `[b, kv_heads, head_dim]`.
+      own_value: as `own_key`.
+      key: the cache's `[b, kv_heads, head_dim, length]`, overwritten where XLA needs it no more.
+      value: the cache's `[b, kv_heads, length, head_dim]`, as `key`.
+      slot: of the token, int32.
+      first: the slot of each row's first token, int32 `[b]`; None for 0.
+      window: how many of the latest slots a token sees; 0 means all.
+
+    Returns:
+      `[b, kv_heads, groups, head_dim]`, and the cache's keys and values.
+    """
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, key, value)]
+    # A vmap of a whole step of decoding is rare: its members one after the other.
+    aliases = {3: 1, 4: 2}
+    call = jax.ffi.ffi_call(ATTENTION_TARGET, like, input_output_aliases=aliases, vmap_method="sequential")
+    starts = jnp.zeros(0, jnp.int32) if first is None else first
+    out, keys, values = call(q, own_key, own_value, key, value, slot, starts, window=np.int64(window))
+    return out, keys, values
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What is static about a decoder's layer.
+
+    Attributes:
+      groups: query heads of each key-value head.
+      window: how many of the latest slots a token sees; 0 means all.
+      rotated: features of a head that rotary positions turn.
+      hidden: features between the two products of the feed-forward network.
+      blocks: in which the rows of its gate and of the other factor take turns; 0 means that there is no gate.
+      activation: its number in `ACTIVATIONS`.
+      parallel: whether the network reads the layer's input, not what attention made of it.
+      centered: whether norms take off the mean.
+      eps, offset: of norms: `x / sqrt(mean(x**2) + eps) * (offset + scale)`.
+      query_scale: factor of queries.
+    """
+
+    groups: int
+    window: int
+    rotated: int
+    hidden: int
+    blocks: int
+    activation: int
+    parallel: bool
+    centered: bool
+    eps: float
+    offset: float
+    query_scale: float
+
+
+class Normed(NamedTuple):
+    """A norm's gain and bias, float32 `[d]`; None where there is none."""
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+class Projection(NamedTuple):
+    """A weight and its bias `[n]`; None where there is none."""
+
+    weight: Weight
+    bias: jax.Array | None
+
+
+class LayerArrays(NamedTuple):
+    """Parameters of a decoder's layer, in the order in which the library takes them."""
+
+    attention_norm: Normed
+    qkv: Projection  # for each key-value head its queries, its key and its value
+    q_norm: Normed
+    k_norm: Normed
+    out: Projection
+    attention_out_norm: Normed
+    mlp_norm: Normed
+    up: Projection
+    down: Projection
+    mlp_out_norm: Normed
+
+
+def decode_layer(
+    x: jax.Array,
+    arrays: LayerArrays,
+    slot: jax.Array,
+    first: jax.Array | None,
+    angles: tuple[jax.Array, jax.Array] | None,
+    cache: tuple[jax.Array, jax.Array],
+    *,
+    shape: LayerShape,
+    config: Config,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A decoder's layer for one token of each row, in one call of the library.
+
+    Args:
+      x: float32 `[b, d]`.
+      arrays: its parameters.
+      slot: of the token, int32.
+      first: the slot of each row's first token, int32 `[b]`; None for 0.
+      angles: sines, negative in the first half, and cosines `[b, rotated]`; None where nothing is rotated.
+      cache: float32 keys `[b, kv_heads, head_dim, length]` and values `[b, kv_heads, length, head_dim]`, overwritten
+        where XLA needs them no more.
+      shape: what is static.
+      config: of all weights.
+
+    Returns:
+      `[b, d]`, and the cache's keys and values.
+    """
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *cache)]
+    sin, cos = angles or (jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0)))
+    starts = jnp.zeros(0, jnp.int32) if first is None else first
+    operands = [x, sin, cos, slot, starts, *_flat(arrays), *cache]
+    last = len(operands)
+    numbers = {
+        name: np.float32(value) if isinstance(value, float) else value if isinstance(value, bool) else np.int64(value)
+        for name, value in dataclasses.asdict(shape).items()
+    }
+    aliases = {last - 2: 1, last - 1: 2}
+    call = jax.ffi.ffi_call(LAYER_TARGET, like, input_output_aliases=aliases, vmap_method="sequential")
+    y, keys, values = call(*operands, **numbers, **options(config))
+    return y, keys, values
+
+
+def _flat(arrays: LayerArrays) -> list[jax.Array]:
+    """The operands of a layer's parameters; an empty one for what there isn't."""
+    nothing = jnp.zeros(0, jnp.float32)
+    out: list[jax.Array] = []
+    for part in arrays:
+        vectors = part if isinstance(part, Normed) else (part.bias,)
+        if isinstance(part, Projection):
+            out += [part.weight.q, *scale_and_zero(part.weight)]
+        out += [nothing if v is None else v.astype(jnp.float32) for v in vectors]
+    return out

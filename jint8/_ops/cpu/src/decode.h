@@ -1,0 +1,78 @@
+// What a step of decoding does, of plain arrays: attention of one token of each row, a feed-forward network, and a whole
+// layer of a decoder. All of it is float32.
+#ifndef JINT8_DECODE_H_
+#define JINT8_DECODE_H_
+
+#include "product.h"
+
+namespace jint8 {
+
+// A weight in int8, [n, k].
+struct Projection {
+  int64_t n, k;
+  const int8_t* q;
+  const float* scale;
+  const float* zero;  // or nullptr
+  const float* bias;  // or nullptr
+};
+
+// y[m, n] = x[m, k] times the projection.
+void project(const Projection& projection, int64_t m, const float* x, const Options& options, const Kernels& kernels,
+             const ForEach& for_each, float* y);
+
+// One token of `batch` rows, with `groups` queries to each of `heads` keys and values, of `size` features. Those of row
+// b's head h lie `stride * (b * heads + h)` behind the first ones.
+struct Attention {
+  int64_t batch, heads, groups, size, length;
+  const float* q;
+  int64_t q_stride;
+  const float* own_key;
+  const float* own_value;
+  int64_t own_stride;
+  float* key;            // the cache, [batch, heads, size, length]
+  float* value;          // [batch, heads, length, size]
+  int64_t slot;          // of the token
+  const int32_t* first;  // the slot of each row's first token, or nullptr for 0
+  int64_t window;        // how many of the latest slots the token sees; 0: all
+  float* out;            // [batch, heads, groups, size]
+};
+
+// Writes the token's key and value into its slot of the cache of `heads` number `i` of all rows, and computes
+// out = softmax(q keys) values over the slots that it sees.
+void attend_head(const Attention& attention, int64_t i, const Kernels& kernels);
+
+// down(activation(up(x))), or down(activation(gate(x)) * up(x)) with `blocks` times some rows of the gate and then as
+// many of the other factor in `up`.
+struct FeedForward {
+  Projection up, down;
+  int64_t blocks;  // 0: no gate
+  Activation activation;
+};
+
+void feed_forward(const FeedForward& network, int64_t m, const float* x, const Options& options,
+                  const Kernels& kernels, const ForEach& for_each, float* y);
+
+// A layer of a decoder for one token of each row.
+struct Layer {
+  int64_t batch, width;
+  const float* x;                // [batch, width]
+  Norm attention_norm, mlp_norm; // before attention and the network
+  Norm attention_out_norm, mlp_out_norm;  // behind them; there are none where `scale` is nullptr
+  Projection qkv;                // for each key-value head its queries, its key and its value
+  Norm q_norm, k_norm;           // of each head; or none
+  int64_t rotated;               // features of each head that are turned
+  const float* sin;              // [batch, rotated]
+  const float* cos;
+  float query_scale;
+  Attention attention;           // of which this fills in what isn't the cache
+  Projection out;
+  FeedForward mlp;
+  bool parallel;                 // the network reads the layer's input, not what attention made of it
+  float* y;                      // [batch, width]
+};
+
+void decode_layer(const Layer& layer, const Options& options, const Kernels& kernels, const ForEach& for_each);
+
+}  // namespace jint8
+
+#endif  // JINT8_DECODE_H_

@@ -1,0 +1,130 @@
+// The handler of a whole layer of a decoder, for one token of each row.
+
+#include <algorithm>
+#include <cstring>
+
+#include "decode.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jint8 {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Takes a call's operands one after the other, and remembers whether each had the type and the size that it should
+// have. One that may be missing has no elements then, and is nullptr.
+class Operands {
+ public:
+  explicit Operands(ffi::RemainingArgs args) : args_(args) {}
+
+  template <ffi::DataType Type>
+  auto next(int64_t count, bool may_miss = false) {
+    const auto buffer = args_.get<ffi::Buffer<Type>>(index_++);
+    using Pointer = decltype(buffer->typed_data());
+    const int64_t size = buffer.has_value() ? static_cast<int64_t>(buffer->element_count()) : -1;
+    if (size == 0 && may_miss) return Pointer{nullptr};
+    if (size != count) fit_ = false;
+    return size == count ? buffer->typed_data() : Pointer{nullptr};
+  }
+
+  Norm norm(int64_t size, const Norm& like, bool may_miss = false) {
+    Norm norm = like;
+    norm.scale = next<ffi::F32>(size, may_miss), norm.bias = next<ffi::F32>(size, true);
+    return norm;
+  }
+
+  Projection projection(int64_t n, int64_t k) {
+    Projection p{n, k, next<ffi::S8>(n * k)};
+    p.scale = next<ffi::F32>(n), p.zero = next<ffi::F32>(n, true), p.bias = next<ffi::F32>(n, true);
+    return p;
+  }
+
+  // Whether all were as they should be, and none is left.
+  bool fit() const { return fit_ && index_ == args_.size(); }
+
+ private:
+  const ffi::RemainingArgs args_;
+  size_t index_ = 0;
+  bool fit_ = true;
+};
+
+ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> y,
+                             ffi::Result<ffi::Buffer<ffi::F32>> key, ffi::Result<ffi::Buffer<ffi::F32>> value,
+                             int64_t groups, int64_t window, int64_t rotated, int64_t hidden, int64_t blocks,
+                             int64_t activation, bool parallel, bool centered, float eps, float offset,
+                             float query_scale, float threshold, bool by_column, bool affine) {
+  const auto yd = y->dimensions(), kd = key->dimensions();
+  if (yd.size() != 2 || kd.size() != 4) return invalid("Expected y[b, d] and key[b, h, size, length].");
+  const int64_t batch = yd[0], width = yd[1], heads = kd[1], size = kd[2], length = kd[3], limit = affine ? 65'000 : 131'071;
+  const int64_t all = heads * groups * size;
+  const bool known = kd[0] == batch && size % 16 == 0 && length > 0 && groups > 0 && rotated >= 0 && rotated <= size &&
+                     rotated % 2 == 0 && hidden > 0 && blocks >= 0 && (blocks == 0 || hidden % blocks == 0) &&
+                     activation >= 0 && activation <= 2 && std::max({width, all, hidden}) <= limit && threshold >= 0;
+  if (!known) return invalid("Sizes or options of a layer are out of range.");
+
+  Operands operands(args);
+  const Norm norm{nullptr, nullptr, eps, offset, centered};
+  Layer layer{};
+  layer.batch = batch, layer.width = width, layer.rotated = rotated, layer.query_scale = query_scale;
+  layer.parallel = parallel, layer.y = y->typed_data();
+  layer.x = operands.next<ffi::F32>(batch * width);
+  layer.sin = operands.next<ffi::F32>(batch * rotated), layer.cos = operands.next<ffi::F32>(batch * rotated);
+  const int32_t* const slot = operands.next<ffi::S32>(1);
+  layer.attention = Attention{batch, heads, groups, size, length};
+  layer.attention.first = operands.next<ffi::S32>(batch, true), layer.attention.window = window;
+  layer.attention_norm = operands.norm(width, norm);
+  layer.qkv = operands.projection(heads * (groups + 2) * size, width);
+  layer.q_norm = operands.norm(size, norm, true), layer.k_norm = operands.norm(size, norm, true);
+  layer.out = operands.projection(width, all);
+  layer.attention_out_norm = operands.norm(width, norm, true);
+  layer.mlp_norm = operands.norm(width, norm);
+  layer.mlp.up = operands.projection(blocks > 0 ? 2 * hidden : hidden, width);
+  layer.mlp.down = operands.projection(width, hidden);
+  layer.mlp.blocks = blocks, layer.mlp.activation = static_cast<Activation>(activation);
+  layer.mlp_out_norm = operands.norm(width, norm, true);
+  const int64_t cached = batch * heads * size * length;
+  const float* const old_key = operands.next<ffi::F32>(cached);
+  const float* const old_value = operands.next<ffi::F32>(cached);
+  if (!operands.fit() || value->element_count() != static_cast<size_t>(cached)) {
+    return invalid("Expected a layer's operands, of sizes that fit together.");
+  }
+  const Kernels* const kernels = chosen_kernels();
+  if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
+  layer.attention.key = key->typed_data(), layer.attention.value = value->typed_data();
+  // Where XLA gives the cache that is read and the one that is written different memory.
+  if (old_key != layer.attention.key) std::memcpy(layer.attention.key, old_key, key->size_bytes());
+  if (old_value != layer.attention.value) std::memcpy(layer.attention.value, old_value, value->size_bytes());
+  // As `lax.dynamic_update_slice`, which moves what would end outside.
+  layer.attention.slot = std::min<int64_t>(std::max<int64_t>(*slot, 0), length - 1);
+  const ForEach for_each = on_threads(pool, batch * (width * (layer.qkv.n + layer.mlp.up.n + hidden) + all * width));
+  decode_layer(layer, Options{threshold, by_column && batch > 1, affine}, *kernels, for_each);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jint8
+
+JINT8_EXPORTED XLA_FFI_Error* Jint8DecodeLayer(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8DecodeLayer, jint8::decode_layer_call,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("rotated")
+                                  .Attr<int64_t>("hidden")
+                                  .Attr<int64_t>("blocks")
+                                  .Attr<int64_t>("activation")
+                                  .Attr<bool>("parallel")
+                                  .Attr<bool>("centered")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("offset")
+                                  .Attr<float>("query_scale")
+                                  .Attr<float>("threshold")
+                                  .Attr<bool>("by_column")
+                                  .Attr<bool>("affine"));
