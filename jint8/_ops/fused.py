@@ -6,6 +6,7 @@ several threads to wake.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from jint8._core.qtensor import QTensor
 from jint8._ops.by_platform import Call, by_platform
 from jint8._ops.cpu import decode, native
 from jint8._ops.matmul import matrix_of
+from jint8._ops.weight import Weight
 
 
 def fits_gated_network(x: jax.Array, gate_up: Any, down: Any, activation: str) -> bool:
@@ -136,7 +138,7 @@ def fits_decode_layer(x: jax.Array, cache: tuple[jax.Array, jax.Array], weights:
     key, _ = cache
     if x.dtype != jnp.float32 or key.dtype != jnp.float32 or 0 in x.shape or key.shape[2] % 16:
         return False
-    return native.by_default(len(x)) and _are_plain(weights)
+    return native.by_default(len(x)) and _are_alike(weights) and all(_is_known(w, len(x)) for w in weights)
 
 
 def decode_layer(
@@ -163,7 +165,7 @@ def decode_layer(
       angles: sines, negative in the first half, and cosines `[b, rotated]`; None where nothing is rotated.
       cache: keys `[b, kv_heads, head_dim, length]` and values `[b, kv_heads, length, head_dim]`.
       shape: what is static.
-      config: of all weights.
+      config: of all weights, but for their rotation.
       arrays_of: the parameters as the library takes them.
       by_xla: the same of `static` and the arguments up to `cache`, where the library isn't.
       static: hashable.
@@ -178,6 +180,13 @@ def decode_layer(
         static=(by_xla, static, shape, config, arrays_of),
     )
     return _differentiable(call, x, params, slot, first, angles, cache)
+
+
+def multiplied(w: QTensor) -> Weight:
+    """The weight as a product multiplies it: with calibrated columns only where those are taken out of activations."""
+    flat = matrix_of(w)
+    apart = flat.block or flat.packing is not None or w.config.uses_calibrated_columns
+    return flat if apart else dataclasses.replace(flat, outlier_index=None, outlier_rows=None)
 
 
 def _like_layer(_, x, params, slot, first, angles, cache):
@@ -195,11 +204,25 @@ def _layer_by_library(static, x, params, *args):
 
 
 def _are_plain(weights: Sequence[Any]) -> bool:
-    """Whether all weights are int8 ones of the same scheme, which the library multiplies."""
-    if any(type(w) is not QTensor or w.config != weights[0].config for w in weights):
+    """Whether all weights are int8 ones of the same scheme, in their own coordinates, which the library multiplies."""
+    if not _are_alike(weights):
         return False
-    plain = (w.outlier_index is None and w.smooth is None and not w.block for w in map(matrix_of, weights))
+    plain = (w.outlier_index is None and w.smooth is None for w in map(matrix_of, weights))
     return all(plain) and all(native.unsupported(matrix_of(w), w.config) is None for w in weights)
+
+
+def _are_alike(weights: Sequence[Any]) -> bool:
+    """Whether all are quantized by the same configuration, but for how many features are rotated together."""
+    if any(type(w) is not QTensor for w in weights):
+        return False
+    return len({dataclasses.replace(w.config, rotate=0) for w in weights}) == 1
+
+
+def _is_known(w: QTensor, m: int) -> bool:
+    """Whether the library multiplies `m` rows by the weight."""
+    flat = matrix_of(w)
+    lacks = native.unsupported(flat, w.config) if w.features is None else native.unsupported_four_bits(m, flat, w.config)
+    return lacks is None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -9,8 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jint8._ops.cpu.decode import ACTIVATIONS, LayerArrays, LayerShape, Normed, Projection
-from jint8._ops.fused import decode_layer, fits_decode_layer
-from jint8._ops.matmul import matrix_of
+from jint8._ops.fused import decode_layer, fits_decode_layer, multiplied
 from jint8.models._attention import Context
 from jint8.models._cache import Cache, LayerCache
 from jint8.models._config import ModelConfig
@@ -97,7 +96,7 @@ def decode(
 def _arrays(params: Any) -> LayerArrays:
     attention, mlp = params["attention"], params["mlp"]
     norm = lambda part: Normed(part.get("scale"), part.get("bias"))
-    projection = lambda part: Projection(matrix_of(part["weight"]), part.get("bias"))
+    projection = lambda part: Projection(multiplied(part["weight"]), part.get("bias"))
     return LayerArrays(
         attention_norm=norm(params["attention_norm"]),
         qkv=projection(attention["qkv"]),

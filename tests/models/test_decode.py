@@ -34,13 +34,13 @@ CONFIGS = {"llama": LLAMA, "gemma": GEMMA, "opt": OPT, "phi": PHI}
 LENGTH, SLOT, FIRST = 37, 20, np.array([0, 4, 19], np.int32)
 
 
-def layer(config, quantization=jint8.Config()):
+def layer(config, quantization=jint8.Config(), columns=None):
     """Parameters with int8 weights, a token of three rows, and a cache of those before it."""
     rng = np.random.default_rng(0)
     at = Context(jnp.int32(SLOT), jnp.asarray(FIRST), jnp.asarray(SLOT - FIRST)[:, None], None)
     like = jax.eval_shape(lambda: Block(config).init(jax.random.key(0), jnp.zeros((3, 1, 40)), at, None, None))
     params = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32) / np.sqrt(a.shape[-1]), like)
-    int8 = lambda a: jint8.quantize(a, contract_axes=(1,), config=quantization)
+    int8 = lambda a: jint8.quantize(a, contract_axes=(1,), config=quantization, outliers=columns)
     weight = lambda path, a: int8(a) if path[-1].key == "weight" else a
     tree = jax.tree_util.tree_map_with_path(weight, params["params"])
     x = rng.standard_normal((3, 1, config.hidden_size)).astype(np.float32)
@@ -75,8 +75,10 @@ def in_float64(config, tree, args, window):
 
     def product(x, *path):
         part = get(*path)
-        weight = part["weight"]
-        weight = np.asarray(weight.q, np.float64) * np.asarray(weight.scale, np.float64)
+        w = part["weight"]
+        plain = w.zero is None and w.smooth is None and w.features is None
+        weight = w.dequantize(jnp.float32) if not plain else np.asarray(w.q, np.float64) * np.asarray(w.scale)
+        weight = np.asarray(weight, np.float64)
         return x @ weight.T + np.asarray(part.get("bias", 0.0), np.float64)
 
     def norm(x, *path):
@@ -137,16 +139,30 @@ def test_equals_float64_where_no_activation_is_rounded(name, window):
         np.testing.assert_allclose(got, exact, rtol=2e-5, atol=2e-5 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("scheme", ["llm.int8", "llm.int8-zp"])
+QUANTIZATIONS = {
+    "llm.int8": (jint8.Config(), None),
+    "zero points": (jint8.Config(scheme="llm.int8-zp"), None),
+    "columns": (jint8.Config(outliers="static"), (5, 9)),
+    "columns unused": (jint8.Config(outliers="token"), (5, 9)),
+    "rotated": (jint8.Config(scheme="vector", rotate=16), None),  # in blocks of 8 of 40 features, of 16 of 64 and 48
+    "smoothed": (jint8.Config(scheme="vector", rotate=1), None),
+    "four bits": (jint8.Config(scheme="int4", grouping="oc"), None),
+    "four bits, rotated": (jint8.Config(scheme="int4", grouping="oc", rotate=16, outliers="static"), (5, 9)),
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_close_to_its_parts(name, scheme):
+def test_close_to_its_parts(name, quantization):
     """Rounded alike but for a few activations, which sums in another order move to the next integer."""
     config = CONFIGS[name]
-    tree, args = layer(config, jint8.Config(scheme=scheme))
+    tree, args = layer(config, *QUANTIZATIONS[quantization])
+    assert is_one_call(config, tree, args)
     y, cache = run(config, tree, args)
     expected, expected_cache = run(config, tree, args, by_parts=True)
+    tolerance = 1e-3 if "four bits" in quantization else 2e-2  # activations of 16 bits, or of 8
     for got, other in zip((y, *cache), (expected, *expected_cache), strict=True):
-        np.testing.assert_allclose(got, other, atol=2e-2 * np.abs(other).max())
+        np.testing.assert_allclose(got, other, atol=tolerance * np.abs(other).max())
     exact, *_ = in_float64(config, tree, args, 0)
     assert np.abs(y[:, 0] - exact).max() < 1.5 * np.abs(expected[:, 0] - exact).max()
 
@@ -194,7 +210,8 @@ def test_other_parameters_go_by_parts(monkeypatch):
     assert not is_one_call(LLAMA, lora, args)
     floats = {**tree, "mlp": {**tree["mlp"], "down": {"weight": np.zeros((40, 48), np.float32)}}}
     assert not is_one_call(LLAMA, floats, args)
-    assert not is_one_call(LLAMA, *layer(LLAMA, jint8.Config(relative=True)))
+    for other in ({"relative": True}, {"scheme": "int4", "grouping": "ic"}, {"scheme": "int4-a8", "grouping": "oc"}, {"digits": 2}):
+        assert not is_one_call(LLAMA, *layer(LLAMA, jint8.Config(**other)))
     x, at, angles, _ = args
     assert not is_one_call(LLAMA, tree, (x, at, angles, empty_layer(LLAMA, 3, LENGTH, jnp.int8)))
     assert not is_one_call(LLAMA, tree, (x.astype(jnp.bfloat16), *args[1:]))

@@ -91,7 +91,7 @@ def _build(
             except subprocess.CalledProcessError:
                 continue  # an older compiler
             found.append(f"-DJINT8_HAS_{name}")
-        started.append(start("decode", SOURCE / "decode.cc", []))
+        started += [start(name, SOURCE / f"{name}.cc", []) for name in ("decode", "projection")]
         started.append(start("product", SOURCE / "product.cc", found))
         objects += [finish(*one) for one in started]
         link = [compiler, *link_options, *objects, "-o", str(out), "-pthread"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class Normed(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A weight and its bias `[n]`; None where there is none."""
+    """A weight, of int8 or of four bits, without columns that aren't multiplied in 16 bits; and its bias `[n]`, or None."""
 
     weight: Weight
     bias: jax.Array | None
@@ -153,7 +153,7 @@ def decode_layer(
       cache: float32 keys `[b, kv_heads, head_dim, length]` and values `[b, kv_heads, length, head_dim]`, overwritten
         where XLA needs them no more.
       shape: what is static.
-      config: of all weights.
+      config: of all weights, but for their rotation.
 
     Returns:
       `[b, d]`, and the cache's keys and values.
@@ -163,10 +163,13 @@ def decode_layer(
     starts = jnp.zeros(0, jnp.int32) if first is None else first
     operands = [x, sin, cos, slot, starts, *_flat(arrays), *cache]
     last = len(operands)
-    numbers = {
+    numbers: dict[str, Any] = {
         name: np.float32(value) if isinstance(value, float) else value if isinstance(value, bool) else np.int64(value)
         for name, value in dataclasses.asdict(shape).items()
     }
+    weights = [part.weight for part in arrays if isinstance(part, Projection)]
+    numbers["rotations"] = np.array([0 if w.smooth is None else w.block for w in weights], np.int64)
+    numbers["group"] = np.int64(0 if weights[0].packing is None else weights[0].packing.group)
     aliases = {last - 2: 1, last - 1: 2}
     call = jax.ffi.ffi_call(LAYER_TARGET, like, input_output_aliases=aliases, vmap_method="sequential")
     y, keys, values = call(*operands, **numbers, **options(config))
@@ -178,8 +181,12 @@ def _flat(arrays: LayerArrays) -> list[jax.Array]:
     nothing = jnp.zeros(0, jnp.float32)
     out: list[jax.Array] = []
     for part in arrays:
-        vectors = part if isinstance(part, Normed) else (part.bias,)
-        if isinstance(part, Projection):
-            out += [part.weight.q, *scale_and_zero(part.weight)]
-        out += [nothing if v is None else v.astype(jnp.float32) for v in vectors]
+        if isinstance(part, Normed):
+            out += [nothing if v is None else v.astype(jnp.float32) for v in part]
+            continue
+        w, halves = part.weight, jnp.zeros(0, jnp.float16)
+        out += [w.q, *scale_and_zero(w), nothing if part.bias is None else part.bias.astype(jnp.float32)]
+        out.append(nothing if w.smooth is None else w.smooth)
+        out += [halves if a is None else a for a in (w.group_scale, w.group_min)]
+        out += [jnp.zeros(0, jnp.int32), halves] if w.outlier_index is None else [w.outlier_index, w.outlier_rows]
     return out

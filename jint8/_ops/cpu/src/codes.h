@@ -104,7 +104,7 @@ inline void halves_to(uint8_t* low, uint8_t* high, const uint8_t* q) {
   for (int i = 0; i < kCodes; ++i) low[i] = q[i] & 15, high[i] = q[i] >> 4;
 }
 
-inline void floats_of(const uint16_t* halves, int64_t count, float* out) {
+void read_halves(const uint16_t* halves, int64_t count, float* out) {
   int64_t i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8) {
@@ -149,7 +149,7 @@ void codes_of(const CodeRows& rows, const uint8_t* q, const float* const* factor
 void multiply_codes(const CodeRows& rows, const uint8_t* q, const uint16_t* steps, const uint16_t* least, float* out) {
   const int64_t groups = (rows.k + rows.group - 1) / rows.group;
   float step[kMaxGroups], factor[4][kMaxGroups];
-  floats_of(steps, groups, step);
+  read_halves(steps, groups, step);
   const float* factors[4];
   for (int r = 0; r < rows.count; ++r) {
     const float* units = rows.units + r * groups;
@@ -162,7 +162,7 @@ void multiply_codes(const CodeRows& rows, const uint8_t* q, const uint16_t* step
     case 2: codes_of<2>(rows, q, factors, out); break;
     default: codes_of<1>(rows, q, factors, out);
   }
-  floats_of(least, groups, step);
+  read_halves(least, groups, step);
   for (int r = 0; r < rows.count; ++r) {
     const float* sums = rows.sums + r * groups;
     Wide wide{};

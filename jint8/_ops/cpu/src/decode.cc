@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 namespace jint8 {
 namespace {
@@ -24,12 +23,6 @@ void add(const float* x, float* h, const Norm& norm, int64_t rows, int64_t d, co
 }
 
 }  // namespace
-
-void project(const Projection& p, int64_t m, const float* x, const Options& options, const Kernels& kernels,
-             const ForEach& for_each, float* y) {
-  const Arrays arrays{m, p.n, p.k, x, Float::kF32, p.q, p.scale, p.zero, p.bias, y, Float::kF32};
-  product(arrays, options, kernels, for_each);
-}
 
 void attend_head(const Attention& a, int64_t i, const Kernels& kernels) {
   float* keys = a.key + i * a.size * a.length;

@@ -3,22 +3,9 @@
 #ifndef JINT8_DECODE_H_
 #define JINT8_DECODE_H_
 
-#include "product.h"
+#include "projection.h"
 
 namespace jint8 {
-
-// A weight in int8, [n, k].
-struct Projection {
-  int64_t n, k;
-  const int8_t* q;
-  const float* scale;
-  const float* zero;  // or nullptr
-  const float* bias;  // or nullptr
-};
-
-// y[m, n] = x[m, k] times the projection.
-void project(const Projection& projection, int64_t m, const float* x, const Options& options, const Kernels& kernels,
-             const ForEach& for_each, float* y);
 
 // One token of `batch` rows, with `groups` queries to each of `heads` keys and values, of `size` features. Those of row
 // b's head h lie `stride * (b * heads + h)` behind the first ones.

@@ -82,8 +82,8 @@ ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_sc
   const Options options{threshold, by_column && m > 1, affine};
   const ForEach for_each = on_threads(pool, 3 * m * n * d);
   const FeedForward network{
-      {2 * n, d, gate_up.typed_data(), gate_up_scale.typed_data(), zeros_of(gate_up_zero), nullptr},
-      {d, n, down.typed_data(), down_scale.typed_data(), zeros_of(down_zero), nullptr},
+      {2 * n, d, gate_up.typed_data(), gate_up_scale.typed_data(), zeros_of(gate_up_zero)},
+      {d, n, down.typed_data(), down_scale.typed_data(), zeros_of(down_zero)},
       blocks,
       static_cast<Activation>(activation)};
   feed_forward(network, m, x.typed_data(), options, *kernels, for_each, y->typed_data());

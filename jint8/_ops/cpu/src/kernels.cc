@@ -23,7 +23,7 @@ constexpr const char* kName = Isa::kName;
 
 const Kernels kTable = {kName,    Isa::kFewRows, Isa::kRows, Isa::kLanes, kStrip,       sizeof(Isa::Value),
                         mark_outliers, quantize, dots, pack, load_strip, strip_bytes, tile, finish,
-                        attend, gated, normalize, turn, round_groups, multiply_codes, rotate, begin, end};
+                        attend, gated, normalize, turn, round_groups, multiply_codes, read_halves, rotate, begin, end};
 
 }  // namespace
 

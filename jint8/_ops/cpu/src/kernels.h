@@ -155,6 +155,9 @@ struct Kernels {
   void (*multiply_codes)(const CodeRows& rows, const uint8_t* q, const uint16_t* steps, const uint16_t* least,
                          float* out);
 
+  // `count` floats of 16 bits to float32.
+  void (*read_halves)(const uint16_t* halves, int64_t count, float* out);
+
   // Each block of features of the row `x[k]` times a Hadamard matrix.
   void (*rotate)(float* x, int64_t k, int64_t block);
 

@@ -4,63 +4,25 @@
 #include <cstring>
 
 #include "decode.h"
+#include "operands.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jint8 {
 namespace {
 
-namespace ffi = xla::ffi;
-
-// Takes a call's operands one after the other, and remembers whether each had the type and the size that it should
-// have. One that may be missing has no elements then, and is nullptr.
-class Operands {
- public:
-  explicit Operands(ffi::RemainingArgs args) : args_(args) {}
-
-  template <ffi::DataType Type>
-  auto next(int64_t count, bool may_miss = false) {
-    const auto buffer = args_.get<ffi::Buffer<Type>>(index_++);
-    using Pointer = decltype(buffer->typed_data());
-    const int64_t size = buffer.has_value() ? static_cast<int64_t>(buffer->element_count()) : -1;
-    if (size == 0 && may_miss) return Pointer{nullptr};
-    if (size != count) fit_ = false;
-    return size == count ? buffer->typed_data() : Pointer{nullptr};
-  }
-
-  Norm norm(int64_t size, const Norm& like, bool may_miss = false) {
-    Norm norm = like;
-    norm.scale = next<ffi::F32>(size, may_miss), norm.bias = next<ffi::F32>(size, true);
-    return norm;
-  }
-
-  Projection projection(int64_t n, int64_t k) {
-    Projection p{n, k, next<ffi::S8>(n * k)};
-    p.scale = next<ffi::F32>(n), p.zero = next<ffi::F32>(n, true), p.bias = next<ffi::F32>(n, true);
-    return p;
-  }
-
-  // Whether all were as they should be, and none is left.
-  bool fit() const { return fit_ && index_ == args_.size(); }
-
- private:
-  const ffi::RemainingArgs args_;
-  size_t index_ = 0;
-  bool fit_ = true;
-};
-
 ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::F32>> y,
                              ffi::Result<ffi::Buffer<ffi::F32>> key, ffi::Result<ffi::Buffer<ffi::F32>> value,
-                             int64_t groups, int64_t window, int64_t rotated, int64_t hidden, int64_t blocks,
+                             ffi::Span<const int64_t> rotations, int64_t group, int64_t groups, int64_t window, int64_t rotated, int64_t hidden, int64_t blocks,
                              int64_t activation, bool parallel, bool centered, float eps, float offset,
                              float query_scale, float threshold, bool by_column, bool affine) {
   const auto yd = y->dimensions(), kd = key->dimensions();
   if (yd.size() != 2 || kd.size() != 4) return invalid("Expected y[b, d] and key[b, h, size, length].");
-  const int64_t batch = yd[0], width = yd[1], heads = kd[1], size = kd[2], length = kd[3], limit = affine ? 65'000 : 131'071;
+  const int64_t batch = yd[0], width = yd[1], heads = kd[1], size = kd[2], length = kd[3];
   const int64_t all = heads * groups * size;
   const bool known = kd[0] == batch && size % 16 == 0 && length > 0 && groups > 0 && rotated >= 0 && rotated <= size &&
                      rotated % 2 == 0 && hidden > 0 && blocks >= 0 && (blocks == 0 || hidden % blocks == 0) &&
-                     activation >= 0 && activation <= 2 && std::max({width, all, hidden}) <= limit && threshold >= 0;
+                     activation >= 0 && activation <= 2 && threshold >= 0 && rotations.size() == 4 && group >= 0;
   if (!known) return invalid("Sizes or options of a layer are out of range.");
 
   Operands operands(args);
@@ -74,13 +36,13 @@ ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi:
   layer.attention = Attention{batch, heads, groups, size, length};
   layer.attention.first = operands.next<ffi::S32>(batch, true), layer.attention.window = window;
   layer.attention_norm = operands.norm(width, norm);
-  layer.qkv = operands.projection(heads * (groups + 2) * size, width);
+  layer.qkv = operands.projection(heads * (groups + 2) * size, width, group, rotations[0]);
   layer.q_norm = operands.norm(size, norm, true), layer.k_norm = operands.norm(size, norm, true);
-  layer.out = operands.projection(width, all);
+  layer.out = operands.projection(width, all, group, rotations[1]);
   layer.attention_out_norm = operands.norm(width, norm, true);
   layer.mlp_norm = operands.norm(width, norm);
-  layer.mlp.up = operands.projection(blocks > 0 ? 2 * hidden : hidden, width);
-  layer.mlp.down = operands.projection(width, hidden);
+  layer.mlp.up = operands.projection(blocks > 0 ? 2 * hidden : hidden, width, group, rotations[2]);
+  layer.mlp.down = operands.projection(width, hidden, group, rotations[3]);
   layer.mlp.blocks = blocks, layer.mlp.activation = static_cast<Activation>(activation);
   layer.mlp_out_norm = operands.norm(width, norm, true);
   const int64_t cached = batch * heads * size * length;
@@ -88,6 +50,9 @@ ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi:
   const float* const old_value = operands.next<ffi::F32>(cached);
   if (!operands.fit() || value->element_count() != static_cast<size_t>(cached)) {
     return invalid("Expected a layer's operands, of sizes that fit together.");
+  }
+  for (const Projection* p : {&layer.qkv, &layer.out, &layer.mlp.up, &layer.mlp.down}) {
+    if (!in_range(*p, affine)) return invalid("k, groups or rotation of a weight are out of range.");
   }
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
@@ -114,6 +79,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8DecodeLayer, jint8::decode_layer_call,
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<xla::ffi::Span<const int64_t>>("rotations")
+                                  .Attr<int64_t>("group")
                                   .Attr<int64_t>("groups")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("rotated")

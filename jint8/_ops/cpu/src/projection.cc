@@ -1,0 +1,124 @@
+#include "projection.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace jint8 {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kChannelsOfTask = 32;
+
+// Activations in a weight's coordinates, and the columns that were taken out of them.
+struct Inside {
+  std::unique_ptr<float[]> rows;   // [m, k]
+  std::unique_ptr<float[]> taken;  // [m, columns]
+};
+
+// One row into the weight's coordinates.
+void enter(const Projection& p, const Kernels& kernels, float* row, float* taken) {
+  const auto in_use = [&](int64_t i) { return p.index[i] >= 0 && p.index[i] < p.k; };
+  for (int64_t i = 0; i < p.columns; ++i) taken[i] = in_use(i) ? row[p.index[i]] : 0.0f;
+  for (int64_t i = 0; i < p.columns; ++i) {
+    if (in_use(i)) row[p.index[i]] = 0.0f;
+  }
+  if (p.smooth) {
+    for (int64_t i = 0; i < p.k; ++i) row[i] *= p.smooth[i];
+  }
+  if (p.block > 1) kernels.rotate(row, p.k, p.block);
+}
+
+Inside enter_rows(const Projection& p, int64_t m, const float* x, const Kernels& kernels, const ForEach& for_each) {
+  Inside inside{std::unique_ptr<float[]>(new float[m * p.k]), std::unique_ptr<float[]>(new float[m * p.columns])};
+  for_each(m, [&](int64_t r) {
+    float* row = inside.rows.get() + r * p.k;
+    std::memcpy(row, x + r * p.k, p.k * sizeof(float));
+    enter(p, kernels, row, inside.taken.get() + r * p.columns);
+  });
+  return inside;
+}
+
+// Adds the columns in 16 bits, and the bias, to some channels of the result.
+void add_columns(const Projection& p, int64_t m, const float* taken, int64_t start, int64_t end, const Kernels& kernels,
+                 float* y) {
+  std::vector<float> weights(p.columns);
+  for (int64_t c = start; c < end; ++c) {
+    kernels.read_halves(p.column_weights + c * p.columns, p.columns, weights.data());
+    for (int64_t r = 0; r < m; ++r) {
+      float sum = 0;
+      for (int64_t i = 0; i < p.columns; ++i) sum += taken[r * p.columns + i] * weights[i];
+      y[r * p.n + c] += sum * p.scale[c];
+    }
+  }
+}
+
+// Some channels of the sums of products with codes, in units of their scales.
+struct Digits {
+  int64_t groups, stride;
+  std::unique_ptr<int8_t[]> digits;  // [m, stride]
+  std::unique_ptr<float[]> units;    // [m, groups]
+  std::unique_ptr<float[]> sums;     // [m, groups]
+};
+
+Digits round_rows(const Projection& p, int64_t m, const float* rows, const Kernels& kernels, const ForEach& for_each) {
+  const int64_t groups = (p.k + p.group - 1) / p.group, stride = 2 * groups * p.group;
+  Digits out{groups, stride, std::unique_ptr<int8_t[]>(new int8_t[m * stride]),
+             std::unique_ptr<float[]>(new float[m * groups]), std::unique_ptr<float[]>(new float[m * groups])};
+  for_each(m, [&](int64_t r) {
+    kernels.round_groups(rows + r * p.k, p.k, p.group, out.digits.get() + r * stride, out.units.get() + r * groups,
+                         out.sums.get() + r * groups);
+  });
+  return out;
+}
+
+void multiply_codes(const Projection& p, int64_t m, const Digits& x, int64_t start, int64_t end,
+                    const Kernels& kernels, float* y) {
+  const int64_t bytes = (p.k + 1) / 2;
+  for (int64_t c = start; c < end; ++c) {
+    for (int64_t first = 0; first < m; first += kRowsAtOnce) {
+      const CodeRows rows{static_cast<int>(std::min(kRowsAtOnce, m - first)), p.k, p.group,
+                          x.digits.get() + first * x.stride, x.stride, x.units.get() + first * x.groups,
+                          x.sums.get() + first * x.groups};
+      float out[kRowsAtOnce];
+      kernels.multiply_codes(rows, p.codes + c * bytes, p.group_scale + c * x.groups, p.group_min + c * x.groups, out);
+      for (int r = 0; r < rows.count; ++r) y[(first + r) * p.n + c] = out[r] * p.scale[c] + (p.bias ? p.bias[c] : 0.0f);
+    }
+  }
+}
+
+}  // namespace
+
+bool in_range(const Projection& p, bool affine) {
+  if (p.k < 0 || p.n < 0 || p.block < 0 || (p.block > 1 && p.k % p.block != 0)) return false;
+  // Products of at most 255 * 128 must not add up to more than an int32 holds, or 128 * 128 without zero points.
+  if (!p.codes) return p.k <= (affine ? 65'000 : 131'071);
+  return p.group > 0 && p.group % kCodes == 0 && p.group <= kMaxGroup && p.k <= kMaxGroups * p.group;
+}
+
+void project(const Projection& p, int64_t m, const float* x, const Options& options, const Kernels& kernels,
+             const ForEach& for_each, float* y) {
+  const bool apart = p.smooth || p.block > 1 || p.columns > 0;
+  const Inside inside = apart ? enter_rows(p, m, x, kernels, for_each) : Inside{};
+  const float* const rows = apart ? inside.rows.get() : x;
+  const auto on_channels = [&](const auto& function) {
+    for_each((p.n + kChannelsOfTask - 1) / kChannelsOfTask, [&](int64_t task) {
+      const int64_t start = task * kChannelsOfTask, end = std::min(p.n, start + kChannelsOfTask);
+      function(start, end);
+      if (p.columns > 0) add_columns(p, m, inside.taken.get(), start, end, kernels, y);
+    });
+  };
+  if (p.codes) {
+    const Digits digits = round_rows(p, m, rows, kernels, for_each);
+    on_channels([&](int64_t start, int64_t end) { multiply_codes(p, m, digits, start, end, kernels, y); });
+    return;
+  }
+  // A rotated weight has no outliers but the columns that were taken out.
+  const Options own{p.smooth ? 0.0f : options.threshold, options.by_column, options.affine};
+  const Arrays arrays{m, p.n, p.k, rows, Float::kF32, p.q, p.scale, p.zero, p.bias, y, Float::kF32};
+  product(arrays, own, kernels, for_each);
+  if (p.columns > 0) on_channels([](int64_t, int64_t) {});
+}
+
+}  // namespace jint8
