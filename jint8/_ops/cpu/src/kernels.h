@@ -75,8 +75,20 @@ struct CodeRows {
   int64_t k, group;
   const int8_t* digits;  // as `round_groups` writes them, rows `digit_stride` apart
   int64_t digit_stride;
-  const float* units;    // [count, groups]
-  const float* sums;     // [count, groups]
+  int64_t group_stride;  // groups of a row in `units` and `sums`: a multiple of 16, with zeros behind those that exist
+  const float* units;
+  const float* sums;
+  int64_t columns;       // that were taken out, and have weights in 16 bits
+  const float* taken;    // [count, taken_stride], with zeros behind the columns up to a multiple of 16
+  int64_t taken_stride;
+};
+
+// The weights of some channels, one after the other.
+struct CodeWeights {
+  const uint8_t* q;         // codes, two to a byte in blocks of two groups
+  const uint16_t* steps;    // float16 [groups]
+  const uint16_t* least;    // float16 [groups]
+  const uint16_t* columns;  // float16 [columns]
 };
 
 constexpr int kAttendGroups = 4;    // for so many queries at a time there is room for scores
@@ -150,12 +162,12 @@ struct Kernels {
   // digits, up to the end of the last group; `units` and `sums` of the values are of each group.
   void (*round_groups)(const float* x, int64_t k, int64_t group, int8_t* digits, float* units, float* sums);
 
-  // out[r] = sum_g steps[g] units[r, g] (integers of row r times codes) + least[g] sums[r, g], for one channel's codes
-  // `q`, two to a byte in blocks of two groups; `steps` and `least` in float16.
-  void (*multiply_codes)(const CodeRows& rows, const uint8_t* q, const uint16_t* steps, const uint16_t* least,
-                         float* out);
+  // out[r * kDotChannels + c] = sum_g steps[c, g] units[r, g] (integers of row r times codes) + least[c, g] sums[r, g]
+  //   + sum_i columns[c, i] taken[r, i]
+  // for up to kDotChannels channels.
+  void (*multiply_codes)(const CodeRows& rows, CodeWeights weights, int channels, float* out);
 
-  // `count` floats of 16 bits to float32.
+  // `count` floats of 16 bits to float32, with zeros behind them up to a multiple of 16.
   void (*read_halves)(const uint16_t* halves, int64_t count, float* out);
 
   // Each block of features of the row `x[k]` times a Hadamard matrix.
