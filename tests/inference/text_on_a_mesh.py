@@ -1,12 +1,14 @@
 """The greedy text of a checkpoint on one device and sharded over eight, as JSON; see `test_mesh.py`."""
 
 import json
+import os
 import sys
 
 import jax
 
 import jint8
 
+os.environ["JINT8_NATIVE"] = "named"  # on several devices XLA multiplies: so it does on one
 MESH = jax.make_mesh((1, 8), ("data", "model"))
 prompt = "The capital of France is"
 models = {"alone": jint8.load(sys.argv[1]), "sharded": jint8.load(sys.argv[1], mesh=MESH)}

@@ -210,7 +210,12 @@ def test_other_parameters_go_by_parts(monkeypatch):
     assert not is_one_call(LLAMA, lora, args)
     floats = {**tree, "mlp": {**tree["mlp"], "down": {"weight": np.zeros((40, 48), np.float32)}}}
     assert not is_one_call(LLAMA, floats, args)
-    for other in ({"relative": True}, {"scheme": "int4", "grouping": "ic"}, {"scheme": "int4-a8", "grouping": "oc"}, {"digits": 2}):
+    for other in (
+        {"relative": True},
+        {"scheme": "int4", "grouping": "ic"},
+        {"scheme": "int4-a8", "grouping": "oc"},
+        {"digits": 2},
+    ):
         assert not is_one_call(LLAMA, *layer(LLAMA, jint8.Config(**other)))
     x, at, angles, _ = args
     assert not is_one_call(LLAMA, tree, (x, at, angles, empty_layer(LLAMA, 3, LENGTH, jnp.int8)))

@@ -202,6 +202,21 @@ def test_without_it(monkeypatch):
     assert run.stdout.startswith("None\nExpected what the compiled library can compute, got no compiled library")
 
 
+def test_a_library_of_another_version_is_left_out(monkeypatch):
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: the handler's API version is incompatible\nmore")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    native.kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"installing jint8 again .*API version is incompatible\.?\)"):
+            assert native.kernels() is None
+        w = jint8.quantize(np.ones((4, 4), np.float32), contract_axes=(1,))
+        np.testing.assert_array_equal(jint8.matmul(np.ones((2, 4), np.float32), w), np.full((2, 4), 4))
+    finally:
+        native.kernels.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["generic", "avx2", "avx-vnni", "avx512-vnni", "amx-int8", "neon-dotprod"])
 def test_each_of_its_kernels(monkeypatch, name):
     run = in_a_process(monkeypatch, JINT8_CPU_KERNELS=name)

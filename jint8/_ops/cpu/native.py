@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def kernels() -> str | None:
     """Which kernels the library has for this processor, such as `"avx2"`; None where there is no library.
 
     Registers the library with XLA when called for the first time. `JINT8_NATIVE=0` in the environment leaves it out;
-    `JINT8_CPU_KERNELS` names other kernels than the best.
+    `JINT8_CPU_KERNELS` names other kernels than the best. Where JAX is of a version for which the library wasn't
+    compiled, there is a warning, and no library.
 
     Raises:
       ValueError: `JINT8_CPU_KERNELS` names kernels that this processor or the library hasn't.
@@ -58,9 +60,27 @@ def kernels() -> str | None:
     if not name:
         asked = os.environ["JINT8_CPU_KERNELS"]
         raise ValueError(f"Expected JINT8_CPU_KERNELS to name kernels that this processor can run, got {asked!r}.")
-    for target, handler in HANDLERS.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, handler)), platform="cpu")
-    return name
+    return name if _register(library) else None
+
+
+def _register(library: ctypes.CDLL) -> bool:
+    """Whether XLA takes the library's handlers."""
+    try:
+        # Before it has started, JAX would only note them, and then fail to start at all because of one it can't take.
+        jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX runs without CPUs
+        return False
+    try:
+        for target, handler in HANDLERS.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, handler)), platform="cpu")
+    except (jax.errors.JaxRuntimeError, AttributeError) as error:  # an AttributeError where it is older than this file
+        warnings.warn(
+            "Products on CPUs run in XLA, because the compiled library doesn't fit this version of JAX or jint8; "
+            f"installing jint8 again compiles it anew. ({str(error).splitlines()[0]})",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def by_default(m: int) -> bool:
