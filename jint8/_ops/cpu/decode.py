@@ -110,7 +110,7 @@ class Normed(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A weight, of int8 or of four bits, without columns that aren't multiplied in 16 bits; and its bias `[n]`, or None."""
+    """A weight of int8 or of four bits, whose calibrated columns are multiplied in 16 bits; and its bias `[n]`, or None."""
 
     weight: Weight
     bias: jax.Array | None
@@ -179,7 +179,7 @@ def decode_layer(
 def _flat(arrays: LayerArrays) -> list[jax.Array]:
     """The operands of a layer's parameters; an empty one for what there isn't."""
     nothing = jnp.zeros(0, jnp.float32)
-    out: list[jax.Array] = []
+    out: list[Any] = []
     for part in arrays:
         if isinstance(part, Normed):
             out += [nothing if v is None else v.astype(jnp.float32) for v in part]
@@ -188,5 +188,6 @@ def _flat(arrays: LayerArrays) -> list[jax.Array]:
         out += [w.q, *scale_and_zero(w), nothing if part.bias is None else part.bias.astype(jnp.float32)]
         out.append(nothing if w.smooth is None else w.smooth)
         out += [halves if a is None else a for a in (w.group_scale, w.group_min)]
-        out += [jnp.zeros(0, jnp.int32), halves] if w.outlier_index is None else [w.outlier_index, w.outlier_rows]
+        columns = w.outlier_index is not None and w.outlier_rows is not None
+        out += [w.outlier_index, w.outlier_rows] if columns else [jnp.zeros(0, jnp.int32), halves]
     return out
