@@ -7,6 +7,7 @@ Where to start reading: `llm_int8_matmul` in `matmul.py` is the whole product. I
 - for few rows (decoding): `triton/few_rows.py`, one kernel that quantizes x and one that multiplies;
 - for many rows: `triton/outliers.py` finds the outlier columns, `triton/quantize_rows.py` quantizes x and gathers those
   columns, `triton/many_rows.py` or, on Hopper, `mosaic/many_rows.py` multiplies.
+- for weights whose features were smoothed and rotated: `triton/rotate_rows.py` quantizes x, any number of rows.
 
 `_numerics.py` has the arithmetic that the kernels share; all that depends on the version of JAX is in each folder's
 `_pallas.py`. `chips.py` and `configs.py` hold the tile sizes and what limits them. `nogpu.py` (compile without a GPU),
@@ -33,3 +34,5 @@ from pallas_kernels.triton.outliers import Outliers as Outliers
 from pallas_kernels.triton.outliers import outlier_columns as outlier_columns
 from pallas_kernels.triton.quantize_rows import QuantizedRows as QuantizedRows
 from pallas_kernels.triton.quantize_rows import quantize_rows as quantize_rows
+from pallas_kernels.triton.rotate_rows import ROTATED_BLOCKS as ROTATED_BLOCKS
+from pallas_kernels.triton.rotate_rows import rotate_rows as rotate_rows

@@ -21,10 +21,11 @@ from pallas_kernels.configs import (
     mosaic_supports,
     shape_class,
 )
-from pallas_kernels.triton.few_rows import int8_matmul_few_rows, quantize_few_rows
+from pallas_kernels.triton.few_rows import Planes, int8_matmul_few_rows, quantize_few_rows
 from pallas_kernels.triton.many_rows import int8_matmul_mixed_triton
 from pallas_kernels.triton.outliers import outlier_columns
 from pallas_kernels.triton.quantize_rows import DIGITS, QuantizedRows, gathered_size, quantize_rows
+from pallas_kernels.triton.rotate_rows import ROTATED_BLOCKS, rotate_rows
 
 Mode = Literal["batch", "token"]
 
@@ -58,6 +59,17 @@ def _check(
         raise ValueError(f"Expected mode to be 'batch' or 'token', got {mode!r}")
     if backend not in (None, "triton", "mosaic"):
         raise ValueError(f"Expected backend to be None, 'triton' or 'mosaic', got {backend!r}")
+
+
+def _check_rotation(smooth: jax.Array | None, rotation: int, threshold: float, k: int) -> None:
+    if rotation not in ROTATED_BLOCKS or k % rotation:
+        raise ValueError(f"Expected rotation to be one of {ROTATED_BLOCKS} that divides k = {k}, got {rotation}")
+    if smooth is None and rotation != 1:
+        raise ValueError(f"Expected rotation with smooth, got {rotation} without")
+    if smooth is not None and (smooth.shape != (k,) or smooth.dtype != jnp.float32):
+        raise ValueError(f"Expected smooth to be float32{[k]}, got {smooth.dtype}{list(smooth.shape)}")
+    if smooth is not None and threshold:
+        raise ValueError(f"Expected threshold 0 with smooth: x has no outliers then; got {threshold}")
 
 
 def _check_size(m: int, n: int, k: int) -> None:
@@ -193,6 +205,8 @@ def llm_int8_matmul(
     bias: jax.Array | None = None,
     threshold: float = 6.0,
     mode: Mode = "batch",
+    smooth: jax.Array | None = None,
+    rotation: int = 1,
     dtype: DTypeLike | None = None,
     backend: Backend | None = None,
     config: TileConfig | None = None,
@@ -212,6 +226,8 @@ def llm_int8_matmul(
       threshold: static; `abs(x) >= threshold` is an outlier, 0 turns the decomposition off.
       mode: "batch": all of a column in which any row has an outlier (the paper). "token": only the entries themselves,
         so that a row's result is bit for bit independent of the others.
+      smooth: float32[k], by which x is multiplied where w's features were divided by it; without decomposition only.
+      rotation: how many features of w were rotated together after that, of `rotate_rows.ROTATED_BLOCKS`.
       dtype: of the result; None is x.dtype.
       backend: "triton" or "mosaic" (Hopper; Triton for shapes and dtypes that `mosaic_supports` excludes); None is
         "mosaic" on Hopper and "triton" elsewhere. Only many rows have a choice.
@@ -224,8 +240,8 @@ def llm_int8_matmul(
 
     Raises:
       TypeError: for dtypes.
-      ValueError: for shapes, a negative threshold, an unknown mode or backend, a config of another backend, or one that
-        `check_config` refuses.
+      ValueError: for shapes, a negative threshold, a rotation without smooth, smooth with a threshold, an unknown mode
+        or backend, a config of another backend, or one that `check_config` refuses.
       NotImplementedError: arrays of 2**31 elements or more; "mosaic" on a GPU other than Hopper.
 
     Examples:
@@ -238,6 +254,7 @@ def llm_int8_matmul(
       LLM.int8(), equation 8 (https://arxiv.org/abs/2208.07339).
     """
     _check(x, w, w_scale, bias, threshold, mode, backend)
+    _check_rotation(smooth, rotation, threshold, x.shape[1])
     (m, k), n = x.shape, w.shape[0]
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if dtype not in _FLOATS:
@@ -250,6 +267,7 @@ def llm_int8_matmul(
         # Rows that start at odd addresses compile to loads of single bytes, so copy the weights to aligned rows.
         pad = ((0, 0), (0, -k % _ALIGN))
         x, w, k = jnp.pad(x, pad), jnp.pad(w, pad), k + -k % _ALIGN
+        smooth = None if smooth is None else jnp.pad(smooth, pad[1])
     if config is None:
         config = pick_config(m, n, k, chip=_chip_for(backend), backend=backend, threshold=threshold, dtype=dtype)
     else:
@@ -260,8 +278,17 @@ def llm_int8_matmul(
 
     # Few rows: quantize, multiply.
     if isinstance(config, FewRowsConfig):
-        planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)
+        if smooth is None:
+            planes = quantize_few_rows(x, threshold, per_token=mode == "token", interpret=interpret)
+        else:
+            turned = rotate_rows(x, smooth, rotation, interpret=interpret)
+            planes = Planes(turned.q[None], turned.factors)
         return int8_matmul_few_rows(planes, w, w_scale, bias=bias, dtype=dtype, config=config, interpret=interpret)
+
+    # Many rows in the weight's coordinates: smooth, rotate and quantize, multiply.
+    if smooth is not None:
+        rows = rotate_rows(x, smooth, rotation, height=config.height, interpret=interpret)
+        return int8_matmul_mixed(rows, w, w_scale, m=m, bias=bias, dtype=dtype, config=config, interpret=interpret)
 
     # Many rows: find the outlier columns, quantize x and gather those columns of x and of the weights, multiply.
     form = config.outlier_form(x.dtype, per_token=mode == "token")

@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,14 @@ BLACKWELL = {
     )
 }
 
-# What is compiled: a config, (m, n, k), the threshold.
-Case = tuple[TileConfig, tuple[int, int, int], float]
+
+class Case(NamedTuple):
+    """What is compiled."""
+
+    config: TileConfig
+    size: tuple[int, int, int]  # m, n, k
+    threshold: float
+    rotation: int = 0  # how many features are rotated together, after smoothing; 0: neither
 
 
 @dataclass(frozen=True)
@@ -189,14 +195,17 @@ def cases(chip: Chip) -> dict[str, Case]:
         if isinstance(config, FewRowsConfig):
             rows = config.rows // (1 + DIGITS)  # of x, in each of its planes
             for m in (1, rows) if rows == 4 else (rows,):
-                found[f"{shape} rows={m}"] = config, (m, 14336, 4096), 6.0
-            found[f"{shape} threshold=0"] = config, (min(FEW_ROWS, config.rows), 4096, 14336), 0.0
-            found[f"{shape} odd"] = config, (rows - 1, 1001, 1001), 6.0
+                found[f"{shape} rows={m}"] = Case(config, (m, 14336, 4096), 6.0)
+            found[f"{shape} threshold=0"] = Case(config, (min(FEW_ROWS, config.rows), 4096, 14336), 0.0)
+            found[f"{shape} odd"] = Case(config, (rows - 1, 1001, 1001), 6.0)
         else:
-            found[shape] = config, (2048, 4096, 4096), 6.0
-            found[f"{shape} threshold=0"] = config, (2048, 4096, 4096), 0.0
+            found[shape] = Case(config, (2048, 4096, 4096), 6.0)
+            found[f"{shape} threshold=0"] = Case(config, (2048, 4096, 4096), 0.0)
             odd = (1001, 1001, 1001) if config.kind == "triton" else (1001, 960, 960)  # whose weights have whole tiles
-            found[f"{shape} odd"] = config, odd, 6.0
+            found[f"{shape} odd"] = Case(config, odd, 6.0)
+    few, shape = next((config, shape) for config, shape in configs.items() if isinstance(config, FewRowsConfig))
+    for rotation, k in ((64, 4096), (64, 14336), (64, 576), (32, 4096), (16, 4096), (1, 4096)):
+        found[f"{shape} rotation={rotation} k={k}"] = Case(few, (1, 4096, k), 0.0, rotation)
     return found
 
 
@@ -209,14 +218,18 @@ def _operands(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
 def _compile_cases(chip: Chip, cases: dict[str, tuple]) -> dict[str, list[dict]]:
     """label -> kernels, each as a dict; in the child process of `run`. `cases` are as in `run`, the configs in JSON."""
     result = {}
-    for label, (entry, size, threshold) in cases.items():
+    for label, (entry, size, threshold, rotation) in cases.items():
         config = from_json(entry)
 
-        def fn(x, w, scale, bias, config=config, threshold=threshold):
-            return llm_int8_matmul(x, w, scale, bias=bias, threshold=threshold, config=config)
+        def fn(x, w, scale, bias, *smooth, config=config, threshold=threshold, rotation=rotation):
+            inside = {"smooth": smooth[0], "rotation": rotation} if smooth else {}
+            return llm_int8_matmul(x, w, scale, bias=bias, threshold=threshold, config=config, **inside)
 
+        operands = _operands(*size)
+        if rotation:
+            operands.append(jax.ShapeDtypeStruct(size[2:], jnp.float32))
         try:
-            kernels = compile_kernels(fn, chip, *_operands(*size))
+            kernels = compile_kernels(fn, chip, *operands)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             print(f"{label}: {error}", file=sys.stderr)
             kernels = []
@@ -248,8 +261,8 @@ def run(chip: Chip, chosen: dict[str, Case] | None = None) -> dict[str, list[dic
         )
         command = [sys.executable, "-W", "ignore", "-m", "pallas_kernels.nogpu", "--child", chip.name]
         given = {
-            label: (to_json(config), size, threshold)
-            for label, (config, size, threshold) in (cases(chip) if chosen is None else chosen).items()
+            label: (to_json(config), size, threshold, rotation)
+            for label, (config, size, threshold, rotation) in (cases(chip) if chosen is None else chosen).items()
         }
         done = subprocess.run(
             command, env=environment, input=json.dumps(given), capture_output=True, text=True, check=False

@@ -104,7 +104,7 @@ def prune() -> dict[str, dict[str, list[dict]]]:
         def rows(config: TileConfig) -> int:
             return config.rows // (1 + DIGITS) if isinstance(config, FewRowsConfig) else 2048
 
-        cases = {label: (c, (rows(c), 4096, 4096), 6.0) for label, (_, c) in made.items()}
+        cases = {label: nogpu.Case(c, (rows(c), 4096, 4096), 6.0) for label, (_, c) in made.items()}
         found = nogpu.run(chip, cases)
         kept[chip.name] = {kind: [] for kind in kinds}
         for label, kernels in found.items():

@@ -22,6 +22,7 @@ class Case(NamedTuple):
     """A product: sizes, how many outlier columns, and which of the kernels' options.
 
     `bad`: the second row has a NaN, the third infinity; all of their results have to be non-finite, no others.
+    `rotation`: activations are smoothed, and so many features rotated together; 0 means neither.
     """
 
     m: int
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     mode: str = "batch"
     threshold: float = 6.0
     bad: bool = False
+    rotation: int = 0
 
 
 FEW = (
@@ -45,6 +47,9 @@ FEW = (
     Case(4, 14336, 4096, 40),
     Case(32, 14336, 4096, 40),
     Case(29, 320, 1008, 1008),
+    Case(1, 4096, 14336, threshold=0.0, rotation=64),
+    Case(7, 320, 576, threshold=0.0, rotation=64, bad=True),
+    Case(16, 256, 512, 3, "float32", threshold=0.0, rotation=16),
 )
 MANY = (
     Case(2048, 4096, 4096),
@@ -57,10 +62,16 @@ MANY = (
     Case(100, 256, 512, 3, "float32"),
     Case(150, 384, 1024, 3, bad=True),
     Case(17, 4096, 4096),
+    Case(2048, 4096, 4096, threshold=0.0, rotation=64),
+    Case(130, 384, 1024, threshold=0.0, rotation=1),
 )
 LARGE = Case(2048, 16384, 4096, 64)  # whose oracle takes a second
-TOY_FEW = (Case(3, 37, 48, 2), Case(4, 40, 64, 2, mode="token", bad=True))
-TOY_MANY = (Case(20, 33, 64, 2), Case(70, 48, 80, 80))
+TOY_FEW = (
+    Case(3, 37, 48, 2),
+    Case(4, 40, 64, 2, mode="token", bad=True),
+    Case(4, 40, 128, 2, threshold=0.0, rotation=64, bad=True),
+)
+TOY_MANY = (Case(20, 33, 64, 2), Case(70, 48, 80, 80), Case(20, 33, 80, threshold=0.0, rotation=16))
 
 
 def triton(record: Record, setting: Setting) -> None:
@@ -120,6 +131,9 @@ def judge(run: Callable[[], Any], ops: operands.Operands, case: Case, *, seed: i
     rows = oracle.sample_rows(case.m, seed)
     rows = rows[good[rows]]
     options: Any = {"threshold": case.threshold, "mode": case.mode, "rows": rows, "dtype": case.dtype}
+    if case.rotation:  # the sums of a rotation are in float32
+        x = oracle.turned(np.where(good[:, None], x, 0), _smooth(case), case.rotation)
+        options["margin"] = 1e-3
     worst = oracle.worst_error(y[rows], *oracle.expected(x, q, scale, **options))
     found: dict[str, Any] = {
         "error": worst,
@@ -154,7 +168,14 @@ def _run(record: Record, setting: Setting, cases: list[tuple[Case, dict[str, Any
                 record.fail(f"wrong: {row}")
 
 
+def _smooth(case: Case) -> np.ndarray:
+    return np.linspace(0.5, 2, case.k, dtype=np.float32)
+
+
 def _product(case: Case, options: dict[str, Any], setting: Setting) -> Callable[..., Any]:
+    if case.rotation:
+        options = {**options, "smooth": jax.numpy.asarray(_smooth(case)), "rotation": case.rotation}
+
     def fn(x, q, scale):
         return pk.llm_int8_matmul(
             x, q, scale, threshold=case.threshold, mode=case.mode, interpret=setting.rehearse, **options

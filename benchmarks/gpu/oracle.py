@@ -18,7 +18,15 @@ def sample_rows(m: int, seed: int) -> np.ndarray:
 
 
 def expected(
-    x: np.ndarray, q: np.ndarray, scale: np.ndarray, *, threshold: float, mode: str, rows: np.ndarray, dtype: str
+    x: np.ndarray,
+    q: np.ndarray,
+    scale: np.ndarray,
+    *,
+    threshold: float,
+    mode: str,
+    rows: np.ndarray,
+    dtype: str,
+    margin: float = 1e-4,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Some rows of the product, and how far off a right result may be there: float64[len(rows), n] each.
 
@@ -30,6 +38,7 @@ def expected(
       mode: "batch" or "token".
       rows: which rows; all of them are finite.
       dtype: of the result.
+      margin: how close to the middle of two steps an activation is that may be rounded either way.
     """
     x = x.astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -42,7 +51,7 @@ def expected(
     values = np.rint(ratio) * step + outliers
     # What may be off: a step where a ratio is a tie but for float32's rounding, outliers by 2**-15 of their row's
     # largest, sums in float32, and one rounding of the result.
-    ties = np.abs(np.abs(ratio - np.floor(ratio)) - 0.5) < 1e-4
+    ties = np.abs(np.abs(ratio - np.floor(ratio)) - 0.5) < margin
     largest = np.abs(outliers).max(axis=1, keepdims=True)
     slack = ties * step + 2.0**-15 * largest * out + 2.0**-20 * np.abs(x)
     rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-22}[dtype]
@@ -53,6 +62,15 @@ def expected(
         off = slack @ np.abs(w)  # before the result is rounded
         allowed.append(off + rounding * (np.abs(right[-1]) + off) + np.finfo(np.float32).tiny)
     return np.concatenate(right, axis=1), np.concatenate(allowed, axis=1)
+
+
+def turned(x: np.ndarray, smooth: np.ndarray, block: int) -> np.ndarray:
+    """`x[m, k]` smoothed and rotated in blocks by Sylvester's Hadamard matrix, float64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    inside = (x.astype(np.float64) * smooth).reshape(len(x), -1, block) @ (matrix / np.sqrt(block))
+    return inside.reshape(x.shape)
 
 
 def worst_error(y: np.ndarray, right: np.ndarray, allowed: np.ndarray) -> float:

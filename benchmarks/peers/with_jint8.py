@@ -24,7 +24,7 @@ class Engine:
             quantize=quantize,
         )
         self.model = dataclasses.replace(model, tokenizer=None)  # knows no end tokens: never stops early
-        self.model.warm(batch=1, prompt=512, max_tokens=128)  # as a process that answers for long does
+        self.model.warm(batch=16, prompt=512, max_tokens=128)  # as a process that answers for long does
 
     def generate(self, prompts: list[list[int]], steps: int) -> Generated:
         begin = time.perf_counter()

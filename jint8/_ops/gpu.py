@@ -51,11 +51,14 @@ def kernel_product(
 ) -> jax.Array:
     """`x[m, k]` times `w`, plus `bias[n]` -> `dtype[m, n]`, in the kernels. A weight in `[k, n]` order is transposed.
 
-    `backend` is of `BACKENDS`; None: the kernels' choice. `interpret`: in Pallas's interpret mode, slow, for tests.
+    `x` is smoothed and rotated as the weight is, by a kernel or, where that can't, by XLA. `backend` is of `BACKENDS`;
+    None: the kernels' choice. `interpret`: in Pallas's interpret mode, slow, for tests.
     """
     # Imported here, because Pallas takes long to import and few processes need it.
-    from pallas_kernels import llm_int8_matmul
+    from pallas_kernels import ROTATED_BLOCKS, llm_int8_matmul
 
+    if w.smooth is not None and w.block not in ROTATED_BLOCKS:
+        x, w = w.coordinates(x), w.int8_alone()
     return llm_int8_matmul(
         x,
         w.q if w.k_last else w.q.T,
@@ -63,6 +66,8 @@ def kernel_product(
         bias=bias,
         threshold=min(config.threshold, LARGEST_FLOAT) if config.decomposes else 0.0,
         mode="batch" if config.outliers == "batch" else "token",
+        smooth=w.smooth,
+        rotation=max(w.block, 1),
         dtype=dtype,
         backend=cast(Literal["triton", "mosaic"] | None, backend),
         interpret=interpret,

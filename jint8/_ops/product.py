@@ -167,11 +167,19 @@ def _product(static: _Static, x, w: Weight, bias):
     # Of these weights the calibrated columns are nowhere else.
     apart = w.block or w.packing is not None
     if w.outlier_index is None or not (apart or static.config.uses_calibrated_columns):
-        return _compute(static, w.coordinates(x), w.int8_alone(), bias)
+        entered, int8 = _entered(static, x, w)
+        return _compute(static, entered, int8, bias)
     # The calibrated columns in 16 bits, and the other columns as if those were zeros.
-    rest = w.coordinates(without_columns(x, w.outlier_index))
-    y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), rest, w.int8_alone(), bias)
+    entered, int8 = _entered(static, without_columns(x, w.outlier_index), w)
+    y = _compute(static._replace(dtype=jnp.dtype(jnp.float32)), entered, int8, bias)
     return (y + column_product(x, w, static.precision)).astype(static.dtype)
+
+
+def _entered(static: _Static, x: jax.Array, w: Weight) -> tuple[jax.Array, Weight]:
+    """Activations in the weight's coordinates, and what multiplies those; as they are for kernels that do that, too."""
+    if static.path in (*gpu.BACKENDS, KERNELS_ON_GPU):
+        return x, w.without_columns()
+    return w.coordinates(x), w.int8_alone()
 
 
 def _compute(static: _Static, x, w: Weight, bias):
@@ -212,7 +220,7 @@ def _by_kernels(static, x, w, bias):
 
 def _by_library(static, x, w, bias):
     config, dtype, _ = static
-    return [native.native_product(x, w, bias, config, dtype)]
+    return [native.native_product(w.coordinates(x), w.int8_alone(), bias, config, dtype)]
 
 
 def _four_bits_by_library(static, x, w, bias):
@@ -221,12 +229,15 @@ def _four_bits_by_library(static, x, w, bias):
 
 def _by_xla(static, x, w, bias):
     config, dtype, _ = static
+    if w.packing is None:
+        x, w = w.coordinates(x), w.int8_alone()
     path = choose_path(x.shape[0], w, config, "xla")
     return [xla_product(x, w, bias, config, path=path, dtype=dtype)]
 
 
 def _by_xla_on_tpu(static, x, w, bias):
     config, dtype, _ = static
+    x, w = w.coordinates(x), w.int8_alone()
     path = choose_xla_path_on_tpu(x.shape[0], w, config)
     return [traced_product(x, w, bias, config, path=path, dtype=dtype)]
 

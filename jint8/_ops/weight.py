@@ -136,6 +136,10 @@ class Weight:
         """
         return dataclasses.replace(self, outlier_rows=None, outlier_index=None, smooth=None, block=0)
 
+    def without_columns(self) -> Weight:
+        """What multiplies activations of which the calibrated columns were taken out, not in its coordinates yet."""
+        return dataclasses.replace(self, outlier_rows=None, outlier_index=None)
+
     def coordinates(self, x: jax.Array) -> jax.Array:
         """Activations `x[m, k]` smoothed and rotated as the weight is, in float32; unchanged where it isn't."""
         if self.smooth is None:

@@ -71,3 +71,14 @@ def test_products_of_one_x_quantize_it_once(rows, one, three):
     for weights, launches in (([w], one), ([w] * 3, three)):
         text = gpu_programs.compile_for(chip, products, x, *weights)
         assert gpu_programs.read(text, set()).launches == {"custom-call": launches}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nogpu.missing() is not None, reason=str(nogpu.missing()))
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_smoothing_and_rotation_are_in_the_kernel_that_quantizes(rows):
+    config = jint8.Config.preset("rotated")
+    w = jax.eval_shape(lambda: jint8.quantize(jnp.ones((1024, 1024)), contract_axes=(1,), config=config))
+    x = jax.ShapeDtypeStruct((rows, 1024), jnp.bfloat16)
+    text = gpu_programs.compile_for(CHIPS["sm_90"], lambda x, w: jint8.matmul(x, w), x, w)
+    assert gpu_programs.read(text, set()).launches == {"custom-call": 2}

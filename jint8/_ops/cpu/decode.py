@@ -110,7 +110,7 @@ class Normed(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A weight of int8 or of four bits, whose columns are multiplied in 16 bits if it has any; its bias `[n]`, or None."""
+    """A weight, whose columns are multiplied in 16 bits if it has any, and its bias `[n]`, or None."""
 
     weight: Weight
     bias: jax.Array | None
