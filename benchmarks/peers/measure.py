@@ -13,7 +13,7 @@ from typing import Any
 
 PAUSE_S = 0.3  # between runs: the threads of some engines spin for a while when there is nothing left to do
 WANTED_REPEATS = 3  # a slow worker decodes fewer tokens rather than fewer times than this
-LEAST_STEPS = 2
+LEAST_STEPS = 16  # after fewer, what is measured is the end of the prompt: arrays that are still written, cold caches
 MOST_COMPILING_S = 60
 SHORTER = 8  # times shorter prompts, for a worker that would take too long with the whole ones
 WORKER = Path(__file__).with_name("worker.py")

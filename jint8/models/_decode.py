@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jint8._ops.cpu.decode import ACTIVATIONS, LayerArrays, LayerShape, Normed, Projection
 from jint8._ops.fused import decode_layer, fits_decode_layer, multiplied
-from jint8.models._attention import Context
+from jint8.models._attention import Context, alibi_slopes
 from jint8.models._cache import Cache, LayerCache
 from jint8.models._config import ModelConfig
 from jint8.models._fused import gate_blocks
@@ -23,7 +23,7 @@ def fits(config: ModelConfig, mesh: Mesh | None, params: Any, x: jax.Array, at: 
         return False
     c = config
     known = c.norm_place in ("before", "around") and not c.experts and c.activation in ACTIVATIONS
-    if not known or not c.causal or c.alibi or c.attention_softcap:
+    if not known or not c.causal:
         return False
     names = {"attention": _names(c, "qkv", "out"), "mlp": {"gate_up" if c.gated else "up", "down"}}
     if any({*params.get(part, {})} != inner for part, inner in names.items()):
@@ -76,6 +76,8 @@ def decode(
         eps=float(c.norm_eps),
         offset=float(c.norm_offset),
         query_scale=float(c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale),
+        softcap=float(c.attention_softcap),
+        slopes=tuple(map(float, alibi_slopes(c.num_heads))) if c.alibi else (),
     )
     y, *arrays = decode_layer(
         x[:, 0],

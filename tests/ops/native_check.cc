@@ -204,6 +204,7 @@ void check_layer(const jint8::Kernels& kernels) {
   const std::vector<float> x = normals(batch * width), gain = normals(width), head_gain = normals(size);
   const std::vector<float> sin = normals(batch * size), cos = normals(batch * size);
   const std::vector<float> keys = normals(batch * heads * size * length), values = normals(batch * heads * size * length);
+  const std::vector<float> slopes = normals(heads * groups);
   std::vector<int32_t> first(batch);
   const int64_t slot = below(static_cast<int>(length));
   for (int32_t& start : first) start = below(static_cast<int>(slot) + 1);
@@ -222,9 +223,10 @@ void check_layer(const jint8::Kernels& kernels) {
     layer.query_scale = 0.3f;
     layer.attention = jint8::Attention{rows, heads, groups, size, length};
     layer.attention.key = key.data(), layer.attention.value = value.data(), layer.attention.slot = slot;
+    layer.attention.change = jint8::ScoreChange{2.0f, slopes.data()};
     layer.attention.first = first.data() + begin, layer.attention.window = length / 2;
     layer.qkv = qkv.projection, layer.out = out.projection;
-    layer.mlp = jint8::FeedForward{up.projection, down.projection, blocks, jint8::Activation::kSilu};
+    layer.mlp = jint8::FeedForward{up.projection, down.projection, blocks, static_cast<jint8::Activation>(slot % 4)};
     layer.y = y.data();
     OnThreads threads;
     jint8::decode_layer(layer, jint8::Options{3.0f, false, false}, kernels, threads.for_each());

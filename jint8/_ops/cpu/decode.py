@@ -13,7 +13,7 @@ from jint8._core.config import Config
 from jint8._ops.cpu.native import ATTENTION_TARGET, GATED_TARGET, LAYER_TARGET, options, scale_and_zero
 from jint8._ops.weight import Weight
 
-ACTIVATIONS = ("silu", "gelu_tanh", "relu")  # of the library, by its numbers
+ACTIVATIONS = ("silu", "gelu_tanh", "relu", "gelu")  # of the library, by its numbers
 
 
 def gated_network(
@@ -21,8 +21,8 @@ def gated_network(
 ) -> jax.Array:
     """`down(activation(gate(x)) * up(x))` of float32 `x[m, d]` -> `[m, d]`, in one call of the library.
 
-    `gate_up[2 n, d]` has `blocks` times some rows of the gate and then as many of the other factor. `activation` is 0
-    for silu, and 1 for gelu with tanh.
+    `gate_up[2 n, d]` has `blocks` times some rows of the gate and then as many of the other factor. `activation` is a
+    number in `ACTIVATIONS`.
     """
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     return jax.ffi.ffi_call(GATED_TARGET, out, vmap_method="sequential")(
@@ -87,6 +87,8 @@ class LayerShape:
       centered: whether norms take off the mean.
       eps, offset: of norms: `x / sqrt(mean(x**2) + eps) * (offset + scale)`.
       query_scale: factor of queries.
+      softcap: scores are `softcap * tanh(score / softcap)`; 0 leaves them.
+      slopes: by which scores of each query head fall for a slot of distance, after that; empty where they don't.
     """
 
     groups: int
@@ -100,6 +102,8 @@ class LayerShape:
     eps: float
     offset: float
     query_scale: float
+    softcap: float
+    slopes: tuple[float, ...]
 
 
 class Normed(NamedTuple):
@@ -161,11 +165,13 @@ def decode_layer(
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *cache)]
     sin, cos = angles or (jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0)))
     starts = jnp.zeros(0, jnp.int32) if first is None else first
-    operands = [x, sin, cos, slot, starts, *_flat(arrays), *cache]
+    slopes = jnp.asarray(shape.slopes, jnp.float32)
+    operands = [x, sin, cos, slot, starts, slopes, *_flat(arrays), *cache]
     last = len(operands)
     numbers: dict[str, Any] = {
         name: np.float32(value) if isinstance(value, float) else value if isinstance(value, bool) else np.int64(value)
         for name, value in dataclasses.asdict(shape).items()
+        if name != "slopes"
     }
     weights = [part.weight for part in arrays if isinstance(part, Projection)]
     numbers["rotations"] = np.array([0 if w.smooth is None else w.block for w in weights], np.int64)

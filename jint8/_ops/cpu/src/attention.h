@@ -58,6 +58,18 @@ void scores_of(const float* q, const HeadCache& cache, int64_t first, int64_t la
   for (; s < last; s += kWide) scores_at<G, 1>(q, cache, s + kWide <= last ? s : last - kWide, scores, stride);
 }
 
+// The scores of one query, changed. What is behind the last one is overwritten.
+inline void change_scores(float cap, float slope, int64_t first, int64_t last, float* scores) {
+  for (int64_t s = first; s < last; s += kWide) {
+    Wide v = read_wide(scores + s);
+    if (cap > 0) v = cap * hyperbolic_tangent(v / cap);
+    if (slope != 0) {
+      for (int i = 0; i < kWide; ++i) v[i] += slope * static_cast<float>(s + i - (last - 1));
+    }
+    write_wide(scores + s, v);
+  }
+}
+
 // Scores to exp(score - largest score); returns their sum. Scores behind the last one are overwritten.
 inline float exponentials(float* scores, int64_t first, int64_t last) {
   float largest = -__builtin_inff();
@@ -94,9 +106,12 @@ void weighted_of(const float* weights, int64_t stride, const float* sums, const 
 }
 
 template <int G>
-void attend_of(const float* q, const HeadCache& cache, int64_t first, int64_t last, float* scores, int64_t stride,
-               float* out) {
+void attend_of(const float* q, const HeadCache& cache, ScoreChange change, int64_t first, int64_t last, float* scores,
+               int64_t stride, float* out) {
   scores_of<G>(q, cache, first, last, scores, stride);
+  for (int g = 0; g < G && (change.cap > 0 || change.slopes); ++g) {
+    change_scores(change.cap, change.slopes ? change.slopes[g] : 0.0f, first, last, scores + g * stride);
+  }
   float sums[G];
   for (int g = 0; g < G; ++g) sums[g] = exponentials(scores + g * stride, first, last);
   int64_t d = 0;
@@ -106,21 +121,22 @@ void attend_of(const float* q, const HeadCache& cache, int64_t first, int64_t la
   for (; d < cache.head_dim; d += kWide) weighted_of<G, 1>(scores, stride, sums, cache, first, last, d, out);
 }
 
-void attend(const float* q, int groups, const HeadCache& cache, int64_t first, int64_t last, float* scores,
-            float* out) {
+void attend(const float* q, int groups, const HeadCache& cache, ScoreChange change, int64_t first, int64_t last,
+            float* scores, float* out) {
   const int64_t stride = cache.length + kAttendPadding;
   while (groups > 0) {
     int done;
     if (groups >= 4) {
-      attend_of<4>(q, cache, first, last, scores, stride, out), done = 4;
+      attend_of<4>(q, cache, change, first, last, scores, stride, out), done = 4;
     } else if (groups == 3) {
-      attend_of<3>(q, cache, first, last, scores, stride, out), done = 3;
+      attend_of<3>(q, cache, change, first, last, scores, stride, out), done = 3;
     } else if (groups == 2) {
-      attend_of<2>(q, cache, first, last, scores, stride, out), done = 2;
+      attend_of<2>(q, cache, change, first, last, scores, stride, out), done = 2;
     } else {
-      attend_of<1>(q, cache, first, last, scores, stride, out), done = 1;
+      attend_of<1>(q, cache, change, first, last, scores, stride, out), done = 1;
     }
     groups -= done, q += done * cache.head_dim, out += done * cache.head_dim;
+    if (change.slopes) change.slopes += done;
   }
 }
 

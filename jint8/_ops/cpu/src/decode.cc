@@ -33,8 +33,10 @@ void attend_head(const Attention& a, int64_t i, const Kernels& kernels) {
   if (a.window > 0) begin = std::max(begin, a.slot + 1 - a.window);
   begin = std::min(begin, a.slot);
   const auto scores = floats(kAttendGroups * (a.length + kAttendPadding));
-  kernels.attend(a.q + i * a.q_stride, static_cast<int>(a.groups), HeadCache{keys, values, a.size, a.length}, begin,
-                 a.slot + 1, scores.get(), a.out + i * a.groups * a.size);
+  ScoreChange change = a.change;
+  if (change.slopes) change.slopes += i % a.heads * a.groups;
+  kernels.attend(a.q + i * a.q_stride, static_cast<int>(a.groups), HeadCache{keys, values, a.size, a.length}, change,
+                 begin, a.slot + 1, scores.get(), a.out + i * a.groups * a.size);
 }
 
 void feed_forward(const FeedForward& network, int64_t m, const float* x, const Options& options,

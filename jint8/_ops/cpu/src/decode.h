@@ -21,6 +21,7 @@ struct Attention {
   int64_t slot;          // of the token
   const int32_t* first;  // the slot of each row's first token, or nullptr for 0
   int64_t window;        // how many of the latest slots the token sees; 0: all
+  ScoreChange change;    // with slopes of [heads, groups]
   float* out;            // [batch, heads, groups, size]
 };
 

@@ -76,7 +76,7 @@ ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_sc
     return invalid("Expected x[m, d], gate_up[2 n, d], down[d, n], scales and zeros of their channels.");
   }
   if (d > limit || n > limit || !(threshold >= 0)) return invalid("k or threshold is out of range.");
-  if (activation < 0 || activation > 2) return invalid("Expected activation 0 (silu), 1 (gelu with tanh) or 2 (relu).");
+  if (activation < 0 || activation > 3) return invalid("Expected the number of an activation, from 0 to 3.");
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
   const Options options{threshold, by_column && m > 1, affine};

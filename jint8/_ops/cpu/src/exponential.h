@@ -1,4 +1,4 @@
-// The exponential function of a vector.
+// The exponential function of a vector, and functions made of it.
 #ifndef JINT8_EXPONENTIAL_H_
 #define JINT8_EXPONENTIAL_H_
 
@@ -38,6 +38,20 @@ inline Wide exponential(Wide x) {
   p = p * r + 1.0f;
   const WideBits power = ((WideBits)rounded - (WideBits)magic + 127) << 23;
   return p * (Wide)power;
+}
+
+inline Wide hyperbolic_tangent(Wide x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+
+// Within 2e-7 of erf(x). Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+inline Wide error_function(Wide x) {
+  const Wide size = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * size);
+  Wide p = Wide{} + 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Wide y = 1.0f - p * t * exponential(-size * size);
+  return x < 0.0f ? -y : y;
 }
 
 }  // namespace

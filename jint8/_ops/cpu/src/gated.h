@@ -10,6 +10,7 @@ namespace {
 
 inline Wide activated(Wide x, Activation activation) {
   if (activation == Activation::kRelu) return x < 0.0f ? Wide{} : x;  // NaN stays NaN
+  if (activation == Activation::kGelu) return 0.5f * x * (1.0f + error_function(0.707106781f * x));
   // gelu(x) = x / 2 (1 + tanh(y)) = x sigmoid(2 y), with y = sqrt(2 / pi) (x + 0.044715 x^3)
   const Wide y = activation == Activation::kSilu ? x : 1.59576912f * (x + 0.044715f * x * x * x);
   return x * (1.0f / (1.0f + exponential(-y)));

@@ -91,10 +91,16 @@ struct CodeWeights {
   const uint16_t* columns;  // float16 [columns]
 };
 
+// What happens to scores before the softmax: cap * tanh(score / cap), then slopes[g] (slot - the token's) is added.
+struct ScoreChange {
+  float cap;            // 0: none
+  const float* slopes;  // of each query, or nullptr
+};
+
 constexpr int kAttendGroups = 4;    // for so many queries at a time there is room for scores
 constexpr int kAttendPadding = 16;  // scores of each query beside those of the slots
 
-enum class Activation { kSilu, kGelu, kRelu };  // gelu with tanh
+enum class Activation { kSilu, kTanhGelu, kRelu, kGelu };
 
 // y = x / sqrt(mean(x^2) + eps) * (offset + scale) + bias, of x less its mean where it is centered.
 struct Norm {
@@ -144,9 +150,9 @@ struct Kernels {
                  float* y, int64_t stride);
 
   // out[g, d] = softmax_s(sum_d q[g, d] key[d, s]) value[s, d] for slots s from `first` to before `last`, and `groups`
-  // queries. `scores` has room for kAttendGroups times (length + kAttendPadding).
-  void (*attend)(const float* q, int groups, const HeadCache& cache, int64_t first, int64_t last, float* scores,
-                 float* out);
+  // queries, with scores changed before. `scores` has room for kAttendGroups times (length + kAttendPadding).
+  void (*attend)(const float* q, int groups, const HeadCache& cache, ScoreChange change, int64_t first, int64_t last,
+                 float* scores, float* out);
 
   // out[i] = activation(gate[i]) * up[i], or without the factor where `up` is nullptr.
   void (*gated)(const float* gate, const float* up, int64_t count, Activation activation, float* out);

@@ -15,14 +15,14 @@ ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi:
                              ffi::Result<ffi::Buffer<ffi::F32>> key, ffi::Result<ffi::Buffer<ffi::F32>> value,
                              ffi::Span<const int64_t> rotations, int64_t group, int64_t groups, int64_t window, int64_t rotated, int64_t hidden, int64_t blocks,
                              int64_t activation, bool parallel, bool centered, float eps, float offset,
-                             float query_scale, float threshold, bool by_column, bool affine) {
+                             float query_scale, float softcap, float threshold, bool by_column, bool affine) {
   const auto yd = y->dimensions(), kd = key->dimensions();
   if (yd.size() != 2 || kd.size() != 4) return invalid("Expected y[b, d] and key[b, h, size, length].");
   const int64_t batch = yd[0], width = yd[1], heads = kd[1], size = kd[2], length = kd[3];
   const int64_t all = heads * groups * size;
   const bool known = kd[0] == batch && size % 16 == 0 && length > 0 && groups > 0 && rotated >= 0 && rotated <= size &&
                      rotated % 2 == 0 && hidden > 0 && blocks >= 0 && (blocks == 0 || hidden % blocks == 0) &&
-                     activation >= 0 && activation <= 2 && threshold >= 0 && rotations.size() == 4 && group >= 0;
+                     activation >= 0 && activation <= 3 && softcap >= 0 && threshold >= 0 && rotations.size() == 4 && group >= 0;
   if (!known) return invalid("Sizes or options of a layer are out of range.");
 
   Operands operands(args);
@@ -35,6 +35,7 @@ ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi:
   const int32_t* const slot = operands.next<ffi::S32>(1);
   layer.attention = Attention{batch, heads, groups, size, length};
   layer.attention.first = operands.next<ffi::S32>(batch, true), layer.attention.window = window;
+  layer.attention.change = ScoreChange{softcap, operands.next<ffi::F32>(heads * groups, true)};
   layer.attention_norm = operands.norm(width, norm);
   layer.qkv = operands.projection(heads * (groups + 2) * size, width, group, rotations[0]);
   layer.q_norm = operands.norm(size, norm, true), layer.k_norm = operands.norm(size, norm, true);
@@ -92,6 +93,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Jint8DecodeLayer, jint8::decode_layer_call,
                                   .Attr<float>("eps")
                                   .Attr<float>("offset")
                                   .Attr<float>("query_scale")
+                                  .Attr<float>("softcap")
                                   .Attr<float>("threshold")
                                   .Attr<bool>("by_column")
                                   .Attr<bool>("affine"));
