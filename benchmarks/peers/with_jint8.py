@@ -24,7 +24,9 @@ class Engine:
             quantize=quantize,
         )
         self.model = dataclasses.replace(model, tokenizer=None)  # knows no end tokens: never stops early
-        self.model.warm(batch=16, prompt=512, max_tokens=128)  # as a process that answers for long does
+        # As a process that answers for long does, for the requests that it will have.
+        self.model.warm(batch=1, prompt=512, max_tokens=128)
+        self.model.warm(batch=16, prompt=32, max_tokens=33)
 
     def generate(self, prompts: list[list[int]], steps: int) -> Generated:
         begin = time.perf_counter()

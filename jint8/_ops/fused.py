@@ -138,7 +138,8 @@ def fits_decode_layer(x: jax.Array, cache: tuple[jax.Array, jax.Array], weights:
     key, _ = cache
     if x.dtype != jnp.float32 or key.dtype != jnp.float32 or 0 in x.shape or key.shape[2] % 16:
         return False
-    return native.by_default(len(x)) and _are_alike(weights) and all(_is_known(w, len(x)) for w in weights)
+    m = x.shape[0]  # which may be symbolic
+    return native.by_default(m) and _are_alike(weights) and all(_is_known(w, m) for w in weights)
 
 
 def decode_layer(

@@ -190,6 +190,16 @@ def test_programs_for_other_machines_gradients_and_vmap_are_those_of_its_parts()
     np.testing.assert_array_equal(many[1], call(2 * args[0], *args[1:]))
 
 
+def test_a_symbolic_number_of_rows():
+    """Of an exported program, which is for any: it has XLA's form."""
+    tree, args = layer(LLAMA)
+    (b,) = jax.export.symbolic_shape("b")
+    symbolic = jax.tree.map(lambda a: jax.ShapeDtypeStruct((b, *a.shape[1:]) if a.ndim else (), a.dtype), args)
+    call = jax.jit(lambda *args: Block(LLAMA).apply({"params": tree}, *args)[0])
+    exported = jax.export.export(call, platforms=["cpu"])(*symbolic)
+    np.testing.assert_allclose(exported.call(*args), call(*args), atol=0.1)
+
+
 def test_the_last_slot_is_the_furthest():
     """As an update of a slice does, it moves a slot that lies outside."""
     tree, (x, at, angles, cache) = layer(LLAMA)
