@@ -38,6 +38,8 @@ class Runner:
         rng = np.random.default_rng(0)
         prompts = [list(map(int, rng.integers(100, 40000, PROMPT))) for _ in range(batch)]
         self.generation = begin(model, prompts, ROOM)
+        if batch == 1 or self.generation.layers_are_calls:  # as `warm` does
+            self.generation.prepare_loop()
 
     def __call__(self) -> np.ndarray:
         """`STEPS` more tokens."""
@@ -70,7 +72,7 @@ def main() -> None:
         return
     models = load(args.source, head="embedding") | {
         f"preset {name}": jint8.load(args.source, config=jint8.Config.preset(name))
-        for name in ("static", "rotated", "best", "fast")
+        for name in ("static", "rotated", "best", "fast", "w4")
     }
     models = {name: model for name, model in models.items() if not args.only or name in ("float32", *args.only)}
     result = {"weight_bytes": weight_bytes(models)}
