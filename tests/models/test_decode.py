@@ -200,6 +200,17 @@ def test_a_symbolic_number_of_rows():
     np.testing.assert_allclose(exported.call(*args), call(*args), atol=0.1)
 
 
+@pytest.mark.parametrize("quantization", ["llm.int8", "rotated", "four bits, rotated"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_stay_in_their_row(bad, quantization):
+    config, columns = QUANTIZATIONS[quantization]
+    tree, (x, at, angles, cache) = layer(LLAMA, config, columns)
+    spoiled = run(LLAMA, tree, (x.at[1, 0, 7].set(bad), at, angles, cache))[0]
+    assert not np.isfinite(spoiled[1]).any()
+    expected = run(LLAMA, tree, (x.at[1].set(0.0), at, angles, cache))[0]
+    np.testing.assert_array_equal(spoiled[::2], expected[::2])
+
+
 def test_the_last_slot_is_the_furthest():
     """As an update of a slice does, it moves a slot that lies outside."""
     tree, (x, at, angles, cache) = layer(LLAMA)

@@ -3,6 +3,9 @@
 #ifndef JINT8_DECODE_H_
 #define JINT8_DECODE_H_
 
+#include <algorithm>
+#include <cstring>
+
 #include "projection.h"
 
 namespace jint8 {
@@ -24,6 +27,14 @@ struct Attention {
   ScoreChange change;    // with slopes of [heads, groups]
   float* out;            // [batch, heads, groups, size]
 };
+
+// The slot where `lax.dynamic_update_slice` writes: it moves what would end outside.
+inline int64_t slot_within(int64_t slot, int64_t length) { return std::min(std::max<int64_t>(slot, 0), length - 1); }
+
+// Where XLA gives the cache that is read and the one that is written different memory.
+inline void copy_if_apart(const float* from, float* to, int64_t count) {
+  if (from != to) std::memcpy(to, from, count * sizeof(float));
+}
 
 // Writes the token's key and value into its slot of the cache of `heads` number `i` of all rows, and computes
 // out = softmax(q keys) values over the slots that it sees.

@@ -16,11 +16,6 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S8 = ffi::Buffer<ffi::S8>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// Where XLA gives the cache that is read and the one that is written different memory.
-void copy_if_apart(const F32& from, F32& to) {
-  if (from.untyped_data() != to.untyped_data()) std::memcpy(to.untyped_data(), from.untyped_data(), from.size_bytes());
-}
-
 // Writes the token's key and value into the cache's slot, then out[b, h, g, d] = softmax(q[b, h, g, d] keys) values
 // over the slots from first[b] (or from 0) to the token's own; with a window, over the last ones of those.
 ffi::Error decode_attention(ffi::ThreadPool pool, F32 q, F32 own_key, F32 own_value, F32 old_key, F32 old_value,
@@ -41,10 +36,9 @@ ffi::Error decode_attention(ffi::ThreadPool pool, F32 q, F32 own_key, F32 own_va
   }
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
-  // As `lax.dynamic_update_slice`, which moves what would end outside.
-  const int64_t at = std::min<int64_t>(std::max<int64_t>(*slot.typed_data(), 0), length - 1);
-  copy_if_apart(old_key, *key);
-  copy_if_apart(old_value, *value);
+  const int64_t at = slot_within(*slot.typed_data(), length);
+  copy_if_apart(old_key.typed_data(), key->typed_data(), key->element_count());
+  copy_if_apart(old_value.typed_data(), value->typed_data(), value->element_count());
   const ForEach for_each = on_threads(pool, 2 * batch * heads * groups * size * (at + 1));
   Attention attention{batch, heads, groups, size, length};
   attention.q = q.typed_data(), attention.q_stride = groups * size;
@@ -63,7 +57,7 @@ ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_sc
                          bool by_column, bool affine, int64_t blocks, int64_t activation) {
   const auto xd = x.dimensions(), gd = gate_up.dimensions(), dd = down.dimensions();
   if (xd.size() != 2 || gd.size() != 2 || dd.size() != 2) return invalid("Expected matrices.");
-  const int64_t m = xd[0], d = xd[1], n = dd[1], limit = affine ? 65'000 : 131'071;
+  const int64_t m = xd[0], d = xd[1], n = dd[1];
   const auto zeros_of = [](const F32& zero) { return zero.element_count() == 0 ? nullptr : zero.typed_data(); };
   const auto as_many = [](const F32& zero, int64_t count) {
     return zero.element_count() == 0 || zero.element_count() == static_cast<size_t>(count);
@@ -75,7 +69,7 @@ ffi::Error gated_network(ffi::ThreadPool pool, F32 x, S8 gate_up, F32 gate_up_sc
   if (!fits) {
     return invalid("Expected x[m, d], gate_up[2 n, d], down[d, n], scales and zeros of their channels.");
   }
-  if (d > limit || n > limit || !(threshold >= 0)) return invalid("k or threshold is out of range.");
+  if (std::max(d, n) > most_features(affine) || !(threshold >= 0)) return invalid("k or threshold is out of range.");
   if (activation < 0 || activation > 3) return invalid("Expected the number of an activation, from 0 to 3.");
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");

@@ -67,8 +67,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> q, 
   if (!sizes || !xb.fits(yb) || !qb.fits(yb) || !sb.fits(yb) || !zb.fits(yb) || !bb.fits(yb)) {
     return invalid("Expected sizes of m, n, k and of batch dimensions that fit together.");
   }
-  // Products of at most 255 * 128 must not add up to more than an int32 holds, or 128 * 128 without zero points.
-  if (arrays.k > (affine ? 65'000 : 131'071) || !(threshold >= 0)) return invalid("k or threshold is out of range.");
+  if (arrays.k > most_features(affine) || !(threshold >= 0)) return invalid("k or threshold is out of range.");
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
   const Options options{threshold, by_column, affine};

@@ -1,7 +1,6 @@
 // The handler of a whole layer of a decoder, for one token of each row.
 
 #include <algorithm>
-#include <cstring>
 
 #include "decode.h"
 #include "operands.h"
@@ -58,11 +57,9 @@ ffi::Error decode_layer_call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi:
   const Kernels* const kernels = chosen_kernels();
   if (!kernels) return invalid("JINT8_CPU_KERNELS names kernels that this processor can't run.");
   layer.attention.key = key->typed_data(), layer.attention.value = value->typed_data();
-  // Where XLA gives the cache that is read and the one that is written different memory.
-  if (old_key != layer.attention.key) std::memcpy(layer.attention.key, old_key, key->size_bytes());
-  if (old_value != layer.attention.value) std::memcpy(layer.attention.value, old_value, value->size_bytes());
-  // As `lax.dynamic_update_slice`, which moves what would end outside.
-  layer.attention.slot = std::min<int64_t>(std::max<int64_t>(*slot, 0), length - 1);
+  copy_if_apart(old_key, layer.attention.key, cached);
+  copy_if_apart(old_value, layer.attention.value, cached);
+  layer.attention.slot = slot_within(*slot, length);
   const ForEach for_each = on_threads(pool, batch * (width * (layer.qkv.n + layer.mlp.up.n + hidden) + all * width));
   decode_layer(layer, Options{threshold, by_column && batch > 1, affine}, *kernels, for_each);
   return ffi::Error::Success();

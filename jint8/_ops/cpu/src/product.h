@@ -16,6 +16,10 @@ struct Options {
   bool affine;      // activations have a zero point
 };
 
+// As many features as there may be: products of up to 255 * 128, or of 128 * 128 without zero points, must not add up to
+// more than an int32 holds.
+constexpr int64_t most_features(bool affine) { return affine ? 65'000 : 131'071; }
+
 // y[m, n] = x[m, k] times q[n, k], in units of scale[n] less zero[n], plus bias[n]. `zero` and `bias` may be nullptr.
 struct Arrays {
   int64_t m, n, k;

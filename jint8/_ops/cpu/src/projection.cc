@@ -58,7 +58,7 @@ void add_columns(const Projection& p, int64_t m, const Inside& x, int64_t start,
   }
 }
 
-// Some channels of the sums of products with codes, in units of their scales.
+// Rows as integers of two digits, as `Kernels::round_groups` writes them.
 struct Digits {
   int64_t stride, group_stride;
   std::unique_ptr<int8_t[]> digits;  // [m, stride]
@@ -76,6 +76,7 @@ Digits round_rows(const Projection& p, int64_t m, const float* rows, const Kerne
   return out;
 }
 
+// Some channels of the products with codes.
 void multiply_codes(const Projection& p, int64_t m, const Inside& inside, const Digits& x, int64_t start, int64_t end,
                     const Kernels& kernels, float* y) {
   const int64_t bytes = (p.k + 1) / 2, groups = (p.k + p.group - 1) / p.group;
@@ -104,8 +105,7 @@ void multiply_codes(const Projection& p, int64_t m, const Inside& inside, const 
 
 bool in_range(const Projection& p, bool affine) {
   if (p.k < 0 || p.n < 0 || p.block < 0 || (p.block > 1 && p.k % p.block != 0)) return false;
-  // Products of at most 255 * 128 must not add up to more than an int32 holds, or 128 * 128 without zero points.
-  if (!p.codes) return p.k <= (affine ? 65'000 : 131'071);
+  if (!p.codes) return p.k <= most_features(affine);
   return p.group > 0 && p.group % kCodes == 0 && p.group <= kMaxGroup && p.k <= kMaxGroups * p.group;
 }
 
